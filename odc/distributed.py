@@ -1,0 +1,235 @@
+"""The process group, and the few collectives that the method needs.
+
+Letters used in all shapes of this repository: N images, B batch on this process, K clusters, d feature width,
+W processes.
+
+Without torchrun there is one process and no process group: every function here then returns at once. With torchrun
+the group is gloo for CPU tensors and, on a CUDA device, NCCL for CUDA tensors.
+"""
+
+import contextlib
+import datetime
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one sentence with the value or path and the remedy.
+
+    Once the process group stands, raise it on every process alike, or within `together`.
+    """
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; raised on every process at the same point of the program."""
+
+
+# --- the group -------------------------------------------------------------------------------------------------------
+
+
+def init(device="auto"):
+    """Join the process group that torchrun describes, if there is one, and choose this process's device.
+
+    device: "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:3".
+    Raises UserError for a device that is not there. Returns a torch.device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}: no CUDA device is available here; use --device cpu.")
+        device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s); start at "
+                            "most one process a device with --nproc_per_node.")
+        torch.cuda.set_device(device)
+    elif device == "cpu":
+        device = torch.device("cpu")
+    else:
+        raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:INDEX.")
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    return device
+
+
+def rank():
+    """This process's number, 0 <= rank < W."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """W, the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    """True on the one process that writes files and speaks."""
+    return rank() == 0
+
+
+def print_main(*words, **options):
+    """`print`, on the main process only, flushed at once."""
+    if is_main():
+        print(*words, **options, flush=True)
+
+
+def shard(num_rows, of_rank=None):
+    """The contiguous rows [start, stop) of num_rows that a process holds, as a slice; sizes differ by one at most."""
+    r, W = rank() if of_rank is None else of_rank, world_size()
+    return slice(num_rows * r // W, num_rows * (r + 1) // W)
+
+
+# --- collectives -----------------------------------------------------------------------------------------------------
+
+
+def all_reduce(tensor):
+    """Sum a tensor over the processes, in place; returns it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor):
+    """Give every process the main process's values of a tensor, in place; returns it."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def all_gather_rows(tensor):
+    """Concatenate the rows of every process in rank order: [n_r, ...] on rank r -> [n_0 + n_1 + ..., ...] everywhere.
+
+    The numbers of rows may differ and may be zero.
+    """
+    if world_size() == 1:
+        return tensor
+    own = torch.tensor([len(tensor)])
+    counts = [torch.zeros_like(own) for _ in range(world_size())]
+    dist.all_gather(counts, own)
+    counts = [int(count) for count in counts]
+    longest = max(counts)
+    if longest == 0:
+        return tensor
+    # Collectives want equal shapes: pad to the longest and cut the padding off again.
+    padded = tensor
+    if len(tensor) < longest:
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+def gather_rows(tensor, chunk_rows=65536):
+    """As `all_gather_rows`, but the result exists, in CPU memory, on the main process only; elsewhere None."""
+    if world_size() == 1:
+        return tensor.detach().cpu().clone()
+    own = torch.tensor([len(tensor)])
+    counts = [torch.zeros_like(own) for _ in range(world_size())]
+    dist.all_gather(counts, own)
+    counts = [int(count) for count in counts]
+    result = torch.empty(sum(counts), *tensor.shape[1:], dtype=tensor.dtype) if is_main() else None
+    done = 0
+    for source, count in enumerate(counts):
+        for start in range(0, count, chunk_rows):
+            size = min(chunk_rows, count - start)
+            part = None
+            if rank() == source:
+                part = tensor[start : start + size].detach().cpu().contiguous()
+            if source != 0:
+                if is_main():
+                    part = torch.empty(size, *tensor.shape[1:], dtype=tensor.dtype)
+                    dist.recv(part, src=source)
+                elif rank() == source:
+                    dist.send(part, dst=0)
+            if is_main():
+                result[done : done + size] = part
+                done += size
+    return result
+
+
+def any_process(flag):
+    """True everywhere if `flag` is true on any process."""
+    if world_size() == 1:
+        return bool(flag)
+    count = torch.tensor([int(bool(flag))])
+    dist.all_reduce(count)
+    return bool(count)
+
+
+@contextlib.contextmanager
+def together():
+    """Run a block on every process and agree on how it went.
+
+    If the block raises UserError or OSError on any process, every process leaves the block with the UserError of the
+    lowest such rank, so that no process waits in a collective for one that has stopped. The block itself must not
+    contain collectives.
+    """
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'a file'}: {error.strerror or error}."
+    messages = [message]
+    if world_size() > 1:
+        messages = [None] * world_size()
+        dist.all_gather_object(messages, message)
+    failures = [m for m in messages if m is not None]
+    if failures:
+        raise UserError(failures[0])
+
+
+# --- signals and the exit code ---------------------------------------------------------------------------------------
+
+_signal_received = None  # number of the first signal, or None
+
+
+def _on_signal(number, frame):
+    global _signal_received
+    if _signal_received is not None:  # the second signal: at once, without clean-up
+        os._exit(128 + number)
+    _signal_received = number
+
+
+def catch_signals():
+    """Turn the first SIGTERM, SIGINT or SIGUSR1 into a request to stop (see `check_signals`); a second exits at once."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _on_signal)
+
+
+def signal_received():
+    """True everywhere once any process has received a signal. A collective: call it at the same points everywhere."""
+    return any_process(_signal_received is not None)
+
+
+def check_signals():
+    """Raise Interrupted on every process once any process has received a signal. A collective."""
+    if signal_received():
+        raise Interrupted
+
+
+def run(main, *arguments):
+    """Run a script's main function and exit: 0 done, 2 the user's mistake (one sentence), 128 + n after signal n."""
+    code = 0
+    try:
+        main(*arguments)
+    except UserError as error:
+        # After init the same error stops every process, see UserError: one of them says it.
+        if is_main() if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except Interrupted:
+        code = 128 + (_signal_received or signal.SIGTERM)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
