@@ -1,0 +1,298 @@
+"""The memory against the paper's rules written out simply, on one process and on several."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from odc import distributed
+from odc.memory import ODCMemory, two_means
+from tests.processes import run_processes
+
+
+class SimpleMemory:
+    """The rules of the paper and the recipe, one image at a time, everything recounted from scratch (float64)."""
+
+    def __init__(self, features, labels, num_clusters, momentum, min_cluster_size):
+        self.F = F.normalize(features.double())
+        self.y = labels.clone()
+        self.K, self.m, self.min_cluster_size = num_clusters, momentum, min_cluster_size
+        self.C = torch.zeros(num_clusters, features.shape[1], dtype=torch.float64)
+        self.update_centroids()
+
+    def sizes(self):
+        return torch.tensor([int((self.y == c).sum()) for c in range(self.K)])
+
+    def update_samples(self, indices, z):
+        before = self.y.clone()
+        last = {int(i): feature for i, feature in zip(indices, z)}  # a later occurrence overwrites an earlier one
+        for i, feature in last.items():
+            moved = self.m * feature.double() / feature.double().norm() + (1 - self.m) * self.F[i]
+            self.F[i] = moved / moved.norm()
+            self.y[i] = int((self.C @ self.F[i]).argmax())
+        return sum(int(self.y[i] != before[i]) for i in last) / len(last)
+
+    def update_centroids(self):
+        for c in range(self.K):
+            if (self.y == c).any():
+                self.C[c] = self.F[self.y == c].mean(dim=0)
+
+    def split_small_clusters(self):
+        sizes = self.sizes()
+        small = [c for c in range(self.K) if sizes[c] < self.min_cluster_size]
+        large = [c for c in range(self.K) if sizes[c] >= self.min_cluster_size]
+        if not small or not large:
+            return 0
+        for i in [i for i in range(len(self.y)) if int(self.y[i]) in small]:
+            self.y[i] = max(large, key=lambda c: float(self.C[c] @ self.F[i]))
+        for empty in small:
+            largest = int(self.sizes().argmax())
+            members = (self.y == largest).nonzero()[:, 0]
+            half = two_means(self.F[members].float(), at_least=self.min_cluster_size, seed=empty)
+            self.y[members[half]] = empty
+            self.C[largest] = self.F[members[~half]].mean(dim=0)
+            self.C[empty] = self.F[members[half]].mean(dim=0)
+        return len(small)
+
+
+def draw(num_samples, dim, num_clusters, seed=0):
+    """Features that form loose groups, and labels of very unequal sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.rand(num_samples, dim, generator=generator)
+    features += 2 * torch.eye(dim)[torch.randint(dim, (num_samples,), generator=generator)]
+    labels = (num_clusters * torch.rand(num_samples, generator=generator) ** 2).long()
+    return F.normalize(features), labels, generator
+
+
+def global_batches(num_samples, dim, batch, steps, generator):
+    """Batches with repeated images."""
+    for _ in range(steps):
+        yield torch.randint(num_samples, (batch,), generator=generator), torch.rand(batch, dim, generator=generator)
+
+
+def step(memory, number, indices, z):
+    changed = memory.update_samples(indices, z)
+    if (number + 1) % 10 == 0:
+        memory.update_centroids()
+    return changed, memory.split_small_clusters()
+
+
+def test_every_rule_against_the_simple_form():
+    N, d, K = 400, 16, 12
+    features, labels, generator = draw(N, d, K)
+    memory = ODCMemory(N, d, K, momentum=0.5, min_cluster_size=15)
+    memory.initialize(features, labels)
+    simple = SimpleMemory(features, labels, K, momentum=0.5, min_cluster_size=15)
+    refilled = 0
+    for number, (indices, z) in enumerate(global_batches(N, d, 48, 120, generator)):
+        result, expected = step(memory, number, indices, z), step(simple, number, indices, z)
+        assert result == pytest.approx(expected)
+        refilled += result[1]
+        assert torch.equal(memory.labels, simple.y), f"step {number}"
+        assert torch.equal(memory.cluster_sizes, simple.sizes())
+        assert (memory.features - simple.F).abs().max() < 1e-5
+        assert (memory.centroids - simple.C).abs().max() < 1e-5
+        N_c = simple.sizes().double()
+        assert torch.allclose(memory.loss_weights().double(), N_c**-0.5 / (N_c**-0.5).sum(), rtol=1e-5)
+    assert refilled > 5  # otherwise this has not tested the splits
+
+
+def test_centroids_are_not_normalised_and_empty_ones_stay():
+    memory = ODCMemory(2, 2, 2, min_cluster_size=0)
+    memory.initialize(torch.eye(2), torch.tensor([0, 0]))
+    assert torch.allclose(memory.centroids[0], torch.tensor([0.5, 0.5]))
+    memory.centroids[1] = torch.tensor([3.0, 4.0])
+    memory.update_centroids()
+    assert torch.equal(memory.centroids[1], torch.tensor([3.0, 4.0]))
+
+
+def test_last_occurrence_wins():
+    memory = ODCMemory(3, 2, 1, momentum=1.0)
+    memory.initialize(torch.eye(2)[[0, 0, 0]], torch.zeros(3, dtype=torch.int64))
+    memory.update_samples(torch.tensor([1, 1, 2, 1]), torch.tensor([[0.0, 5], [1, 1], [1, 0], [0, 2]]))
+    assert torch.allclose(memory.features, torch.tensor([[1.0, 0], [0, 1], [1, 0]]))
+
+
+def test_zero_features_and_an_empty_batch():
+    """A dead ReLU gives z = 0: the feature then stays where it was."""
+    memory = ODCMemory(4, 3, 2, min_cluster_size=0)
+    memory.initialize(torch.zeros(4, 3), torch.tensor([0, 0, 1, 1]))
+    memory.update_samples(torch.tensor([0, 3]), torch.zeros(2, 3))
+    assert torch.equal(memory.features, torch.zeros(4, 3))
+    assert memory.update_samples(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3)) == 0
+    assert memory.cluster_sizes.sum() == 4
+
+
+def test_a_feature_that_is_not_finite_changes_nothing():
+    memory = ODCMemory(4, 3, 2, min_cluster_size=0)
+    features = F.normalize(torch.rand(4, 3))
+    memory.initialize(features, torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(distributed.UserError, match="not finite"):
+        memory.update_samples(torch.tensor([0, 1]), torch.tensor([[1.0, 0, 0], [math.nan, 0, 0]]))
+    assert torch.allclose(memory.features, features) and memory.labels.tolist() == [0, 0, 1, 1]
+    with pytest.raises(distributed.UserError, match="not finite"):
+        memory.initialize(torch.full((4, 3), math.inf), torch.tensor([0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 2], [0, 0, -1, 1], [0, 1, 0]])
+def test_wrong_labels_are_refused(labels):
+    with pytest.raises(ValueError):
+        ODCMemory(4, 3, 2).initialize(torch.rand(4, 3), torch.tensor(labels))
+
+
+def test_loss_weights():
+    memory = ODCMemory(30, 2, 3, min_cluster_size=0)
+    memory.initialize(torch.rand(30, 2), torch.tensor([0] * 25 + [1] * 5))  # cluster 2 is empty
+    weights = memory.loss_weights()
+    assert torch.isfinite(weights).all() and weights.sum() == pytest.approx(1)
+    assert float(weights[1] / weights[0]) == pytest.approx(5**0.5, rel=1e-5)
+    assert torch.allclose(memory.loss_weights(power=0), torch.full((3,), 1 / 3))
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_means_is_as_good_as_scikit_learn(seed):
+    from sklearn.cluster import KMeans  # here, since the processes below import this module and need no scikit-learn
+
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(150, 24, generator=generator) + torch.randint(2, (150, 1), generator=generator) * 0.7
+    half = two_means(x)
+    inertia = sum(float((x[h] - x[h].mean(dim=0)).square().sum()) for h in (half, ~half))
+    assert inertia <= KMeans(2, n_init=10, random_state=0).fit(x.numpy()).inertia_ * 1.01
+
+
+def test_two_means_halves_identical_points_at_random():
+    half = two_means(torch.ones(11, 3))
+    assert half.sum() == 5
+    assert half.tolist() != two_means(torch.ones(11, 3), seed=1).tolist()
+
+
+def test_two_means_keeps_halves_from_being_small():
+    x = torch.cat([torch.randn(99, 4, generator=torch.Generator().manual_seed(0)) * 0.01, torch.full((1, 4), 9.0)])
+    assert min(int(two_means(x).sum()), 100 - int(two_means(x).sum())) == 1  # k-means proper: an outlier is a cluster
+    half = two_means(x, at_least=20)
+    assert min(int(half.sum()), 100 - int(half.sum())) == 20
+
+
+@pytest.mark.parametrize("labels", [[0] * 64, [0] * 40 + [1] * 24, list(range(16)) * 4])
+def test_one_cluster_holding_everything_and_all_clusters_small(labels):
+    memory = ODCMemory(64, 3, 16, min_cluster_size=20)  # more than N / K: cannot be reached, must still end
+    memory.initialize(torch.rand(64, 3), torch.tensor(labels))
+    for _ in range(5):
+        memory.split_small_clusters()
+    assert memory.cluster_sizes.sum() == 64
+    assert torch.equal(memory.cluster_sizes, memory.labels.bincount(minlength=16))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 12), st.integers(1, 15), st.integers(0, 12), st.data())
+def test_properties(num_clusters, dim, min_cluster_size, steps, data):
+    N = data.draw(st.integers(num_clusters, 40 + 2 * num_clusters * min_cluster_size))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    labels = torch.randint(data.draw(st.integers(1, num_clusters)), (N,), generator=generator)
+    memory = ODCMemory(N, dim, num_clusters, min_cluster_size=min_cluster_size)
+    memory.initialize(torch.relu(torch.randn(N, dim, generator=generator)), labels)
+    for indices, z in global_batches(N, dim, data.draw(st.integers(1, 2 * N)), steps, generator):
+        memory.update_samples(indices, torch.relu(z - 0.5))
+        memory.split_small_clusters()
+        sizes = memory.cluster_sizes
+        assert torch.equal(sizes, memory.labels.bincount(minlength=num_clusters)) and sizes.sum() == N
+        if N >= 2 * num_clusters * min_cluster_size:
+            assert sizes.min() >= min_cluster_size
+        weights = memory.loss_weights()
+        assert torch.isfinite(weights).all() and (weights > 0).all() and abs(float(weights.sum()) - 1) < 1e-5
+    memory.update_centroids()
+    for c in memory.labels.unique():
+        mean = memory.features[memory.labels == c].double().mean(dim=0)
+        assert (memory.centroids[c] - mean).abs().max() < 1e-5
+
+
+def test_no_drift_in_10000_steps():
+    N, d, K = 500, 8, 10
+    features, labels, generator = draw(N, d, K)
+    memory = ODCMemory(N, d, K, min_cluster_size=20)
+    memory.initialize(features, labels)
+    for number, (indices, z) in enumerate(global_batches(N, d, 16, 10_000, generator)):
+        step(memory, number, indices, z)
+    kept = memory._sums.clone()
+    memory.update_centroids()
+    means = torch.stack([memory.features[memory.labels == c].double().mean(dim=0) for c in range(K)])
+    assert (memory.centroids - means).abs().max() < 1e-6
+    memory._count()
+    assert torch.equal(memory._sums, kept)  # integer sums: not a bit was lost on the way
+
+
+def test_half_precision_features_keep_exact_sums():
+    features, labels, generator = draw(300, 8, 6)
+    memory = ODCMemory(300, 8, 6, dtype=torch.float16)
+    memory.initialize(features, labels)
+    for number, batch in enumerate(global_batches(300, 8, 32, 50, generator)):
+        step(memory, number, *batch)
+    kept = memory._sums.clone()
+    memory._count()
+    assert torch.equal(memory._sums, kept)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def train_memory(steps, state=None, uneven=False, batch=48):
+    """`steps` steps of this process's part of the same global batches; the final memory, as numpy on rank 0."""
+    N, d, K = 500, 16, 12
+    features, labels, generator = draw(N, d, K)
+    memory = ODCMemory(N, d, K, min_cluster_size=15)
+    if state is None:
+        memory.initialize(features[memory.rows], labels)
+    else:
+        memory.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
+    r, W = distributed.rank(), distributed.world_size()
+    cuts = [batch * i // W for i in range(W + 1)]
+    if uneven:  # the last process has nothing, the first has what is left
+        cuts = [0] + [batch - (W - 1 - i) for i in range(1, W)] + [batch]
+        cuts[-2] = batch
+    refilled = 0
+    for number, (indices, z) in enumerate(global_batches(N, d, batch, steps, generator)):
+        part = slice(cuts[r], cuts[r + 1])
+        refilled += step(memory, number, indices[part], z[part])[1]
+    same = [torch.equal(x, distributed.broadcast(x.clone()))
+            for x in (memory.labels, memory.centroids, memory.cluster_sizes)]
+    assert all(same), "labels, centroids and sizes must be the same on every process"
+    result = memory.state_dict()
+    return {k: v.numpy() for k, v in result.items()} if distributed.is_main() else None, refilled
+
+
+def restore_and_train(state):
+    return train_memory(0, state)[0], train_memory(10, state)[0]
+
+
+def assert_same_memory(a, b):
+    assert (a["labels"] == b["labels"]).all()
+    assert abs(a["centroids"] - b["centroids"]).max() <= 1e-5
+    assert abs(a["features"] - b["features"]).max() <= 1e-5
+
+
+def test_any_number_of_processes_gives_the_same_memory():
+    one, refilled = train_memory(100)
+    assert refilled > 5
+    for W in (2, 4):
+        assert_same_memory(one, run_processes(train_memory, W, 100)[0][0])
+
+
+def test_uneven_and_empty_batches_of_a_process():
+    one, _ = train_memory(30)
+    assert_same_memory(one, run_processes(train_memory, 2, 30, None, True)[0][0])
+
+
+def test_a_saved_memory_goes_on_with_another_number_of_processes():
+    one, _ = train_memory(20)
+    expected, _ = train_memory(10, one)
+    for W in (2, 4):
+        restored, continued = run_processes(restore_and_train, W, one)[0]
+        for name in one:
+            assert (restored[name] == one[name]).all(), name
+        assert_same_memory(expected, continued)
