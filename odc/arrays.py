@@ -40,7 +40,7 @@ def cifar100(root, split):
 
 
 def stl10(root, split):
-    """`stl10_binary`: 96 x 96, column by column; the train split is the unlabelled images where only these are there."""
+    """`stl10_binary`: 96 x 96, column by column; train is the unlabelled images where only these are there."""
     folder = _first_with(root, ("", "stl10_binary"), ("train_X.bin", "test_X.bin", "unlabeled_X.bin"))
     if folder is None:
         return None

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ class ImageSet:
     labels: int64 tensor [N], or None.
     classes: the names of the classes, or None.
     targets: int8 tensor [N, classes] of 1, -1 and 0 (present, absent, difficult), of "voc07" only.
+    unreadable: the images found unreadable so far, by index, and why; the loader writes it.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ImageSet:
     labels: torch.Tensor | None = None
     classes: list | None = None
     targets: torch.Tensor | None = None
+    unreadable: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.names) if self.pixels is None else len(self.pixels)
