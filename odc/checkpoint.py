@@ -21,7 +21,7 @@ def save(path, state):
     Raises UserError if it cannot be written; the file that was there is then untouched.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, "wb") as file:
             writer = _Checksummed(file)
@@ -71,7 +71,7 @@ def write_atomically(path, write):
     Raises UserError if that fails, leaving the file that was there.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".partial")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -83,7 +83,7 @@ def write_atomically(path, write):
 
 def remove_temporary_files(folder):
     """Delete what writers that were killed have left behind."""
-    for path in Path(folder).glob("*.tmp"):
+    for path in Path(folder).glob("*.partial"):
         path.unlink()
 
 

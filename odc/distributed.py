@@ -12,6 +12,7 @@ import datetime
 import os
 import signal
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -20,12 +21,15 @@ import torch.distributed as dist
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one sentence with the value or path and the remedy.
 
-    Once the process group stands, raise it on every process alike, or within `together`.
+    Raise it on every process alike or within `together`, so that none is left waiting for the others.
     """
 
 
 class Interrupted(Exception):
     """A signal asked the run to stop; raised on every process at the same point of the program."""
+
+
+_store = None  # what the processes share besides the group, and still do when a collective is no longer possible
 
 
 # --- the group -------------------------------------------------------------------------------------------------------
@@ -53,8 +57,11 @@ def init(device="auto"):
     else:
         raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:INDEX.")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        global _store
+        _store, rank, world_size = next(dist.rendezvous("env://"))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=rank, world_size=world_size,
+                                timeout=datetime.timedelta(minutes=30))
     return device
 
 
@@ -83,6 +90,11 @@ def shard(num_rows, of_rank=None):
     """The contiguous rows [start, stop) of num_rows that a process holds, as a slice; sizes differ by one at most."""
     r, W = rank() if of_rank is None else of_rank, world_size()
     return slice(num_rows * r // W, num_rows * (r + 1) // W)
+
+
+def seed_step(seed, epoch, step):
+    """Seed torch's global generators from the place in the run and the process, whatever came before."""
+    torch.manual_seed((((seed * 1_000_003 + epoch) * 1_000_003 + step) * 65_537 + rank()) % 2**63)
 
 
 # --- collectives -----------------------------------------------------------------------------------------------------
@@ -190,13 +202,16 @@ def together():
 # --- signals and the exit code ---------------------------------------------------------------------------------------
 
 _signal_received = None  # number of the first signal, or None
+_signal_time = 0.0
 
 
 def _on_signal(number, frame):
-    global _signal_received
-    if _signal_received is not None:  # the second signal: at once, without clean-up
+    global _signal_received, _signal_time
+    if _signal_received is None:
+        _signal_received, _signal_time = number, time.monotonic()
+    elif time.monotonic() - _signal_time > 1:
+        # The second signal: at once, without clean-up. Within a second it is the first one again, from torchrun.
         os._exit(128 + number)
-    _signal_received = number
 
 
 def catch_signals():
@@ -205,15 +220,25 @@ def catch_signals():
         signal.signal(number, _on_signal)
 
 
-def signal_received():
-    """True everywhere once any process has received a signal. A collective: call it at the same points everywhere."""
-    return any_process(_signal_received is not None)
+def signal_is_pending():
+    """True once this process has received a signal; the others may not know."""
+    return _signal_received is not None
 
 
 def check_signals():
     """Raise Interrupted on every process once any process has received a signal. A collective."""
-    if signal_received():
+    if any_process(signal_is_pending()):
         raise Interrupted
+
+
+def _first_to_say(message):
+    """True on one process of those that stop with the same message."""
+    if _store is None:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return _store.add(f"said: {message}", 1) == 1
+    except RuntimeError:  # its host is gone
+        return True
 
 
 def run(main, *arguments):
@@ -222,8 +247,7 @@ def run(main, *arguments):
     try:
         main(*arguments)
     except UserError as error:
-        # After init the same error stops every process, see UserError: one of them says it.
-        if is_main() if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0":
+        if _first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     except Interrupted:

@@ -1,0 +1,277 @@
+"""Everything around the iteration of train.py: the data, the network, the log and the checkpoints of one run."""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from odc import augment, checkpoint, distributed, export, loader, metrics, weights
+from odc.augment import Augmentation
+from odc.datasets import open_dataset
+from odc.distributed import UserError, print_main
+from odc.features import extract_rows
+from odc.kmeans import kmeans
+from odc.memory import ODCMemory
+from odc.model import ODC, use_small_stem
+from odc.runlog import RunLog, plain_line, progress_bar
+
+# What may differ between the runs that continue one another; everything else must be the same.
+FREE = {"data", "output", "epochs", "batch_size", "workers", "device", "weights", "compile", "log_interval",
+        "save_interval", "checkpoint_interval"}
+
+
+class Run:
+    """args: the arguments of train.py. Opens or continues what lies in args.output; every method is a collective."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.output = Path(args.output)
+        with distributed.together():
+            self.dataset = open_dataset(args.data, "train")
+            self.state = self.open_output()
+        self.check_settings()
+        self.augmentation = Augmentation(min_scale=args.crop_scale, jitter=tuple(args.jitter))
+        self.autocast = contextlib.nullcontext
+        if args.amp != "off":
+            dtype = torch.bfloat16 if args.amp == "bf16" else torch.float16
+            self.autocast = lambda: torch.autocast(device.type, dtype=dtype)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self.steps = loader.steps_per_epoch(len(self.dataset), args.batch_size)
+        self.global_batch = args.batch_size * distributed.world_size()
+        self.epoch, self.first_step, self.global_step = 0, 0, 0  # where to go on
+        self.failed = set()  # images that could not be read, so far
+        self.interval = {"steps": 0, "loss": 0.0, "change_ratio": 0.0, "splits": 0}  # since the last line of the log
+        self.build_network()
+        N = len(self.dataset)
+        self.memory = ODCMemory(N, args.feature_dim, args.num_clusters, args.memory_momentum, args.min_cluster_size, device)
+        if self.state:
+            self.restore()
+        else:
+            self.log = RunLog(self.output / "log.jsonl")
+            self.cluster_everything()
+        self.state = None
+        self.wrap_network()
+        self.last_logged = time.monotonic()
+
+    # --- set-up ------------------------------------------------------------------------------------------------------
+
+    def open_output(self):
+        """The checkpoint in the output folder, or None; the folder is made, and must be writable."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.output, os.W_OK):
+            raise UserError(f"--output {self.output}: the folder is not writable; choose another.")
+        path = self.output / "checkpoint.pth"
+        if distributed.is_main():
+            checkpoint.remove_temporary_files(self.output)
+        return checkpoint.load(path) if path.exists() else None
+
+    def check_settings(self):
+        """Refuse what cannot work and what would not continue the run in the output folder."""
+        args, N = self.args, len(self.dataset)
+        if args.num_clusters > N:
+            raise UserError(f"--num-clusters {args.num_clusters}: there are only {N} images in {args.data}; choose fewer.")
+        if args.min_cluster_size * args.num_clusters > N:
+            raise UserError(f"--min-cluster-size {args.min_cluster_size}: {args.num_clusters} clusters of that size need "
+                            f"{args.min_cluster_size * args.num_clusters} images and {args.data} has {N}; lower it or "
+                            "--num-clusters.")
+        if args.amp == "fp16" and self.device.type == "cpu":
+            raise UserError("--amp fp16 needs a CUDA device; on the CPU use --amp bf16 or off.")
+        if args.lr == 0.06 and args.data != "shapes" and args.batch_size * distributed.world_size() != 512:
+            print_main(f"The recipe's --lr 0.06 is for a global batch of 512; here it is "
+                       f"{args.batch_size * distributed.world_size()}.")
+        if not self.state:
+            return
+        where = f"{self.output} holds a run"
+        if self.state.get("program") != "odc train":
+            raise UserError(f"{self.output / 'checkpoint.pth'} is not a checkpoint of train.py; choose another --output.")
+        for name, before in self.state["settings"].items():
+            if name not in FREE and vars(args).get(name) != before:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{where} with {flag} {before}, not {vars(args).get(name)}: use the same, or another "
+                                "--output.")
+        batch_before = self.state["settings"]["batch_size"]
+        if args.batch_size != batch_before and self.state["global_batch"] != args.batch_size * distributed.world_size():
+            raise UserError(f"{where} with --batch-size {batch_before}, not {args.batch_size}: use the same, or one that "
+                            f"keeps the global batch at {self.state['global_batch']}, or another --output.")
+        data = self.state["data"]
+        if data["num_images"] != N:
+            raise UserError(f"{where} on {data['num_images']} images, and {args.data} has {N}: the memory's rows belong "
+                            "to images; restore the images, or choose another --output.")
+        if data["fingerprint"] != self.dataset.fingerprint:
+            raise UserError(f"{where} on other images than those in {args.data}, names or order differ: restore them, or "
+                            "choose another --output.")
+
+    def build_network(self):
+        args = self.args
+        small_stem = use_small_stem(args.image_size)
+        torch.manual_seed(args.seed)
+        self.network = ODC(args.arch, small_stem, dim=args.feature_dim, num_clusters=args.num_clusters)
+        if args.weights and not self.state:
+            with distributed.together():
+                backbone, description = weights.load_backbone(args.weights, args.arch, args.image_size, args.seed)
+            print_main(description)
+            self.network.backbone.load_state_dict(backbone.state_dict())
+        self.network.to(self.device, memory_format=torch.channels_last)
+        if self.device.type == "cuda" and distributed.world_size() > 1:
+            self.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        head = list(self.network.head.parameters())
+        body = list(self.network.backbone.parameters()) + list(self.network.neck.parameters())
+        self.optimizer = torch.optim.SGD([{"params": body}, {"params": head, "momentum": 0.0}], lr=args.lr, momentum=0.9,
+                                         weight_decay=args.weight_decay)
+
+    def wrap_network(self):
+        """self.model: the network as the loop calls it, gradients averaged over the processes."""
+        self.model = self.network
+        if distributed.world_size() > 1:
+            cuda = self.device.type == "cuda"
+            self.model = DistributedDataParallel(self.network, device_ids=[self.device.index] if cuda else None)
+            # DDP sorts its buckets by the first backward pass and adds in another order from then on. Let that happen
+            # now, so that the first step of a resumed run adds in the same order as it would have without the stop.
+            self.model.eval()
+            size = self.args.image_size
+            z, logits = self.model(torch.zeros(2, 3, size, size, device=self.device))
+            (z.sum() + logits.sum()).backward()
+            self.optimizer.zero_grad()
+        if self.args.compile:
+            self.model = torch.compile(self.model)
+
+    def cluster_everything(self):
+        """Before the first step: features of all images, k-means, both memories, a new head."""
+        args = self.args
+        self.network.eval()
+        with self.autocast():
+            features = extract_rows(
+                lambda images: self.network.neck(self.network.backbone(images)[-1]), self.dataset,
+                augment.evaluation_transform(args.image_size), args.feature_dim, device=self.device,
+                batch_size=args.batch_size, workers=args.workers)
+        features = F.normalize(features)
+        labels, _ = kmeans(features, args.num_clusters, args.kmeans_iterations, args.seed)
+        self.memory.initialize(features, distributed.all_gather_rows(labels))
+        self.log_agreement(epoch=0)
+        torch.manual_seed(args.seed + 1)
+        self.network.reset_head()
+        self.save()
+
+    def restore(self):
+        state = self.state
+        for name in ("backbone", "neck", "head"):
+            getattr(self.network, name).load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.memory.load_state_dict(state["memory"])
+        self.epoch, self.global_step = state["epoch"], state["global_step"]
+        # With another number of processes a step has another size; go on at the nearest whole one.
+        self.first_step = min(round(state["step"] * state["global_batch"] / self.global_batch), self.steps)
+        self.failed, self.interval = set(state["failed"]), dict(state["interval"])
+        self.log = RunLog(self.output / "log.jsonl", state["log_position"])
+        print_main(f"Continuing {self.output} at epoch {self.epoch + 1}, step {self.first_step}.")
+
+    # --- the loop's surroundings -------------------------------------------------------------------------------------
+
+    def batches(self, epoch, first_step):
+        batches = loader.training_batches(self.dataset, self.augmentation, self.args.image_size, self.args.batch_size,
+                                          self.args.seed, epoch, first_step, self.args.workers,
+                                          pin_memory=self.device.type == "cuda")
+        with progress_bar(self.steps, first_step, f"epoch {epoch + 1}/{self.args.epochs}") as self.bar:
+            for batch in batches:
+                yield batch
+                self.bar.update()
+
+    def finish(self, batch):
+        """The half of the augmentation that runs on the device: [B, 3, S, S] float32, channels last."""
+        images = batch.images.to(self.device, non_blocking=True)
+        images = augment.finish(images, batch.parameters)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def agree(self, epoch, step, loss, failed):
+        """The mean loss over the processes, who also learn here whether one met a bad image or has to stop."""
+        failed = failed[failed >= 0]
+        totals = torch.tensor([float(loss.detach()) / distributed.world_size(), len(failed),
+                               distributed.signal_is_pending()], dtype=torch.float64)
+        loss, num_failed, self.must_stop = distributed.all_reduce(totals).tolist()
+        if not abs(loss) < float("inf"):
+            raise UserError(f"The loss is {loss} at epoch {epoch + 1}, step {step + 1}; {self.output / 'checkpoint.pth'} "
+                            "is from before that: lower --lr or switch --amp off.")
+        if num_failed:
+            self.count_failed(failed)
+        return loss
+
+    def after_step(self, epoch, step, loss, change_ratio, splits):
+        """Log and save when it is time to, and stop if a signal asked for it."""
+        for name, value in (("steps", 1), ("loss", loss), ("change_ratio", change_ratio), ("splits", splits)):
+            self.interval[name] += value
+        if self.global_step % self.args.log_interval == 0:
+            self.log_interval(epoch, step)
+        if self.must_stop or (step + 1 < self.steps and self.global_step % self.args.checkpoint_interval == 0):
+            self.epoch, self.first_step = epoch, step + 1
+            self.save()
+        if self.must_stop:
+            print_main(f"Stopped after epoch {epoch + 1}, step {step + 1}, as a signal asked; the same command continues.")
+            raise distributed.Interrupted
+
+    def count_failed(self, failed):
+        """Remember unreadable images, given the indices that this process met. A collective."""
+        self.failed.update(distributed.all_gather_rows(failed.cpu()).tolist())
+        if len(self.failed) > 0.01 * len(self.dataset):
+            raise UserError(f"{len(self.failed)} of {len(self.dataset)} images in {self.args.data} cannot be read, more "
+                            f"than 1%, among them {self.dataset.name_of(min(self.failed))}: repair or remove them.")
+
+    def log_interval(self, epoch, step):
+        """A line of the log: means over the steps since the last line, and the clusters as they are."""
+        sizes, interval, now = self.memory.cluster_sizes, self.interval, time.monotonic()
+        count = interval["steps"]
+        record = dict(
+            epoch=epoch + 1, step=self.global_step, loss=interval["loss"] / count,
+            change_ratio=interval["change_ratio"] / count, empty=int((sizes == 0).sum()), smallest=int(sizes.min()),
+            largest=int(sizes.max()), splits=interval["splits"], lr=self.optimizer.param_groups[0]["lr"],
+            failed_images=len(self.failed), images_per_second=round(count * self.global_batch / (now - self.last_logged), 1))
+        self.log.write(**record)
+        short = {name: f"{value:.4g}" for name, value in record.items() if name not in ("epoch", "step", "failed_images")}
+        self.bar.set_postfix(short, refresh=False)
+        plain_line(f"epoch {epoch + 1} step {step + 1}/{self.steps}: " + ", ".join(f"{k} {v}" for k, v in short.items()))
+        self.interval, self.last_logged = dict(steps=0, loss=0.0, change_ratio=0.0, splits=0), now
+
+    def log_agreement(self, epoch):
+        """NMI and purity of the clusters against labels that the training never sees, if the data has any."""
+        if self.dataset.labels is not None:
+            clusters = self.memory.labels.cpu()
+            agreement = dict(nmi=metrics.nmi(clusters, self.dataset.labels),
+                             purity=metrics.purity(clusters, self.dataset.labels))
+            self.log.write(epoch=epoch, step=self.global_step, **agreement)
+            print_main(f"{f'epoch {epoch}' if epoch else 'initial k-means'}: clusters against labels: "
+                       f"NMI {agreement['nmi']:.3f}, purity {agreement['purity']:.1%}")
+
+    def save(self):
+        """Write checkpoint.pth. A collective."""
+        memory = self.memory.state_dict()
+        with distributed.together():
+            if distributed.is_main():
+                checkpoint.save(self.output / "checkpoint.pth", dict(
+                    program="odc train", settings=vars(self.args), global_batch=self.global_batch,
+                    data=dict(num_images=len(self.dataset), fingerprint=self.dataset.fingerprint),
+                    arch=self.args.arch, small_stem=self.network.backbone.small_stem,
+                    backbone=self.network.backbone.state_dict(), neck=self.network.neck.state_dict(),
+                    head=self.network.head.state_dict(), optimizer=self.optimizer.state_dict(),
+                    scaler=self.scaler.state_dict(), memory=memory, epoch=self.epoch, step=self.first_step,
+                    global_step=self.global_step, interval=self.interval, failed=sorted(self.failed),
+                    log_position=self.log.position))
+
+    def end_epoch(self, epoch):
+        """Log, save, and keep copies at the save interval; after the last epoch write what other programs read."""
+        args, last = self.args, epoch == self.args.epochs
+        self.log_agreement(epoch)
+        self.epoch, self.first_step = epoch, 0
+        similarity = export.similarities(self.memory) if last else None
+        with distributed.together():
+            if distributed.is_main():
+                if args.save_interval and epoch % args.save_interval == 0:
+                    export.save_backbone(self.output / f"backbone_epoch_{epoch}.pth", self.network.backbone)
+                    export.save_labels(self.output / f"labels_epoch_{epoch}.npy", self.memory.labels)
+                if last:
+                    export.save_backbone(self.output / "backbone.pth", self.network.backbone)
+                    export.save_clusters(self.output / "clusters.csv", self.dataset, self.memory.labels, similarity)
+        self.save()

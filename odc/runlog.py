@@ -1,0 +1,53 @@
+"""What a run says while it runs: one JSON object a line in log.jsonl, and a progress bar or plain lines."""
+
+import json
+import os
+import sys
+import textwrap
+
+from tqdm import tqdm
+
+from odc import distributed
+
+
+class RunLog:
+    """log.jsonl on the main process; on the others every call does nothing.
+
+    position: the length in bytes that the log had at the checkpoint from which the run goes on. What was written
+    after it, by steps that will be run again, is cut off, so that no step is lost or doubled.
+    """
+
+    def __init__(self, path, position=0):
+        self.file = None
+        if distributed.is_main():
+            self.file = open(path, "r+b" if os.path.exists(path) else "w+b")
+            self.file.truncate(position)
+            self.file.seek(position)
+
+    def write(self, **record):
+        if self.file:
+            self.file.write((json.dumps(record) + "\n").encode())
+            self.file.flush()
+
+    @property
+    def position(self):
+        return self.file.tell() if self.file else 0
+
+
+def progress_bar(total, initial, description):
+    """A tqdm bar on the main process's terminal; elsewhere it stays silent, and `plain_line` speaks instead."""
+    return tqdm(total=total, initial=initial, desc=description, unit="step", leave=False, dynamic_ncols=True,
+                disable=not (distributed.is_main() and sys.stderr.isatty()))
+
+
+def plain_line(text):
+    """Print a line on the main process if no progress bar shows the same."""
+    if not sys.stderr.isatty():
+        distributed.print_main(text)
+
+
+def print_settings(settings):
+    """The run's settings, once, as `name value` pairs wrapped to 80 columns."""
+    pairs = [f"{name} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+             for name, value in settings.items() if value is not None]
+    distributed.print_main(textwrap.fill("settings: " + ", ".join(pairs), 80, subsequent_indent="  "))

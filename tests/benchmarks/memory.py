@@ -1,0 +1,132 @@
+"""A whole memory step against its bound, against recounting, against N, and with splits.
+
+    python -m tests.benchmarks.memory            ImageNet's size: N = 1,281,167, K = 10,000, d = 256, B = 512
+    python -m tests.benchmarks.memory --scale    N = 128 thousand against 12.8 million, half-precision features
+    python -m tests.benchmarks.memory --splits   a step in which 20 clusters must be refilled
+"""
+
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from odc.memory import ODCMemory
+from tests.benchmarks.timing import interleave, table
+
+N, K, d, B = 1_281_167, 10_000, 256, 512
+
+
+def make_memory(num_samples, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    memory = ODCMemory(num_samples, d, K, dtype=dtype)
+    for part in memory.features.split(65536):
+        part.copy_(F.normalize(torch.rand(part.shape, generator=generator)))
+    memory.labels = torch.randint(K, (num_samples,), generator=generator)
+    memory._count()
+    memory.update_centroids()
+    return memory
+
+
+def batches(num_samples, seed=1):
+    """Endless batches like the memory's own features a little later."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.rand(8 * B, d, generator=generator)  # drawing them must not be timed
+    while True:
+        for z in pool.split(B):
+            yield torch.randint(num_samples, (B,), generator=generator), z
+
+
+class Steps:
+    """One call is one step of the memory as train.py does it."""
+
+    def __init__(self, memory, splits=True):
+        self.memory, self.number, self.splits = memory, 0, splits
+        self.batches = batches(len(memory.labels))
+
+    def __call__(self):
+        indices, z = next(self.batches)
+        self.number += 1
+        self.memory.update_samples(indices, z)
+        if self.number % 10 == 0:
+            self.memory.update_centroids()
+        if self.splits:
+            self.memory.split_small_clusters()
+        self.memory.loss_weights()
+
+
+class Recounting:
+    """The same step done the plain way: all labels counted twice a step, all features averaged every tenth."""
+
+    def __init__(self, memory):
+        self.F, self.y, self.C = (x.numpy().copy() for x in (memory.features, memory.labels, memory.centroids))
+        self.number, self.batches = 0, batches(len(self.y))
+
+    def __call__(self):
+        indices, z = (x.numpy() for x in next(self.batches))
+        self.number += 1
+        new = 0.5 * z / np.linalg.norm(z, axis=1, keepdims=True) + 0.5 * self.F[indices]
+        new /= np.linalg.norm(new, axis=1, keepdims=True)
+        self.F[indices] = new
+        self.y[indices] = (new @ self.C.T).argmax(axis=1)
+        if self.number % 10 == 0:
+            order = np.argsort(self.y, kind="stable")
+            labels, starts = np.unique(self.y[order], return_index=True)
+            for c, members in zip(labels, np.split(order, starts[1:])):
+                self.C[c] = self.F[members].mean(axis=0)
+        np.bincount(self.y, minlength=K)  # are there small clusters?
+        sizes = np.bincount(self.y, minlength=K)
+        weights = 1 / np.sqrt(np.maximum(sizes, 1))
+        weights / weights.sum()
+
+
+def imagenet():
+    memory = make_memory(N)
+    rows = F.normalize(torch.rand(B, d))
+    times = interleave({
+        "memory step": Steps(memory),
+        "bare product and argmax": lambda: (rows @ memory.centroids.T).argmax(dim=1),
+        "recounting step (NumPy)": Recounting(memory),
+    }, rounds=4, calls=20)
+    table(f"N = {N:,}, K = {K:,}, d = {d}, B = {B}", times, "memory step")
+
+
+def scale():
+    steps = {f"N = {n:,}": Steps(make_memory(n, torch.float16), splits=False) for n in (128_000, 12_800_000)}
+    times = interleave(steps, rounds=8, calls=20)
+    table(f"K = {K:,}, d = {d}, B = {B}, float16 features, no splits", times, f"N = {12_800_000:,}")
+
+
+def splits():
+    memory = make_memory(N)
+    step = Steps(memory)
+    for _ in range(20):
+        step()
+    generator = torch.Generator().manual_seed(2)
+
+    def shrink():
+        """Leave 20 clusters with 10 images each; not timed."""
+        for c in torch.randperm(K, generator=generator)[:20].tolist():
+            rows = (memory.labels == c).nonzero()[10:, 0]
+            target = torch.full_like(rows, (c + 1) % K)
+            memory._add(memory.labels[rows], memory.features[rows], sign=-1)
+            memory._add(target, memory.features[rows], sign=1)
+            memory._relabel(rows, target)
+
+    def refill():
+        step.splits = False
+        step()
+        step.splits = True
+        assert memory.split_small_clusters() >= 20
+
+    times = interleave({"with 20 splits": refill, "without": step}, rounds=8, calls=1, before={"with 20 splits": shrink})
+    table(f"N = {N:,}, K = {K:,}, d = {d}, B = {B}", times, "with 20 splits")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--splits", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    scale() if args.scale else splits() if args.splits else imagenet()

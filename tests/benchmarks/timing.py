@@ -1,0 +1,63 @@
+"""Interleaved timing and one Markdown table, for all benchmarks."""
+
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+
+def interleave(functions, rounds=5, calls=1, before=None, warm_up=1):
+    """Time functions in turn, A B A B ..., so that a machine that slows down slows all of them.
+
+    functions: {name: function}. before: {name: function} to call, untimed, before each round of that name.
+    Returns {name: [seconds a call, one for each round]}, the warm-up rounds left out.
+    """
+    times = {name: [] for name in functions}
+    for number in range(warm_up + rounds):
+        for name, function in functions.items():
+            if before and name in before:
+                before[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= warm_up:
+                times[name].append((time.perf_counter() - start) / calls)
+    return times
+
+
+def table(title, times, ours, extra=None):
+    """Print median and minimum of each, and how often ours, a key of times, fits into it (medians of the same run).
+
+    extra: {name: text} for a last column.
+    """
+    reference = statistics.median(times[ours])
+    print(f"\n{title}; {machine()}\n")
+    print("| | median | minimum | ours / this |" + (" |" if extra else ""))
+    print("|---|---|---|---|" + ("---|" if extra else ""))
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        ratio = "" if name == ours else f"{reference / median:.3f}"
+        print(f"| {name} | {_show(median)} | {_show(min(seconds))} | {ratio} |"
+              + (f" {extra.get(name, '')} |" if extra else ""), flush=True)
+
+
+def _show(seconds):
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
+def machine():
+    """The processor or card, and the threads in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
