@@ -6,6 +6,7 @@ for each image. The worker crops and flips (`crop_and_flip`); the rest, 70% of t
 is left to the device, in a batch (`finish`).
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def _to_tensor(image):
 
 
 def resize_center_crop(image, resize=256, crop=224):
-    """Resize the shorter edge, then cut the middle: the extraction and validation transform of all recipes but VOC's."""
+    """Resize the shorter edge, then cut the middle: the validation transform of all recipes but VOC's."""
     return _to_tensor(_central_square(image, resize, crop)).contiguous()
 
 
@@ -162,9 +163,10 @@ def resize_exact(image, size=224, resize=256):
     return _to_tensor(image.resize((size, size), Image.Resampling.BILINEAR)).contiguous()
 
 
-def evaluation_sizes(image_size):
-    """The arguments (resize, crop) of `resize_center_crop` for an image size; small images are not cut."""
-    return (image_size if image_size <= 64 else _larger(image_size)), image_size
+def evaluation_transform(image_size):
+    """`resize_center_crop` for an image size, in the proportion of 256 to 224; small images are not cut."""
+    resize = image_size if image_size <= 64 else _larger(image_size)
+    return functools.partial(resize_center_crop, resize=resize, crop=image_size)
 
 
 def _larger(size):
@@ -214,9 +216,9 @@ def finish(images, parameters):
     columns = Parameters(*parameters.double().cpu().unbind(1))
     batch = len(images)
     result = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-    # On a CPU, few images at a time stay in its cache through all operations. A device takes them all.
-    block = batch if images.device.type != "cpu" else max(1, 2**17 // (3 * images[0].numel()))
-    for start in range(0, batch, max(1, block)):
+    # On a CPU, few images at a time, about a megabyte, stay in its cache through all operations.
+    block = batch if images.device.type != "cpu" else max(1, 350_000 // max(1, images[:1].numel()))
+    for start in range(0, batch, block):
         rows = slice(start, start + block)
         _finish_block(images[rows], Parameters(*(column[rows] for column in columns)), result[rows])
     return result
@@ -278,20 +280,21 @@ def _blend(x, factor, to_mean, to_gray):
 
 
 def _shift_hue(x, hue):
-    """Turn the hue of x [n, 3, S, S] by hue [n], in turns, in place, through hue, chroma and least component."""
+    """Turn the hue of x [n, 3, S, S] by hue [n], in turns, in place.
+
+    Saturation and value stay, so least and chroma do. With r, g, b from 0 (the least) to 1 (the most), the hue lies
+    1 - r + g + b sixths of a turn from red, towards green if g > b, else towards blue: no case has to be told apart,
+    which is 10 times as fast as selecting on a CPU.
+    """
     r, g, b = x.unbind(1)
-    most = torch.maximum(torch.maximum(r, g), b)
     least = torch.minimum(torch.minimum(r, g), b)
-    chroma = most - least
-    # The hue in sixths of a turn: 0 red, 2 green, 4 blue, and between them by the middle component.
-    is_r, is_g = most == r, most == g
-    middle = torch.where(is_r, g - b, torch.where(is_g, b - r, r - g))
-    sixth = torch.where(is_r, 0.0, torch.where(is_g, 2.0, 4.0))
-    turn = middle.div_(chroma.clamp(min=1e-8)).add_(sixth).mul_(1 / 6).add_(hue[:, None, None])
-    sixth = turn.sub_(turn.floor()).mul_(6)
-    torch.addcmul(least, chroma, (sixth - 3).abs_().sub_(1).clamp_(0, 1), out=r)
-    torch.addcmul(least, chroma, (sixth - 2).abs_().neg_().add_(2).clamp_(0, 1), out=g)
-    torch.addcmul(least, chroma, (sixth - 4).abs_().neg_().add_(2).clamp_(0, 1), out=b)
+    chroma = torch.maximum(torch.maximum(r, g), b).sub_(least)
+    from_red = (g + b).sub_(r).sub_(least).div_(chroma.clamp(min=1e-8)).add_(1)
+    turns = torch.copysign(from_red, g - b).mul_(1 / 6).add_(hue[:, None, None])
+    sixths = turns.sub_(turns.floor()).mul_(6)
+    torch.addcmul(least, chroma, (sixths - 3).abs_().sub_(1).clamp_(0, 1), out=r)
+    torch.addcmul(least, chroma, (sixths - 2).abs_().neg_().add_(2).clamp_(0, 1), out=g)
+    torch.addcmul(least, chroma, (sixths - 4).abs_().neg_().add_(2).clamp_(0, 1), out=b)
 
 
 def _rotate(images, angle):
@@ -309,9 +312,8 @@ def _rotate(images, angle):
     fixed = fixed.to(images.device, non_blocking=True)[:, :, None, None]
     column = torch.arange(size, dtype=torch.int32, device=images.device)
     row = column[:, None]
-    x = (fixed[0] * column + (fixed[1] * row + fixed[2])) >> 16
-    y = (fixed[3] * column + (fixed[4] * row + fixed[5])) >> 16
-    inside = ((x | y) >= 0) & (torch.maximum(x, y) < size)
-    source = torch.where(inside, y * size + x, size * size).long().view(batch, 1, -1)
-    # One black pixel behind the last one stands for all that lies outside.
-    return F.pad(images.flatten(2), (0, 1)).gather(2, source.expand(-1, channels, -1)).view_as(images)
+    x = ((fixed[0] * column + (fixed[1] * row + fixed[2])) >> 16).clamp_(-1, size)
+    y = ((fixed[3] * column + (fixed[4] * row + fixed[5])) >> 16).clamp_(-1, size)
+    # With a black pixel around the image, all that lies outside is black.
+    source = (y.add_(1).mul_(size + 2).add_(x).add_(1)).long().view(batch, 1, -1).expand(-1, channels, -1)
+    return F.pad(images, (1, 1, 1, 1)).flatten(2).gather(2, source).view_as(images)

@@ -124,8 +124,8 @@ def voc07(root, split):
     missing = [name for name in ids if f"{name}.jpg" not in there]
     if missing:
         path = os.path.join(folder, "JPEGImages", missing[0] + ".jpg")
-        raise UserError(f"{path} does not exist, though {stem}.txt names it ({len(missing)} of {len(ids)} are missing): "
-                        f"unpack the images of {stem} there.")
+        raise UserError(f"{path} does not exist, though {stem}.txt names it ({len(missing)} of {len(ids)} are missing);"
+                        f" unpack the images of {stem} there.")
     row = {name: i for i, name in enumerate(ids)}
     targets = torch.empty(len(ids), len(VOC_CLASSES), dtype=torch.int8)
     for k, name in enumerate(VOC_CLASSES):
