@@ -1,0 +1,121 @@
+"""Nearest centroids: an exact search that spends its time in a half-precision product.
+
+A bfloat16 product is several times faster than a float32 one and its error has a bound. Scores from it that lie
+further than the bound below a row's best cannot win; only what remains, usually one centroid a row, is looked at in
+double precision. So the answer is that of the exact computation, and it depends on the row and the centroids alone:
+not on how the rows were cut into blocks, on the number of processes or of threads.
+"""
+
+import torch
+
+GROUP = 20  # centroids whose scores are reduced to their maximum before single scores are looked at
+
+
+def assign(features, centroids, inner_product=False):
+    """The best centroid of every row: [n, d] float, [K, d] float -> int64 [n].
+
+    Best is nearest in Euclidean distance, largest <f, c> - <c, c> / 2, or with inner_product largest <f, c> (as the
+    recipe labels images, see odc.memory). Scores are compared as float32, each correctly rounded; the lowest index wins
+    ties. A row that holds a NaN gets label 0.
+    """
+    return NearestCentroid(centroids, inner_product)(features)
+
+
+class NearestCentroid:
+    """`assign` with the centroids' part of the work done once: NearestCentroid(centroids)(features)."""
+
+    def __init__(self, centroids, inner_product=False):
+        K, d = centroids.shape
+        self.centroids = centroids = centroids.float()
+        exact_bias = centroids.new_zeros(K, dtype=torch.float64)  # of the score <f, c> + bias
+        if not inner_product:
+            exact_bias -= centroids.double().square().sum(1) / 2
+        self.exact_bias = exact_bias
+
+        # Moving all centroids changes all scores of a row alike. Around their mean they are short, and so are the errors.
+        mean = centroids.mean(0)
+        centred = centroids - mean
+        bias = exact_bias if inner_product else exact_bias + mean.double().square().sum() / 2
+
+        # The bias rides along as two more columns of the product, its rounded value and the remainder. Rows that fill
+        # up the last group never win. Widths that are multiples of 8 suit matrix units.
+        dtype = _product_dtype(centroids.device)
+        width, rows = _round_up(d + 2, 8), _round_up(K, GROUP)
+        self.coarse = torch.zeros(rows, width, dtype=dtype, device=centroids.device)
+        self.coarse[:K, :d] = centred
+        if not inner_product:
+            self.coarse[:K, d] = bias
+            self.coarse[:K, d + 1] = bias - self.coarse[:K, d].double()
+        self.coarse[K:, d] = -torch.inf
+
+        # What the error bound needs of the centroids: |coarse score - score| <= rounding of f, of c, of the bias, of the
+        # sum over d products in float32, and of the result.
+        self.length = torch.linalg.vector_norm(centred, dim=1).max()
+        self.length_error = torch.linalg.vector_norm(centred - self.coarse[:K, :d], dim=1).max()
+        self.length_error += 2.0**-22 * (self.length + mean.norm()) + d * 2.0**-23 * self.length
+        self.bias_error = (bias - self.coarse[:K, d : d + 2].double().sum(1)).abs().max().float()
+        self.bias_error += 2.0**-22 * bias.abs().max().float()
+        self.unit = torch.finfo(dtype).eps / 2
+
+    def __call__(self, features):
+        """[n, d] -> int64 [n]."""
+        n = len(features)
+        labels = torch.zeros(n, dtype=torch.int64, device=features.device)
+        # The block of scores stays in the caches of a CPU; on a GPU it is large enough to fill the device.
+        entries = 2**22 if features.device.type == "cpu" else 2**28
+        block = min(n, max(64, entries // len(self.coarse)))
+        rows = self.coarse.new_zeros(block, self.coarse.shape[1])
+        rows[:, features.shape[1] : features.shape[1] + 2] = 1
+        scores = self.coarse.new_empty(len(self.coarse), block)
+        for start in range(0, n, block):
+            part = features[start : start + block].float()
+            self._assign_block(part, rows[: len(part)], scores[:, : len(part)], labels[start : start + block])
+        return labels
+
+    def _assign_block(self, features, rows, scores, labels):
+        d = features.shape[1]
+        rows[:, :d] = features
+        torch.mm(self.coarse, rows.T, out=scores)
+        groups = scores.unflatten(0, (-1, GROUP))  # [K / GROUP, GROUP, n]
+        group_best = groups.amax(1).float()
+        best = group_best.amax(0)
+        length = torch.linalg.vector_norm(features, dim=1)
+        length_error = torch.linalg.vector_norm(features - rows[:, :d], dim=1)
+        error = length_error * self.length + length * self.length_error * 1.01 + self.bias_error
+        threshold = best - 2.02 * (error + self.unit * best.abs())
+
+        # Candidates: usually one group a row, and in it one centroid. Of several for a row all are kept, in ascending order.
+        group, row = (group_best >= threshold).nonzero(as_tuple=True)
+        pair, member = (groups[group, :, row] >= threshold[row, None]).nonzero(as_tuple=True)
+        row, cluster = row[pair], group[pair] * GROUP + member
+        labels[row] = cluster
+        contested = (torch.bincount(row, minlength=len(features)) > 1)[row]
+        if contested.any():
+            self._decide(features, row[contested], cluster[contested], labels)
+
+    def _decide(self, features, row, cluster, labels):
+        """Choose between the candidates: pairs (row, cluster), of which every row has several, ascending in cluster."""
+        if len(row) > 16 * len(features):  # hardly a choice: all scores about equal. All of them, for every such row.
+            row = row.unique()
+            for some in row.split(256):
+                scores = torch.addmm(self.exact_bias, features[some].double(), self.centroids.double().T).float()
+                labels[some] = scores.argmax(1)
+            return
+        scores = (features[row].double() * self.centroids[cluster]).sum(1).add_(self.exact_bias[cluster]).float()
+        best = scores.new_full((len(features),), -torch.inf).scatter_reduce_(0, row, scores, "amax")
+        wins = scores == best[row]
+        labels[row[wins]] = len(self.centroids)
+        labels.scatter_reduce_(0, row[wins], cluster[wins], "amin")
+
+
+def _product_dtype(device):
+    """bfloat16 where the device multiplies it in hardware with float32 accumulation, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _round_up(number, multiple):
+    return -(-number // multiple) * multiple
