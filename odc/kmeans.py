@@ -47,13 +47,13 @@ def kmeans(features, num_clusters, iterations=20, seed=0, progress=True, initial
         distributed.check_signals()
         new_labels = assign(features, centroids)
         changed = _relabel(features, labels, new_labels, sums, one)
-        counts = torch.cat([torch.bincount(labels, minlength=K), changed[None]])
+        counts = torch.cat([torch.bincount(labels, minlength=K), labels.new_tensor([changed])])
         *sizes, changed = distributed.all_reduce(counts).tolist()
         centroids = _means(sums, sizes, one)
         bar.set_postfix(changed=f"{changed / num_rows:.2%}", refresh=False)
         if changed == 0:
             break
-        for empty, donor in _donors(sizes):
+        for empty, donor in _donors(list(sizes)):
             centroids[[donor, empty]] = _apart(centroids[donor])
     bar.close()
 
@@ -79,7 +79,7 @@ def _relabel(features, labels, new_labels, sums, one):
         sums.index_add_(0, new_labels[rows], moving)
         sums.index_add_(0, labels[rows], moving, alpha=-1)
     labels.copy_(new_labels)
-    return (labels.new_zeros(()) + len(changed))
+    return len(changed)
 
 
 def _means(sums, sizes, one):
