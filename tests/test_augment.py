@@ -119,7 +119,8 @@ def test_colours_are_drawn_as_torchvision_draws_them():
     torch.manual_seed(0)
     count = 6000
     jitter = transforms.ColorJitter(0.4, 0.4, 1.0, 0.5)
-    theirs = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(count)]
+    limits = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+    theirs = [jitter.get_params(*limits) for _ in range(count)]
     generator = random.Random(0)
     ours = [augment.draw(Augmentation(), generator, 50, 40) for _ in range(count)]
     for k, column in enumerate(("brightness", "contrast", "saturation", "hue"), 1):
@@ -177,7 +178,7 @@ COLOUR = [
     ("brightness", (0.6, 0.9, 1.0, 1.4), TF.adjust_brightness, 0.001, 1.0),
     ("contrast", (0.6, 0.9, 1.0, 1.4), TF.adjust_contrast, 0.03, 1.5),
     ("saturation", (0.0, 0.5, 1.0, 2.0), TF.adjust_saturation, 0.03, 2.0),
-    ("hue", (-0.5, -0.2, 0.1, 0.33, 0.5), TF.adjust_hue, 0.01, 14.1),
+    ("hue", (-0.5, -0.2, 0.1, 0.33, 0.5), TF.adjust_hue, 0.01, 15.1),
 ]
 
 
