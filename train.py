@@ -134,8 +134,8 @@ def parse(arguments=None):
     return args, banner
 
 
-def main():
-    args, banner = parse()
+def main(arguments=None):
+    args, banner = parse(arguments)
     device = distributed.init(args.device)
     distributed.catch_signals()
     if banner:

@@ -70,3 +70,17 @@ def run_processes(function, world_size, *arguments, timeout=300):
             log.close()
         assert codes == [0] * world_size, output
         return [pickle.loads(Path(f"{call}.{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def command(script, *arguments, processes=1):
+    """The command line of a script at the top level, with torchrun for more than one process."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*start, str(ROOT / script), *map(str, arguments)]
+
+
+def run_script(script, *arguments, processes=1, timeout=300, **extra):
+    """Run a script to its end; a CompletedProcess with text output."""
+    return subprocess.run(command(script, *arguments, processes=processes), env=environment(**extra), text=True,
+                          capture_output=True, timeout=timeout)

@@ -1,0 +1,325 @@
+"""train.py as people run it: what a run leaves, what it continues, and what it says to a mistake."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import train
+from odc import checkpoint, distributed
+from tests.processes import command, environment, run_script
+
+SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min-cluster-size", "5", "--batch-size", "16",
+         "--feature-dim", "32", "--workers", "0", "--log-interval", "1", "--lr", "0.05", "--device", "cpu",
+         "--crop-scale", "0.5"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """150 small images of three classes."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for i in range(150):
+        pixels = generator.integers(0, 255, (36, 40, 3)) // 3 + np.array([(80, 0, 0), (0, 80, 0), (0, 0, 80)][i % 3])
+        (root / f"class{i % 3}").mkdir(exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"class{i % 3}" / f"{i:03d}.png")
+    return root
+
+
+def run_main(*arguments):
+    """train.main in this process: exit code."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            distributed.run(train.main, list(map(str, arguments)))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return stopped.value.code
+
+
+def log_of(output):
+    """The log's records without what depends on the clock."""
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "images_per_second"} for record in records]
+
+
+def assert_equal_state(a, b, where="checkpoint"):
+    """Two checkpoints are the same to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for name in a:
+            assert_equal_state(a[name], b[name], f"{where}.{name}")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), where
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_equal_state(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a, b):
+    """Two output folders hold the same weights, memories, log and clusters, bit for bit."""
+    states = [checkpoint.load(folder / "checkpoint.pth") for folder in (a, b)]
+    for state in states:
+        state["settings"].pop("output")
+        state.pop("log_position")  # images_per_second has no fixed length
+    assert_equal_state(*states)
+    assert log_of(a) == log_of(b)
+    assert (a / "clusters.csv").read_bytes() == (b / "clusters.csv").read_bytes()
+
+
+# --- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def finished(folder, tmp_path_factory):
+    """The output of a short run on the folder, never interrupted."""
+    output = tmp_path_factory.mktemp("finished")
+    assert run_main("--data", folder, "--output", output, *SMALL, "--epochs", "2", "--save-interval", "1") == 0
+    return output
+
+
+def test_files_of_a_run(finished, folder):
+    for epoch in (1, 2):
+        labels = np.load(finished / f"labels_epoch_{epoch}.npy")
+        assert labels.shape == (150,) and labels.min() >= 0 and labels.max() < 8
+        assert (finished / f"backbone_epoch_{epoch}.pth").exists()
+    rows = (finished / "clusters.csv").read_text().splitlines()
+    assert rows[0] == "path,cluster,similarity" and len(rows) == 151
+    path, cluster, similarity = rows[1].split(",")
+    assert (folder / path).exists() and int(cluster) == labels[0] and -1 <= float(similarity) <= 1
+    assert not list(finished.glob("*.partial"))
+
+
+def test_log(finished):
+    records = log_of(finished)
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 21))  # 2 epochs of ceil(150 / 16) steps
+    for record in steps:
+        assert {"epoch", "loss", "change_ratio", "empty", "smallest", "largest", "splits", "lr"} <= record.keys()
+        assert record["empty"] == 0 and 0 <= record["change_ratio"] <= 1
+    assert [record["epoch"] for record in records if "nmi" in record] == [0, 1, 2]
+
+
+def test_backbone_loads_in_torchvision(folder, tmp_path):
+    arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1", "--batch-size", "64"]
+    assert run_main(*arguments, "--arch", "resnet18", "--image-size", "72") == 0
+    state = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(state, strict=False)
+    assert sorted(missing) == ["fc.bias", "fc.weight"] and not unexpected
+
+
+def test_workers_change_nothing(folder, finished, tmp_path):
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--save-interval", "1",
+                    "--workers", "2") == 0
+    states = [checkpoint.load(path / "checkpoint.pth") for path in (finished, tmp_path)]
+    for name in ("backbone", "neck", "head", "memory", "optimizer"):
+        assert_equal_state(states[0][name], states[1][name])
+
+
+def test_starting_from_a_backbone(folder, finished, tmp_path):
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1", "--lr", "0",
+                    "--weights", finished / "backbone.pth") == 0
+    before, after = (torch.load(path / "backbone.pth", weights_only=True) for path in (finished, tmp_path))
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+
+
+def test_learning_rate_drops_and_the_head_has_no_momentum(folder, tmp_path):
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "3", "--lr-steps", "1", "2",
+                    "--lr-gamma", "0.5") == 0
+    rates = [record["lr"] for record in log_of(tmp_path) if "loss" in record]
+    assert rates == [0.05] * 10 + [0.025] * 10 + [0.0125] * 10
+    groups = checkpoint.load(tmp_path / "checkpoint.pth")["optimizer"]["param_groups"]
+    assert [(group["momentum"], group["weight_decay"]) for group in groups] == [(0.9, 1e-5), (0.0, 1e-5)]
+
+
+# --- continuing ------------------------------------------------------------------------------------------------------
+
+
+def start(folder, output, *extra, processes=1):
+    arguments = ["--data", folder, "--output", output, *SMALL, "--epochs", "2", "--save-interval", "1",
+                 "--checkpoint-interval", "3", *extra]
+    return subprocess.Popen(command("train.py", *arguments, processes=processes), env=environment(),
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for_step(child, output, step):
+    """Wait until the log holds the step."""
+    log = output / "log.jsonl"
+    while child.poll() is None:
+        if log.exists() and sum("loss" in line for line in log.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.005)
+
+
+def test_killed_at_random_steps_and_resumed_is_the_same_run(folder, finished, tmp_path):
+    steps = sorted(random.Random(0).sample(range(1, 20), 5))
+    for step in steps:
+        child = start(folder, tmp_path, "--checkpoint-interval", "3")
+        wait_for_step(child, tmp_path, step)
+        assert child.poll() is None, "the run ended before it could be killed"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert start(folder, tmp_path).wait() == 0
+    assert_same_run_but_for_interval(finished, tmp_path)
+
+
+def assert_same_run_but_for_interval(finished, other):
+    """`finished` was run with another checkpoint interval, which must make no difference."""
+    state = checkpoint.load(finished / "checkpoint.pth")
+    state["settings"]["checkpoint_interval"] = 3
+    again = finished / "again"
+    again.mkdir(exist_ok=True)
+    checkpoint.save(again / "checkpoint.pth", state)
+    for name in ("log.jsonl", "clusters.csv"):
+        (again / name).write_bytes((finished / name).read_bytes())
+    assert_same_run(again, other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_stops(folder, finished, tmp_path, number):
+    child = start(folder, tmp_path, "--checkpoint-interval", "1000")
+    wait_for_step(child, tmp_path, 4)
+    child.send_signal(number)
+    assert child.wait() == 128 + number
+    done = checkpoint.load(tmp_path / "checkpoint.pth")["global_step"]
+    assert 4 <= done < 20 and done == log_of(tmp_path)[-1]["step"]
+    assert start(folder, tmp_path).wait() == 0
+    assert_same_run_but_for_interval(finished, tmp_path)
+
+
+def test_another_number_of_processes_goes_on(folder, finished, tmp_path):
+    """1 -> 2 -> 1 processes; the memories are the same when they change hands."""
+    output = ["--data", folder, "--output", tmp_path, *SMALL]
+    assert run_main(*output, "--epochs", "1") == 0
+    before = checkpoint.load(tmp_path / "checkpoint.pth")
+    assert_equal_state(before["memory"]["labels"].numpy().tolist(),
+                       np.load(finished / "labels_epoch_1.npy").tolist())
+    result = run_script("train.py", *output, "--epochs", "2", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "Continuing" in result.stdout and "epoch 2" in result.stdout
+    assert run_main(*output, "--epochs", "3") == 0
+    assert [record["epoch"] for record in log_of(tmp_path) if "nmi" in record] == [0, 1, 2, 3]
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["global_step"] == 10 + 5 + 10
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def assert_one_sentence(capsys, code, *words):
+    error = capsys.readouterr().err.strip().splitlines()
+    sentences = [line for line in error if line.startswith("error: ")]
+    assert code == 2 and len(sentences) == 1 and "Traceback" not in "\n".join(error), error
+    for word in words:
+        assert str(word) in sentences[0], sentences[0]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--data", "nowhere/to/be/found"], ["nowhere/to/be/found", "does not exist"]),
+    (["--arch", "vit"], ["--arch", "vit"]),
+    (["--epochs", "0"], ["--epochs", "'0'"]),
+    (["--lr", "nan"], ["--lr", "nan"]),
+    (["--lr", "-1"], ["--lr"]),
+    (["--memory-momentum", "1.5"], ["--memory-momentum", "1.5"]),
+    (["--batch-size", "many"], ["--batch-size", "many"]),
+    (["--num-clusters", "200", "--min-cluster-size", "0"], ["--num-clusters 200", "150"]),
+    (["--min-cluster-size", "100"], ["--min-cluster-size 100", "800", "150"]),
+    (["--amp", "fp16"], ["--amp fp16", "bf16"]),
+    (["--device", "cuda:77"], ["--device cuda:77"]),
+    (["--weights", "nothing.pth"], ["nothing.pth"]),
+    (["--unknown"], ["--unknown"]),
+])
+def test_mistakes_are_one_sentence(folder, tmp_path, capsys, arguments, words):
+    code = run_main("--data", folder, "--output", tmp_path, *SMALL, *arguments)
+    assert_one_sentence(capsys, code, *words)
+
+
+def test_a_folder_without_images(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("no image")
+    assert_one_sentence(capsys, run_main("--data", tmp_path, *SMALL, "--output", tmp_path / "out"), tmp_path, "no images")
+
+
+def test_an_output_that_is_a_file(folder, tmp_path, capsys):
+    (tmp_path / "out").write_text("not a folder")
+    assert_one_sentence(capsys, run_main("--data", folder, *SMALL, "--output", tmp_path / "out"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--num-clusters", "9"], ["--num-clusters 8", "9"]),
+    (["--lr", "0.1"], ["--lr 0.05", "0.1"]),
+    (["--arch", "resnet18"], ["--arch narrow", "resnet18"]),
+    (["--batch-size", "8"], ["--batch-size 16", "8"]),
+    (["--seed", "1"], ["--seed 0", "1"]),
+])
+def test_other_settings_do_not_continue(folder, finished, capsys, change, words):
+    code = run_main("--data", folder, "--output", finished, *SMALL, "--epochs", "3", *change)
+    assert_one_sentence(capsys, code, *words, finished)
+
+
+def test_another_dataset_does_not_continue(folder, finished, tmp_path, capsys):
+    for kind in ("one more", "one fewer", "renamed"):
+        other = tmp_path / kind
+        for path in folder.glob("*/*"):
+            (other / path.parent.name).mkdir(parents=True, exist_ok=True)
+            (other / path.parent.name / path.name).symlink_to(path)
+        first = next(other.glob("*/*"))
+        if kind == "one more":
+            first.with_name("new.png").symlink_to(first.resolve())
+        elif kind == "one fewer":
+            first.unlink()
+        else:
+            first.rename(first.with_name("renamed.png"))
+        code = run_main("--data", other, "--output", finished, *SMALL, "--epochs", "3")
+        assert_one_sentence(capsys, code, "images", finished)
+
+
+def test_a_truncated_checkpoint(folder, finished, tmp_path, capsys):
+    whole = (finished / "checkpoint.pth").read_bytes()
+    (tmp_path / "checkpoint.pth").write_bytes(whole[: len(whole) // 2])
+    code = run_main("--data", folder, "--output", tmp_path, *SMALL)
+    assert_one_sentence(capsys, code, tmp_path / "checkpoint.pth", "not a complete checkpoint")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_path, capsys):
+    code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--lr", "1e6", "--checkpoint-interval", "1")
+    assert_one_sentence(capsys, code, "loss", "step", "--lr")
+    state = checkpoint.load(tmp_path / "checkpoint.pth")
+    assert all(torch.isfinite(value).all() for value in state["memory"].values())
+
+
+def test_a_corrupt_image_is_named_and_replaced_and_many_stop_the_run(folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    for path in folder.glob("*/*"):
+        (data / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (data / path.parent.name / path.name).symlink_to(path)
+    broken = sorted(data.glob("*/*"))[:3]
+    arguments = ["--data", data, "--output", tmp_path / "out", *SMALL, "--epochs", "2"]
+    broken[0].unlink()
+    broken[0].write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=broken[0].name):
+        assert run_main(*arguments) == 0
+    assert log_of(tmp_path / "out")[-2]["failed_images"] == 1
+    for path in broken[1:]:
+        path.unlink()
+        path.write_bytes(b"no image")
+    capsys.readouterr()
+    with pytest.warns(UserWarning):
+        code = run_main(*arguments[:3], tmp_path / "out2", *arguments[4:])
+    assert_one_sentence(capsys, code, "3 of 150", "1%")
+
+
+def test_two_processes_say_it_once(tmp_path):
+    result = run_script("train.py", "--data", "nowhere", "--output", tmp_path, *SMALL, processes=2)
+    assert result.returncode != 0
+    assert result.stderr.count("error: nowhere does not exist") == 1
