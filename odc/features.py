@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -102,29 +103,22 @@ def _fill(forward, dataset, transform, device, batch_size, workers, name, write)
     batches = iter(evaluation_batches(
         dataset, rows, transform, batch_size, workers=workers, pin_memory=device.type == "cuda"
     ))
-    done, failed, error = 0, 0, None
+    done, failed = 0, 0
     bar = tqdm(total=rows.stop - rows.start, desc=name, unit="img", leave=False,
-               disable=None if distributed.is_main() else True)  # None: off where the output is no terminal
+               disable=not (distributed.is_main() and sys.stderr.isatty()))
     for _ in range(-(-longest // batch_size)):
         distributed.check_signals()
-        try:
+        with distributed.together():
             batch = next(batches, None)
-            if batch is not None:
-                images = normalise(batch.images.to(device, non_blocking=True))
-                features = forward(images)
-                features = [features] if torch.is_tensor(features) else features
-                write(done, [part.float() for part in features])
-                done += len(batch.images)
-                failed += int((batch.failed >= 0).sum())
-                bar.update(len(batch.images))
-        except (UserError, OSError) as stopped:
-            error = stopped
-        if distributed.any_process(error is not None):
-            break
+            if batch is None:
+                continue
+            features = forward(normalise(batch.images.to(device, non_blocking=True)))
+            features = [features] if torch.is_tensor(features) else features
+            write(done, [part.float() for part in features])
+            done += len(batch.images)
+            failed += int((batch.failed >= 0).sum())
+            bar.update(len(batch.images))
     bar.close()
-    with distributed.together():
-        if error is not None:
-            raise error
     failed = int(distributed.all_reduce(torch.tensor(failed)))
     if failed > 0.01 * len(dataset):
         raise UserError(f"{dataset.root}: {failed} of {len(dataset)} images cannot be read; more than 1% is too many.")
