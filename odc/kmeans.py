@@ -12,7 +12,7 @@ BLOCK = 1024  # rows that are added to sums at a time: they stay in the caches
 
 
 def kmeans(features, num_clusters, iterations=20, seed=0, progress=True, initial_centroids=None):
-    """Lloyd's k-means over the rows of all processes (odc.md 2.2; recipe: 20 iterations over all points).
+    """Lloyd's k-means over the rows of all processes (recipe: 20 iterations over all points, no subsampling).
 
     features: [n, d] float, this process's rows; in rank order they make up all N (see `distributed.shard`).
     initial_centroids: [K, d]; without them K distinct rows drawn from the seed, the same for any W.

@@ -8,6 +8,7 @@ not on how the rows were cut into blocks, on the number of processes or of threa
 
 import torch
 
+ENTRIES = 2**22  # scores at a time on a CPU: 8 MiB of them stay in the caches
 GROUP = 20  # centroids whose scores are reduced to their maximum before single scores are looked at
 
 
@@ -32,7 +33,7 @@ class NearestCentroid:
             exact_bias -= centroids.double().square().sum(1) / 2
         self.exact_bias = exact_bias
 
-        # Moving all centroids changes all scores of a row alike. Around their mean they are short, and so are the errors.
+        # Moving all centroids alike moves all scores of a row alike. Around their mean they are short, so are errors.
         mean = centroids.mean(0)
         centred = centroids - mean
         bias = exact_bias if inner_product else exact_bias + mean.double().square().sum() / 2
@@ -48,8 +49,8 @@ class NearestCentroid:
             self.coarse[:K, d + 1] = bias - self.coarse[:K, d].double()
         self.coarse[K:, d] = -torch.inf
 
-        # What the error bound needs of the centroids: |coarse score - score| <= rounding of f, of c, of the bias, of the
-        # sum over d products in float32, and of the result.
+        # What the error bound needs of the centroids: a coarse score is off by the rounding of f, of c, of the bias, of
+        # the float32 sum over d products, and of the result.
         self.length = torch.linalg.vector_norm(centred, dim=1).max()
         self.length_error = torch.linalg.vector_norm(centred - self.coarse[:K, :d], dim=1).max()
         self.length_error += 2.0**-22 * (self.length + mean.norm()) + d * 2.0**-23 * self.length
@@ -62,7 +63,7 @@ class NearestCentroid:
         n = len(features)
         labels = torch.zeros(n, dtype=torch.int64, device=features.device)
         # The block of scores stays in the caches of a CPU; on a GPU it is large enough to fill the device.
-        entries = 2**22 if features.device.type == "cpu" else 2**28
+        entries = ENTRIES if features.device.type == "cpu" else 2**28
         block = min(n, max(64, entries // len(self.coarse)))
         rows = self.coarse.new_zeros(block, self.coarse.shape[1])
         rows[:, features.shape[1] : features.shape[1] + 2] = 1
@@ -80,11 +81,11 @@ class NearestCentroid:
         group_best = groups.amax(1).float()
         best = group_best.amax(0)
         length = torch.linalg.vector_norm(features, dim=1)
-        length_error = torch.linalg.vector_norm(features - rows[:, :d], dim=1)
+        length_error = torch.linalg.vector_norm(rows[:, :d].float().sub_(features), dim=1)
         error = length_error * self.length + length * self.length_error * 1.01 + self.bias_error
         threshold = best - 2.02 * (error + self.unit * best.abs())
 
-        # Candidates: usually one group a row, and in it one centroid. Of several for a row all are kept, in ascending order.
+        # Candidates: usually one group a row, and in it one centroid. Of several all are kept, in ascending order.
         group, row = (group_best >= threshold).nonzero(as_tuple=True)
         pair, member = (groups[group, :, row] >= threshold[row, None]).nonzero(as_tuple=True)
         row, cluster = row[pair], group[pair] * GROUP + member
@@ -101,7 +102,8 @@ class NearestCentroid:
                 scores = torch.addmm(self.exact_bias, features[some].double(), self.centroids.double().T).float()
                 labels[some] = scores.argmax(1)
             return
-        scores = (features[row].double() * self.centroids[cluster]).sum(1).add_(self.exact_bias[cluster]).float()
+        products = features.index_select(0, row).double().mul_(self.centroids.index_select(0, cluster).double())
+        scores = products.sum(1).add_(self.exact_bias[cluster]).float()
         best = scores.new_full((len(features),), -torch.inf).scatter_reduce_(0, row, scores, "amax")
         wins = scores == best[row]
         labels[row[wins]] = len(self.centroids)
