@@ -41,7 +41,7 @@ class Protocol:
 
     def shortened(self, epochs):
         """The same for another number of epochs, the steps of the learning rate moved in proportion."""
-        steps = tuple(round(step * epochs / self.epochs) for step in self.lr_steps)
+        steps = tuple(max(1, round(step * epochs / self.epochs)) for step in self.lr_steps)
         return dataclasses.replace(self, epochs=epochs, lr_steps=steps)
 
 
