@@ -93,10 +93,9 @@ def image_folder(root, split, classes=None):
     if classes is None:
         classes = [folder for folder, count in zip(folders, counts) if count > 0]
         slashes = int((opened.names.block == ord("/")).sum())
-        labelled = slashes == len(opened)  # one in each path
-    else:
-        labelled = True
-    if direct or not labelled or len(classes) < 2:
+        if slashes != len(opened):  # one in each path?
+            return opened
+    if direct or not folders or len(classes) < 2:
         return opened
     number = {name: k for k, name in enumerate(classes)}
     for folder, count in zip(folders, counts):
