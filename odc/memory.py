@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from odc import distributed
-from odc.kmeans import assign
+from odc.nearest import NearestCentroid, assign
 
 
 class ODCMemory:
@@ -36,6 +36,7 @@ class ODCMemory:
         self.centroids = torch.zeros(num_clusters, dim, device=device)
         self.cluster_sizes = torch.zeros(num_clusters, dtype=torch.int64, device=device)
         self._sums = torch.zeros(num_clusters, dim, dtype=torch.int64, device=device)  # over this process's rows
+        self._nearest = None  # search structure over the centroids, made when it is needed and they have changed
         # One in fixed point. N unit features cannot overflow 63 bits; at N = 1.28 million a step is 2^-41.
         self._one = 2.0 ** (62 - math.ceil(math.log2(num_samples + 1)))
 
@@ -83,7 +84,9 @@ class ODCMemory:
         old = self.features[rows].float()
         new = F.normalize(self.momentum * z[here] + (1 - self.momentum) * old).to(self.features.dtype)  # Eq. 1
         self.features[rows] = new
-        new_labels = assign(new.float(), self.centroids, inner_product=True)  # Eq. 2, with the recipe's inner product
+        if self._nearest is None:
+            self._nearest = NearestCentroid(self.centroids, inner_product=True)
+        new_labels = self._nearest(new.float())  # Eq. 2, with the recipe's inner product
 
         # ... and all learn all new labels: indices ascend and shards are contiguous, so rank order is index order.
         self._add(self.labels[indices[here]], old, sign=-1)
@@ -113,7 +116,11 @@ class ODCMemory:
         means = self._mean(sums, self.cluster_sizes[:, None])
         empty = (self.cluster_sizes == 0).nonzero()[:, 0]
         means[empty] = self.centroids[empty]
-        self.centroids = means
+        self._set_centroids(slice(None), means)
+
+    def _set_centroids(self, clusters, values):
+        self.centroids[clusters] = values
+        self._nearest = None
 
     def _mean(self, sums, sizes):
         return sums.float().mul_((1 / (sizes.double() * self._one)).float())
@@ -165,7 +172,7 @@ class ODCMemory:
         self._add(labels, moved, sign=1)
         self._relabel(indices[moves], torch.full_like(indices[moves], empty))
         for cluster, half in ((largest, members[~moves]), (empty, members[moves])):
-            self.centroids[cluster] = self._mean(self._fixed(half).sum(dim=0), self.cluster_sizes[cluster])
+            self._set_centroids(cluster, self._mean(self._fixed(half).sum(dim=0), self.cluster_sizes[cluster]))
 
     def loss_weights(self, power=0.5):
         """w_c proportional to N_c^-power, summing to 1: [K] float32 (an empty cluster counts as one image)."""
@@ -183,7 +190,7 @@ class ODCMemory:
         """Restore `state_dict`, on any number of processes: each takes its rows of all N."""
         self.features.copy_(state["features"][self.rows])
         self.labels.copy_(state["labels"])
-        self.centroids = state["centroids"].to(self.labels.device, copy=True)
+        self._set_centroids(slice(None), state["centroids"].to(self.labels.device))
         self._count()
 
     def _count(self, chunk=65536):

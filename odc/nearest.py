@@ -27,36 +27,34 @@ class NearestCentroid:
 
     def __init__(self, centroids, inner_product=False):
         K, d = centroids.shape
-        self.centroids = centroids = centroids.float()
-        exact_bias = centroids.new_zeros(K, dtype=torch.float64)  # of the score <f, c> + bias
-        if not inner_product:
-            exact_bias -= centroids.double().square().sum(1) / 2
-        self.exact_bias = exact_bias
+        self.centroids = centroids.float()
+        self.inner_product = inner_product
 
-        # Moving all centroids alike moves all scores of a row alike. Around their mean they are short, so are errors.
-        mean = centroids.mean(0)
-        centred = centroids - mean
-        bias = exact_bias if inner_product else exact_bias + mean.double().square().sum() / 2
+        # With m the mean centroid, <f, c> is <f - m, c - m> + <m, c - m> up to a number that all c share. Both
+        # differences are short, and so are the errors of their product. The same for - <c, c> / 2.
+        self.mean = mean = self.centroids.mean(0)
+        centred = self.centroids - mean
+        bias = (centred @ mean if inner_product else centred.square().sum(1) / -2).double()
 
         # The bias rides along as two more columns of the product, its rounded value and the remainder. Rows that fill
         # up the last group never win. Widths that are multiples of 8 suit matrix units.
         dtype = _product_dtype(centroids.device)
-        width, rows = _round_up(d + 2, 8), _round_up(K, GROUP)
-        self.coarse = torch.zeros(rows, width, dtype=dtype, device=centroids.device)
+        self.coarse = torch.zeros(_round_up(K, GROUP), _round_up(d + 2, 8), dtype=dtype, device=centroids.device)
         self.coarse[:K, :d] = centred
-        if not inner_product:
-            self.coarse[:K, d] = bias
-            self.coarse[:K, d + 1] = bias - self.coarse[:K, d].double()
+        self.coarse[:K, d] = bias
+        self.coarse[:K, d + 1] = bias - self.coarse[:K, d].double()
         self.coarse[K:, d] = -torch.inf
 
-        # What the error bound needs of the centroids: a coarse score is off by the rounding of f, of c, of the bias, of
-        # the float32 sum over d products, and of the result.
-        self.length = torch.linalg.vector_norm(centred, dim=1).max()
-        self.length_error = torch.linalg.vector_norm(centred - self.coarse[:K, :d], dim=1).max()
-        self.length_error += 2.0**-22 * (self.length + mean.norm()) + d * 2.0**-23 * self.length
-        self.bias_error = (bias - self.coarse[:K, d : d + 2].double().sum(1)).abs().max().float()
-        self.bias_error += 2.0**-22 * bias.abs().max().float()
+        # What the error bound needs of the centroids. A coarse score is off by the rounding of f - m, of c - m, of the
+        # bias, of sums over d products in float32, and of the result (`unit`).
         self.unit = torch.finfo(dtype).eps / 2
+        float32 = (d + 4) * 2.0**-23
+        self.length = torch.linalg.vector_norm(centred, dim=1).max()
+        self.length_error = torch.linalg.vector_norm(self.coarse[:K, :d].float().sub_(centred), dim=1).max()
+        self.length_error += float32 * self.length
+        self.bias_error = (bias - self.coarse[:K, d : d + 2].double().sum(1)).abs().max().float()
+        self.bias_error += float32 * self.length * (mean.norm() if inner_product else self.length)
+        self.bias_error += 1e-30  # products below float32's range count as zero
 
     def __call__(self, features):
         """[n, d] -> int64 [n]."""
@@ -64,7 +62,7 @@ class NearestCentroid:
         labels = torch.zeros(n, dtype=torch.int64, device=features.device)
         # The block of scores stays in the caches of a CPU; on a GPU it is large enough to fill the device.
         entries = ENTRIES if features.device.type == "cpu" else 2**28
-        block = min(n, max(64, entries // len(self.coarse)))
+        block = max(1, min(n, max(64, entries // len(self.coarse))))
         rows = self.coarse.new_zeros(block, self.coarse.shape[1])
         rows[:, features.shape[1] : features.shape[1] + 2] = 1
         scores = self.coarse.new_empty(len(self.coarse), block)
@@ -75,14 +73,15 @@ class NearestCentroid:
 
     def _assign_block(self, features, rows, scores, labels):
         d = features.shape[1]
-        rows[:, :d] = features
+        centred = features - self.mean
+        rows[:, :d] = centred
         torch.mm(self.coarse, rows.T, out=scores)
         groups = scores.unflatten(0, (-1, GROUP))  # [K / GROUP, GROUP, n]
         group_best = groups.amax(1).float()
         best = group_best.amax(0)
-        length = torch.linalg.vector_norm(features, dim=1)
-        length_error = torch.linalg.vector_norm(rows[:, :d].float().sub_(features), dim=1)
-        error = length_error * self.length + length * self.length_error * 1.01 + self.bias_error
+        length = torch.linalg.vector_norm(centred, dim=1)
+        length_error = torch.linalg.vector_norm(centred.sub_(rows[:, :d].float()), dim=1) + 2.0**-23 * length
+        error = length_error * self.length + 1.01 * length * self.length_error + self.bias_error
         threshold = best - 2.02 * (error + self.unit * best.abs())
 
         # Candidates: usually one group a row, and in it one centroid. Of several all are kept, in ascending order.
@@ -97,13 +96,13 @@ class NearestCentroid:
     def _decide(self, features, row, cluster, labels):
         """Choose between the candidates: pairs (row, cluster), of which every row has several, ascending in cluster."""
         if len(row) > 16 * len(features):  # hardly a choice: all scores about equal. All of them, for every such row.
-            row = row.unique()
-            for some in row.split(256):
-                scores = torch.addmm(self.exact_bias, features[some].double(), self.centroids.double().T).float()
-                labels[some] = scores.argmax(1)
+            centroids = self.centroids.double()
+            bias = centroids.square().sum(1) * (0 if self.inner_product else -0.5)
+            for some in row.unique().split(256):
+                labels[some] = torch.addmm(bias, features[some].double(), centroids.T).float().argmax(1)
             return
-        products = features.index_select(0, row).double().mul_(self.centroids.index_select(0, cluster).double())
-        scores = products.sum(1).add_(self.exact_bias[cluster]).float()
+        f, c = features.index_select(0, row).double(), self.centroids.index_select(0, cluster).double()
+        scores = (f * c if self.inner_product else (f - c / 2).mul_(c)).sum(1).float()
         best = scores.new_full((len(features),), -torch.inf).scatter_reduce_(0, row, scores, "amax")
         wins = scores == best[row]
         labels[row[wins]] = len(self.centroids)
