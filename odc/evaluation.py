@@ -73,11 +73,14 @@ class Frozen:
         """The validation transform of all recipes but VOC's."""
         return evaluation_transform(self.image_size)
 
-    def cache(self, folder, dataset, transform, kind):
-        """The `Cache` for one split's features under a transform, or None without a folder."""
+    def cache(self, folder, dataset, transform, *kind):
+        """The `Cache` for one split's features under a transform, or None without a folder.
+
+        kind: what is made of the maps, and of which images, as far as the arguments of `Frozen` do not say it.
+        """
         if not folder:
             return None
-        return Cache(folder, kind, self.amp, weights_fingerprint(self.backbone), os.path.realpath(dataset.root),
+        return Cache(folder, *kind, self.amp, weights_fingerprint(self.backbone), os.path.realpath(dataset.root),
                      dataset.fingerprint, transform.func.__name__, sorted(transform.keywords.items()))
 
     def description(self):

@@ -53,36 +53,39 @@ def pooled_shapes(shapes):
 # --- extraction ------------------------------------------------------------------------------------------------------
 
 
-def extract_rows(forward, dataset, transform, dims, device, batch_size=64, workers=0, cache=None, name="features"):
+def extract_rows(forward, dataset, transform, dims, device, batch_size=64, workers=0, cache=None, name="features",
+                 images=None):
     """Features of this process's contiguous shard of a data set, in the order of its images.
 
     forward: normalised images [B, 3, S, S] on `device` -> features [B, d], or a list of them; called without gradients.
     transform: what the loader's workers make of an image, a name or function that gives uint8 [3, S, S].
     dims: d, or the list of widths where forward gives a list.
     cache: a `Cache`, or None. With one, rows come from its files if they are complete, else they are written there.
+    name: what the progress bar says. images: int64 [N] indices of the images to take, in this order; None takes all.
     Returns float32 [n_local, d] on `device` (with a cache: on the CPU, memory-mapped), or the list of them.
     Raises UserError if more than 1% of the images cannot be read, or the cache cannot be written. A collective.
     """
+    images = torch.arange(len(dataset)) if images is None else images
+    rows = distributed.shard(len(images))
     if cache is not None:
         if not cache.is_complete():
-            with cache.writing(len(dataset), dims) as write:
-                _fill(forward, dataset, transform, device, batch_size, workers, name, write)
-        matrices = [rows[distributed.shard(len(dataset))] for rows in cache.read(dims)]
+            with cache.writing(len(images), dims) as write:
+                _fill(forward, dataset, images, transform, device, batch_size, workers, name, write)
+        matrices = [matrix[rows] for matrix in cache.read(dims)]
     else:
-        rows = distributed.shard(len(dataset))
         matrices = [torch.empty(rows.stop - rows.start, dim, device=device) for dim in _as_list(dims)]
 
         def write(start, features):
             for matrix, part in zip(matrices, features):
                 matrix[start : start + len(part)] = part
 
-        _fill(forward, dataset, transform, device, batch_size, workers, name, write)
+        _fill(forward, dataset, images, transform, device, batch_size, workers, name, write)
     return matrices[0] if isinstance(dims, int) else matrices
 
 
-def extract(forward, dataset, transform, dims, device, batch_size=64, workers=0, cache=None, name="features"):
+def extract(forward, dataset, transform, dims, device, batch_size=64, workers=0, cache=None, name="features", images=None):
     """As `extract_rows`, but the rows of all images on every process: [N, d] on the CPU, or the list of them."""
-    rows = extract_rows(forward, dataset, transform, dims, device, batch_size, workers, cache, name)
+    rows = extract_rows(forward, dataset, transform, dims, device, batch_size, workers, cache, name, images)
     if cache is not None:
         matrices = cache.read(dims)
     else:
@@ -95,16 +98,16 @@ def _as_list(dims):
 
 
 @torch.no_grad()
-def _fill(forward, dataset, transform, device, batch_size, workers, name, write):
+def _fill(forward, dataset, images, transform, device, batch_size, workers, name, write):
     """Call write(first row within the shard, [features [B, d], ...]) for every batch of this process's shard."""
-    rows = distributed.shard(len(dataset))
+    rows = images[distributed.shard(len(images))]
     # Shards differ by one row, so the number of batches may, too; the collectives below need the larger one.
-    longest = -(-len(dataset) // distributed.world_size())
+    longest = -(-len(images) // distributed.world_size())
     batches = iter(evaluation_batches(
         dataset, rows, transform, batch_size, workers=workers, pin_memory=device.type == "cuda"
     ))
     done, failed = 0, 0
-    bar = tqdm(total=rows.stop - rows.start, desc=name, unit="img", leave=False,
+    bar = tqdm(total=len(rows), desc=name, unit="img", leave=False,
                disable=not (distributed.is_main() and sys.stderr.isatty()))
     for _ in range(-(-longest // batch_size)):
         distributed.check_signals()
@@ -120,8 +123,8 @@ def _fill(forward, dataset, transform, device, batch_size, workers, name, write)
             bar.update(len(batch.images))
     bar.close()
     failed = int(distributed.all_reduce(torch.tensor(failed)))
-    if failed > 0.01 * len(dataset):
-        raise UserError(f"{dataset.root}: {failed} of {len(dataset)} images cannot be read; more than 1% is too many.")
+    if failed > 0.01 * len(images):
+        raise UserError(f"{dataset.root}: {failed} of {len(images)} images cannot be read; more than 1% is too many.")
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
