@@ -37,7 +37,7 @@ def main():
     if train.labels is None:
         raise UserError(f"{train.name} has several classes an image, and neighbours vote for one: use eval_svm.py.")
     if max(args.k) > len(train):
-        raise UserError(f"--k {max(args.k)}: the bank has only the {len(train)} images of {train.root}; choose smaller k.")
+        raise UserError(f"--k {max(args.k)}: the bank has only {len(train)} images, in {train.root}; choose less.")
 
     def pooled(images):
         """[B, 3, S, S] -> the global average of the last map, L2-normalised: [B, d]."""
@@ -57,7 +57,8 @@ def main():
     results = {}
     for k in args.k:
         hits = predictions[k].cpu() == val.labels[:, None]
-        results[f"k={k}"] = dict(top1=100 * float(hits[:, 0].double().mean()), top5=100 * float(hits.any(1).double().mean()))
+        top1, top5 = hits[:, 0].double().mean(), hits.any(1).double().mean()
+        results[f"k={k}"] = dict(top1=100 * float(top1), top5=100 * float(top5))
     table = report.IMAGENET_KNN
     comparable = args.temperature == 0.07 and table.is_comparable(train, val, frozen.backbone, frozen.image_size)
     published = table if comparable else None

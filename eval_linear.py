@@ -43,15 +43,17 @@ SHORT = dataclasses.replace(MULTIHEAD.shortened(12), recipe="a short form of ima
 def make_parser():
     parser = Parser(__doc__.splitlines()[0])
     groups = evaluation.add_arguments(parser)
-    protocol = parser.add_argument_group("protocol", "Every setting is the protocol's unless given; when --epochs is given, "
-                                         "the steps of the learning rate move with it.")
+    protocol = parser.add_argument_group(
+        "protocol", "Every setting is the protocol's unless given; with --epochs the learning rate's steps move, too.")
     protocol.add_argument("--protocol", choices=list(PROTOCOLS), metavar="NAME",
                           help=f"{', '.join(PROTOCOLS)} (default: the data's own, else a short form of the first)")
     protocol.add_argument("--with-avgpool", action="store_true",
                           help="train the AvgPool column, too, with the lr schedule of imagenet-avgpool")
-    protocol.add_argument("--num-classes", metavar="N", type=whole(2), help="classes, where the data is not the published set")
+    protocol.add_argument("--num-classes", metavar="N", type=whole(2),
+                          help="classes, where the data is not the published set")
     protocol.add_argument("--epochs", metavar="N", type=whole(1, 10**6), help="epochs in all")
-    protocol.add_argument("--batch-size", metavar="N", type=whole(1, 2**20), help="images in a batch of all processes together")
+    protocol.add_argument("--batch-size", metavar="N", type=whole(1, 2**20),
+                          help="images in a batch, of all processes together")
     protocol.add_argument("--lr", metavar="LR", type=number(0, 1e6), help="learning rate")
     protocol.add_argument("--avgpool-lr", metavar="LR", type=number(0, 1e6), default=PROTOCOLS["imagenet-avgpool"].lr,
                           help="learning rate of --with-avgpool")
@@ -105,7 +107,7 @@ def main():
         protocols.append(dataclasses.replace(avgpool, classes=protocol.classes, lr=args.avgpool_lr))
     steps = " ".join(map(str, protocol.lr_steps))
     print_main(f"protocol {name} ({protocol.recipe}): {protocol.epochs} epochs, batch {protocol.batch_size}, lr "
-               f"{protocol.lr:g} x {protocol.lr_gamma:g} after epochs {steps}, augmentation of {protocol.train_transform}")
+               f"{protocol.lr:g} x {protocol.lr_gamma:g} after epochs {steps}, augmentation as {protocol.train_transform}")
     if changed:
         print_main("not the recipe's: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
     path = Path(args.output).with_suffix(".checkpoint.pth") if args.output else None
@@ -124,8 +126,8 @@ def main():
         {f"{row}, top-1": {column: r["top1"] for column, r in results.items()},
          f"{row}, top-5": {column: r["top5"] for column, r in results.items()}}, published)
     if len(protocols) > 1:
-        print_main(f"AvgPool: lr and schedule of {protocols[1].recipe}, in {protocol.epochs} epochs and with the augmentation "
-                   "of the other columns; best epoch.")
+        print_main(f"AvgPool: lr, schedule and best epoch as in {protocols[1].recipe}, but {protocol.epochs} epochs and "
+                   "the other columns' augmentation.")
     report.write_json(args.output, dict(
         script="eval_linear", protocol=name, settings=dataclasses.asdict(protocol), not_the_recipes=changed,
         **frozen.description(), results=results, history=training.history, published=report.published_rows(published)))

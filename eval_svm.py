@@ -28,13 +28,13 @@ def make_parser():
     parser = Parser(__doc__.splitlines()[0])
     groups = evaluation.add_arguments(parser)
     groups["data"].add_argument("--train-images", metavar="N", type=whole(2), default=None,
-                                help="train on so many images, drawn from --seed, of all classes alike (default: all of "
-                                f"VOC07, at most {OTHER_TRAIN_IMAGES} of other data)")
+                                help="train on so many images, drawn from --seed, of all classes alike (default: all "
+                                f"of VOC07, at most {OTHER_TRAIN_IMAGES} of other data)")
     method = parser.add_argument_group("support vector machines")
     method.add_argument("--maps", choices=MAP_NAMES, nargs="+", metavar="MAP",
                         help="feature maps to judge, of feature1 to feature5 (default: all)")
     method.add_argument("--shots", metavar="K", type=whole(1), nargs="*", default=None,
-                        help="low-shot: positives of a class (default: " + " ".join(map(str, SHOTS)) + ", as far as the "
+                        help=f"low-shot: positives of a class (default: {' '.join(map(str, SHOTS))}, as far as the "
                         "data has so many)")
     method.add_argument("--low-shot-targets", metavar="PATH", help="folder or zip file of the published target files "
                         "train_targets_sample1_k1.npy ... (default: samples drawn from --seed)")
@@ -124,14 +124,16 @@ def main():
     full = {}
     for i, train_rows, val_rows in zip(chosen, train, val):
         distributed.check_signals()
-        full[MAP_NAMES[i]] = result = full_svm(train_rows.to(frozen.device), targets, val_rows.to(frozen.device), val_targets)
+        result = full_svm(train_rows.to(frozen.device), targets, val_rows.to(frozen.device), val_targets)
+        full[MAP_NAMES[i]] = result
         print_main(f"{MAP_NAMES[i]}: mAP {100 * result.mean_average_precision:.2f}{unconverged(result)}")
     best = max(full, key=lambda name: full[name].mean_average_precision)
     at = list(full).index(best)
     distributed.check_signals()
     shots = []
     if samples:
-        shots = low_shot(train[at].to(frozen.device), samples, val[at].to(frozen.device), val_targets, progress=sys.stderr.isatty())
+        shots = low_shot(train[at].to(frozen.device), samples, val[at].to(frozen.device), val_targets,
+                         progress=sys.stderr.isatty())
     for result in shots:
         if result.unconverged:
             print_main(f"k = {result.k}{unconverged(result)}")

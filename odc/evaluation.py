@@ -1,4 +1,4 @@
-"""What the three evaluation scripts begin with: a frozen backbone, a labelled train and val set, and their arguments."""
+"""What the three evaluation scripts begin with: arguments, a frozen backbone, and a labelled train and val set."""
 
 import contextlib
 import os
@@ -116,8 +116,8 @@ def prepare(args):
                 raise UserError(f"{opened.root} has no labels, and an evaluation needs them: give a folder with "
                                 "train/CLASS/IMAGE and val/CLASS/IMAGE, or another known layout.")
         if len(train.classes) != len(val.classes):
-            raise UserError(f"{data}: the train split has {len(train.classes)} classes and the val split {len(val.classes)}; "
-                            "they must have the same.")
+            raise UserError(f"{data}: the train split has {len(train.classes)} classes and the val split has "
+                            f"{len(val.classes)}; they must have the same.")
         if args.output and not os.access(os.path.dirname(os.path.abspath(args.output)), os.W_OK):
             raise UserError(f"--output {args.output}: its folder is missing or not writable; choose another.")
         size = args.image_size or NATIVE_SIZES.get(train.name, 224)

@@ -83,7 +83,8 @@ def extract_rows(forward, dataset, transform, dims, device, batch_size=64, worke
     return matrices[0] if isinstance(dims, int) else matrices
 
 
-def extract(forward, dataset, transform, dims, device, batch_size=64, workers=0, cache=None, name="features", images=None):
+def extract(forward, dataset, transform, dims, device, batch_size=64, workers=0, cache=None, name="features",
+            images=None):
     """As `extract_rows`, but the rows of all images on every process: [N, d] on the CPU, or the list of them."""
     rows = extract_rows(forward, dataset, transform, dims, device, batch_size, workers, cache, name, images)
     if cache is not None:

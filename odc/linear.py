@@ -141,8 +141,8 @@ class Training:
         self.columns = [column for protocol in protocols for column in protocol.columns]
         self.batch_size, uneven = divmod(self.protocol.batch_size, distributed.world_size())
         if uneven:
-            raise UserError(f"a batch of {self.protocol.batch_size} images cannot be split over {distributed.world_size()} "
-                            "processes: choose a --batch-size that is a multiple of them.")
+            raise UserError(f"a batch of {self.protocol.batch_size} images cannot be split evenly over "
+                            f"{distributed.world_size()} processes: choose a --batch-size that can.")
         shapes = map_shapes(frozen.backbone, frozen.image_size)
         self.classifiers = Classifiers(self.columns, shapes, self.protocol.classes, seed).to(frozen.device)
         self.optimizer = torch.optim.SGD([
@@ -170,9 +170,10 @@ class Training:
         frozen, device = self.frozen, self.frozen.device
         for protocol, group in zip(self.protocols, self.optimizer.param_groups):
             group["lr"] = protocol.lr * protocol.lr_gamma ** sum(self.epoch >= step for step in protocol.lr_steps)
+        augmentation = LINEAR_AUGMENTATIONS[self.protocol.train_transform]
         batches = loader.epoch_batches(
-            frozen.train, LINEAR_AUGMENTATIONS[self.protocol.train_transform], frozen.image_size, self.batch_size, self.seed,
-            self.epoch, self.step, frozen.workers, pin_memory=device.type == "cuda")
+            frozen.train, augmentation, frozen.image_size, self.batch_size, self.seed, self.epoch, self.step,
+            frozen.workers, pin_memory=device.type == "cuda")
         self.classifiers.train()
         failed, iterator, name = 0, iter(batches), f"epoch {self.epoch + 1}/{self.protocol.epochs}"
         with progress_bar(self.step + len(batches), self.step, name) as bar:
@@ -194,7 +195,7 @@ class Training:
                     raise distributed.Interrupted
         failed = int(distributed.all_reduce(torch.tensor(failed)))
         if failed > 0.01 * len(frozen.train):
-            raise UserError(f"{frozen.train.root}: {failed} of {len(frozen.train)} images cannot be read, more than 1%: "
+            raise UserError(f"{frozen.train.root}: {failed} of {len(frozen.train)} images cannot be read, more than 1%; "
                             "repair or remove them.")
         self.save()
 
@@ -205,7 +206,8 @@ class Training:
 
         def best_classes(images):
             """[B, 3, S, S] -> [B, columns * k], best first: what extract_rows takes for features."""
-            return torch.cat([logits.topk(k).indices for logits in self.classifiers(frozen.maps(images)).values()], dim=1)
+            logits = self.classifiers(frozen.maps(images))
+            return torch.cat([values.topk(k).indices for values in logits.values()], dim=1)
 
         best = extract_rows(best_classes, frozen.val, frozen.transform, len(self.columns) * k, frozen.device,
                             self.batch_size, frozen.workers, name="val")
@@ -267,8 +269,9 @@ class Training:
                 before, now = state["settings"], self.settings()
                 for name in sorted(before.keys() | now.keys()):
                     if before.get(name) != now.get(name):
-                        raise UserError(f"{self.path} holds a run with {name.replace('_', ' ')} {before.get(name)}, not "
-                                        f"{now.get(name)}: {remedy}")
+                        what = name.replace("_", " ")
+                        raise UserError(f"{self.path} holds a run with {what} {before.get(name)}, not {now.get(name)}: "
+                                        f"{remedy}")
         if state is not None:
             self.classifiers.load_state_dict(state["classifiers"])
             self.optimizer.load_state_dict(state["optimizer"])

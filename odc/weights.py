@@ -40,11 +40,10 @@ def load_backbone(weights, arch=None, image_size=224, seed=0):
             torch.manual_seed(seed)
             backbone = ResNet(arch or "resnet50", use_small_stem(image_size))
         return backbone.eval(), f"{_describe(backbone)}, random weights from seed {seed}"
-    candidates = [
-        _match(where, state, prefix, arch) for where, state in _state_dicts(_read(weights)) for prefix in _prefixes(state)
-    ]
+    states = _state_dicts(_read(weights))
+    candidates = [_match(where, state, prefix, arch) for where, state in states for prefix in _prefixes(state)]
     if not candidates:
-        raise UserError(_no_resnet(weights))
+        raise UserError(_no_resnet(weights, states))
     best = min(candidates, key=lambda candidate: len(candidate["problems"]))
     if best["problems"]:
         raise UserError(
@@ -121,7 +120,7 @@ def _read(path):
         raise UserError(f"{path} is not a weights file that torch.save wrote, or it is damaged.") from error
     except Exception as error:  # torch.load has no error class of its own for a file that is not what it expects
         if "TorchScript" in str(error):
-            raise UserError(f"{path} is a TorchScript program, which is refused; save its state_dict() alone.") from error
+            raise UserError(f"{path} is a TorchScript program, which is refused; save its state_dict().") from error
         raise UserError(f"{path} is not a weights file that torch.save wrote, or it is damaged.") from error
 
 
@@ -201,11 +200,11 @@ def _recognise(own):
     return None
 
 
-def _no_resnet(path):
-    keys = [key for _, state in _state_dicts(_read(path)) for key in state]
+def _no_resnet(path, states):
+    keys = [key for _, state in states for key in state]
     if not keys:
         return f"{path} holds no state dict (a dict of named tensors); save the network's state_dict()."
     if any(re.search(r"patch_embed|pos_embed|cls_token|class_token|conv_proj", key) for key in keys):
         return f"{path} holds a Vision Transformer ({_some(keys)}); only ResNets can be evaluated: {', '.join(ARCHS)}."
-    return (f"{path} holds no ResNet in torchvision's names (conv1.weight, layer1.0.conv1.weight, ... with any prefix); "
+    return (f"{path} holds no ResNet in torchvision's names, conv1.weight, layer1.0.conv1.weight, ..., with any prefix; "
             f"its keys are {_some(keys)}.")

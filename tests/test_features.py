@@ -91,7 +91,8 @@ def extracted(folder, jobs):
         cache = cache_folder and Cache(cache_folder, dataset.fingerprint, "small")
         own = extract_rows(forward, dataset, small, [3, 16], CPU, batch_size, cache=cache)
         whole = extract(forward, dataset, small, [3, 16], CPU, batch_size, cache=cache)
-        results.append(([x.clone() for x in own], [x.clone() for x in whole], sum(seen), distributed.shard(len(dataset))))
+        rows = distributed.shard(len(dataset))
+        results.append(([x.clone() for x in own], [x.clone() for x in whole], sum(seen), rows))
     return results
 
 

@@ -44,15 +44,15 @@ LAYOUTS = {
         s, "backbone.", **{"head.fc_cls.weight": TENSOR, "neck.fc0.weight": TENSOR, "memory_bank.centroids": TENSOR})},
     "MMSelfSup 1.x": lambda s: {"meta": {"lr": np.float64(0.1)}, "state_dict": _prefixed(
         s, "backbone.", **{"data_preprocessor.mean": TENSOR, "target_net.0.bn1.weight": TENSOR})},
-    "MoCo v1, v2": lambda s: {"epoch": 200, "arch": "resnet18", "optimizer": {"state": {0: {"momentum_buffer": TENSOR}}},
-                              "state_dict": {**_prefixed(_zeros(s), "module.encoder_k."),
-                                             **_prefixed(s, "module.encoder_q."), "module.encoder_q.fc.0.weight": TENSOR,
-                                             "module.queue": TENSOR, "module.queue_ptr": torch.zeros(1)}},
-    "MoCo v3": lambda s: {"state_dict": {**_prefixed(_zeros(s), "module.momentum_encoder."),
-                                         **_prefixed(s, "module.base_encoder."), "module.base_encoder.fc.0.weight": TENSOR,
-                                         "module.predictor.0.weight": TENSOR}},
-    "SimSiam": lambda s: {"state_dict": {**_prefixed(s, "module.encoder."), "module.encoder.fc.0.weight": TENSOR,
-                                         "module.encoder.fc.1.running_mean": TENSOR, "module.predictor.0.weight": TENSOR}},
+    "MoCo v1, v2": lambda s: {"epoch": 200, "optimizer": {"state": {0: {"buffer": TENSOR}}}, "state_dict": {
+        **_prefixed(_zeros(s), "module.encoder_k."), **_prefixed(s, "module.encoder_q."),
+        "module.encoder_q.fc.0.weight": TENSOR, "module.queue": TENSOR, "module.queue_ptr": torch.zeros(1)}},
+    "MoCo v3": lambda s: {"state_dict": {
+        **_prefixed(_zeros(s), "module.momentum_encoder."), **_prefixed(s, "module.base_encoder."),
+        "module.base_encoder.fc.0.weight": TENSOR, "module.predictor.0.weight": TENSOR}},
+    "SimSiam": lambda s: {"state_dict": {
+        **_prefixed(s, "module.encoder."), "module.encoder.fc.0.weight": TENSOR,
+        "module.encoder.fc.1.running_mean": TENSOR, "module.predictor.0.weight": TENSOR}},
     "DINO": lambda s: {"student": {**_prefixed(_zeros(s), "module.backbone."), "module.head.mlp.0.weight": TENSOR},
                        "teacher": {**_prefixed(s, "backbone."), "head.mlp.0.weight": TENSOR},
                        "args": argparse.Namespace(arch="resnet18"), "epoch": 100},
