@@ -16,8 +16,8 @@ def assign(features, centroids, inner_product=False):
     """The best centroid of every row: [n, d] float, [K, d] float -> int64 [n].
 
     Best is nearest in Euclidean distance, largest <f, c> - <c, c> / 2, or with inner_product largest <f, c> (as the
-    recipe labels images, see odc.memory). Scores are compared as float32, each correctly rounded; the lowest index wins
-    ties. A row that holds a NaN gets label 0.
+    recipe labels images, see odc.memory). Scores are compared in double precision; the lowest index wins ties. A row
+    that holds a NaN gets label 0.
     """
     return NearestCentroid(centroids, inner_product)(features)
 
@@ -50,7 +50,7 @@ class NearestCentroid:
         self.unit = torch.finfo(dtype).eps / 2
         float32 = (d + 4) * 2.0**-23
         self.length = torch.linalg.vector_norm(centred, dim=1).max()
-        self.length_error = torch.linalg.vector_norm(self.coarse[:K, :d].float().sub_(centred), dim=1).max()
+        self.length_error = torch.linalg.vector_norm(self.coarse[:K, :d].float() - centred, dim=1).max()
         self.length_error += float32 * self.length
         self.bias_error = (bias - self.coarse[:K, d : d + 2].double().sum(1)).abs().max().float()
         self.bias_error += float32 * self.length * (mean.norm() if inner_product else self.length)
@@ -62,7 +62,7 @@ class NearestCentroid:
         labels = torch.zeros(n, dtype=torch.int64, device=features.device)
         # The block of scores stays in the caches of a CPU; on a GPU it is large enough to fill the device.
         entries = ENTRIES if features.device.type == "cpu" else 2**28
-        block = max(1, min(n, max(64, entries // len(self.coarse))))
+        block = max(1, min(n, entries // len(self.coarse)))
         rows = self.coarse.new_zeros(block, self.coarse.shape[1])
         rows[:, features.shape[1] : features.shape[1] + 2] = 1
         scores = self.coarse.new_empty(len(self.coarse), block)
@@ -96,17 +96,24 @@ class NearestCentroid:
     def _decide(self, features, row, cluster, labels):
         """Choose between the candidates: pairs (row, cluster), of which every row has several, ascending in cluster."""
         if len(row) > 16 * len(features):  # hardly a choice: all scores about equal. All of them, for every such row.
-            centroids = self.centroids.double()
-            bias = centroids.square().sum(1) * (0 if self.inner_product else -0.5)
-            for some in row.unique().split(256):
-                labels[some] = torch.addmm(bias, features[some].double(), centroids.T).float().argmax(1)
-            return
+            return self._compare_all(features, row.unique(), labels)
         f, c = features.index_select(0, row).double(), self.centroids.index_select(0, cluster).double()
-        scores = (f * c if self.inner_product else (f - c / 2).mul_(c)).sum(1).float()
+        scores = (f * c).sum(1) if self.inner_product else -f.sub_(c).square_().sum(1)
         best = scores.new_full((len(features),), -torch.inf).scatter_reduce_(0, row, scores, "amax")
         wins = scores == best[row]
         labels[row[wins]] = len(self.centroids)
         labels.scatter_reduce_(0, row[wins], cluster[wins], "amin")
+
+    def _compare_all(self, features, rows, labels):
+        """Choose between all centroids, for some rows, by a product in double precision."""
+        c = self.centroids.double() - self.mean
+        bias = c.square().sum(1) * (0 if self.inner_product else -0.5)
+        length = torch.linalg.vector_norm(c, dim=1).max()
+        for some in rows.split(256):
+            f = features[some].double() - (0 if self.inner_product else self.mean)
+            scores = torch.addmm(bias, f, c.T)
+            rounding = 2.0**-44 * length * torch.linalg.vector_norm(f, dim=1, keepdim=True)  # less is a tie
+            labels[some] = (scores >= scores.amax(1, keepdim=True) - rounding).byte().argmax(1)
 
 
 def _product_dtype(device):
@@ -114,7 +121,7 @@ def _product_dtype(device):
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if fast else torch.float32
 
 

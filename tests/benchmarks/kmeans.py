@@ -1,0 +1,81 @@
+"""k-means against faiss.Clustering with the same initial centroids, and against the bare products of its iterations.
+
+    python -m tests.benchmarks.kmeans            100,000 x 256, K = 1,000, up to 20 iterations
+    python -m tests.benchmarks.kmeans --large    256,000 x 256, K = 10,000, 5 iterations
+"""
+
+import argparse
+import statistics
+
+import faiss
+import torch
+import torch.nn.functional as F
+
+from odc.kmeans import kmeans
+from odc.nearest import assign
+from tests.benchmarks.timing import interleave, table
+
+
+def unit_features(n, d, latent=24, modes=500):
+    """Non-negative unit features, mildly clustered: modes in a space of few dimensions, wide enough to overlap."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(modes, latent, generator=g)[torch.randint(modes, (n,), generator=g)]
+    z += 0.7 * torch.randn(n, latent, generator=g)
+    x = z @ torch.randn(latent, d, generator=g) / latent**0.5
+    return F.normalize(x.add_(torch.randn(n, d, generator=g), alpha=0.3).relu_())
+
+
+def objective(features, centroids):
+    """Sum of the squared distances to the nearest centroid."""
+    labels = assign(features, centroids)
+    return sum(float((f - centroids[y]).double().square().sum())
+               for f, y in zip(features.split(4096), labels.split(4096)))
+
+
+def faiss_clustering(features, initial, iterations):
+    n, (K, d) = len(features), initial.shape
+    clustering = faiss.Clustering(d, K)
+    clustering.niter, clustering.min_points_per_centroid, clustering.max_points_per_centroid = iterations, 1, n
+    faiss.copy_array_to_vector(initial.numpy().ravel(), clustering.centroids)
+    clustering.train(features.numpy(), faiss.IndexFlatL2(d))
+    return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(K, d)), clustering.iteration_stats.size()
+
+
+def bare_products(features, centroids, iterations, block=2048):
+    products = torch.empty(block, len(centroids))
+    for _ in range(iterations):
+        for part in features.split(block):
+            torch.mm(part, centroids.T, out=products[: len(part)])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--large", action="store_true", help="256,000 rows, K = 10,000, 5 iterations")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    n, K, iterations = (256_000, 10_000, 5) if arguments.large else (100_000, 1_000, 20)
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    features = unit_features(n, 256)
+    initial = features[torch.randperm(n, generator=torch.Generator().manual_seed(1))[:K]].clone()
+    results = {}
+
+    def ours():
+        results["ours"] = kmeans(features, K, iterations, initial_centroids=initial, progress=False)[1], None
+
+    def peer():
+        results["faiss.Clustering"] = faiss_clustering(features, initial, iterations)
+
+    functions = {"ours": ours, "faiss.Clustering": peer,
+                 "bare float32 products": lambda: bare_products(features, initial, iterations)}
+    times = interleave(functions, arguments.rounds, warm_up=0 if arguments.large else 1)
+    objectives = {name: objective(features, centroids) for name, (centroids, _) in results.items()}
+    extra = {name: f"objective {value:.1f}" for name, value in objectives.items()}
+    table(f"k-means, {n:,} x 256, K = {K:,}, {iterations} iterations", times, "ours", extra)
+    worse = objectives["ours"] / objectives["faiss.Clustering"] - 1
+    print(f"\nfaiss did {results['faiss.Clustering'][1]} iterations. Our objective is {worse:+.4%} of faiss's. "
+          f"Time to faiss: {statistics.median(times['ours']) / statistics.median(times['faiss.Clustering']):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""kNN's top 200 and votes against the bare product of queries and bank.
+
+    python -m tests.benchmarks.knn    5,000 queries, a bank of 200,000 x 2,048
+"""
+
+import argparse
+import resource
+import statistics
+
+import torch
+import torch.nn.functional as F
+
+from odc.knn import BANK_BLOCK, QUERY_BLOCK, knn_predict
+from tests.benchmarks.timing import interleave, table
+
+
+def features(n, d, num_classes, seed):
+    """Unit features around the classes' directions, made in place to keep the peak memory that of the features."""
+    g = torch.Generator().manual_seed(seed)
+    directions = torch.randn(num_classes, d, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(num_classes, (n,), generator=g)
+    x = torch.empty(n, d)
+    for rows in torch.arange(n).split(4096):
+        x[rows] = F.normalize((directions[labels[rows]] + 2 * torch.randn(len(rows), d, generator=g)).relu_())
+    return x, labels
+
+
+def bare_product(queries, bank):
+    products = torch.empty(QUERY_BLOCK, BANK_BLOCK)
+    for rows in bank.split(BANK_BLOCK):
+        for some in queries.split(QUERY_BLOCK):
+            torch.mm(some, rows.T, out=products[: len(some), : len(rows)])
+
+
+def peak_memory():
+    """Largest resident size of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--queries", type=int, default=5_000)
+    parser.add_argument("--bank", type=int, default=200_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+
+    queries, _ = features(arguments.queries, 2048, 1000, seed=1)
+    bank, labels = features(arguments.bank, 2048, 1000, seed=2)
+    torch.mm(queries[:64], bank[:64].T)  # what the library needs for a product at all
+    before = peak_memory()
+    knn_predict(queries, bank, labels, 1000)
+    extra = peak_memory() - before
+
+    functions = {"ours": lambda: knn_predict(queries, bank, labels, 1000),
+                 "bare product": lambda: bare_product(queries, bank)}
+    times = interleave(functions, arguments.rounds, warm_up=0)
+    table(f"kNN, {arguments.queries:,} queries, bank {arguments.bank:,} x 2,048, k = 10 to 200", times, "ours")
+    print(f"\nExtra memory {extra * 1024:.0f} MiB. Time to the bare product: "
+          f"{statistics.median(times['ours']) / statistics.median(times['bare product']):.3f}")
+
+
+if __name__ == "__main__":
+    main()
