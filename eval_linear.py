@@ -106,8 +106,8 @@ def main():
         avgpool = PROTOCOLS["imagenet-avgpool"].shortened(protocol.epochs)
         protocols.append(dataclasses.replace(avgpool, classes=protocol.classes, lr=args.avgpool_lr))
     steps = " ".join(map(str, protocol.lr_steps))
-    print_main(f"protocol {name} ({protocol.recipe}): {protocol.epochs} epochs, batch {protocol.batch_size}, lr "
-               f"{protocol.lr:g} x {protocol.lr_gamma:g} after epochs {steps}, augmentation as {protocol.train_transform}")
+    print_main(f"protocol {name} ({protocol.recipe}): {protocol.epochs} epochs, batch {protocol.batch_size}, "
+               f"lr {protocol.lr:g} x {protocol.lr_gamma:g} after epochs {steps}, {protocol.train_transform} augmentation")
     if changed:
         print_main("not the recipe's: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
     path = Path(args.output).with_suffix(".checkpoint.pth") if args.output else None
@@ -126,8 +126,8 @@ def main():
         {f"{row}, top-1": {column: r["top1"] for column, r in results.items()},
          f"{row}, top-5": {column: r["top5"] for column, r in results.items()}}, published)
     if len(protocols) > 1:
-        print_main(f"AvgPool: lr, schedule and best epoch as in {protocols[1].recipe}, but {protocol.epochs} epochs and "
-                   "the other columns' augmentation.")
+        print_main(f"AvgPool: lr, schedule and best epoch as in {protocols[1].recipe}, but {protocol.epochs} epochs "
+                   "and the other columns' augmentation.")
     report.write_json(args.output, dict(
         script="eval_linear", protocol=name, settings=dataclasses.asdict(protocol), not_the_recipes=changed,
         **frozen.description(), results=results, history=training.history, published=report.published_rows(published)))

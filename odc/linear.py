@@ -195,7 +195,7 @@ class Training:
                     raise distributed.Interrupted
         failed = int(distributed.all_reduce(torch.tensor(failed)))
         if failed > 0.01 * len(frozen.train):
-            raise UserError(f"{frozen.train.root}: {failed} of {len(frozen.train)} images cannot be read, more than 1%; "
+            raise UserError(f"{frozen.train.root}: {failed} of {len(frozen.train)} images cannot be read, over 1%; "
                             "repair or remove them.")
         self.save()
 

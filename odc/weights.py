@@ -206,5 +206,5 @@ def _no_resnet(path, states):
         return f"{path} holds no state dict (a dict of named tensors); save the network's state_dict()."
     if any(re.search(r"patch_embed|pos_embed|cls_token|class_token|conv_proj", key) for key in keys):
         return f"{path} holds a Vision Transformer ({_some(keys)}); only ResNets can be evaluated: {', '.join(ARCHS)}."
-    return (f"{path} holds no ResNet in torchvision's names, conv1.weight, layer1.0.conv1.weight, ..., with any prefix; "
+    return (f"{path} holds no ResNet in torchvision's names, conv1.weight, layer1.0.conv1.weight, ... with any prefix; "
             f"its keys are {_some(keys)}.")
