@@ -50,14 +50,16 @@ def make_parser():
                         help="share of the new feature in the samples memory")
     method.add_argument("--centroids-interval", metavar="STEPS", type=whole(1), default=10,
                         help="steps between two updates of the centroids memory")
-    method.add_argument("--reweight-power", metavar="P", type=number(0, 10), default=0.5,
+    method.add_argument("--reweight-power", metavar="P", type=number(0, 4), default=0.5,
                         help="a cluster's loss weight is its size to the power of -P")
     method.add_argument("--kmeans-iterations", metavar="N", type=whole(1), default=20,
                         help="iterations of the initial k-means")
+    method.add_argument("--recluster-interval", metavar="EPOCHS", type=whole(0), default=0,
+                        help="ablation: instead of online clusters, k-means every so many epochs; 0: never")
 
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", metavar="N", type=whole(1, 10**6), default=440, help="epochs in all")
-    optimisation.add_argument("--batch-size", metavar="N", type=whole(1, 65536), default=64,
+    optimisation.add_argument("--batch-size", metavar="N", type=whole(2, 65536), default=64,
                               help="images in a batch, per process")
     optimisation.add_argument("--lr", metavar="LR", type=number(0, 1e6), default=0.06, help="learning rate")
     optimisation.add_argument("--lr-steps", metavar="EPOCH", type=whole(1), nargs="*", default=[400],
@@ -70,11 +72,21 @@ def make_parser():
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
     run.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision: off, bf16 or fp16")
     run.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
-    run.add_argument("--log-interval", metavar="STEPS", type=whole(1), default=50, help="steps between two log lines")
     run.add_argument("--save-interval", metavar="EPOCHS", type=whole(0), default=10,
                      help="epochs between two copies of the backbone and the labels that are kept; 0: none")
     run.add_argument("--checkpoint-interval", metavar="STEPS", type=whole(1), default=1000,
                      help="steps between two checkpoints, besides one at the end of each epoch")
+
+    watching = parser.add_argument_group("watching")
+    watching.add_argument("--log-interval", metavar="STEPS", type=whole(1), default=50,
+                          help="steps between two log lines")
+    watching.add_argument("--knn-interval", metavar="EPOCHS", type=whole(0), default=0,
+                          help="epochs between two measurements of the nearest-neighbour accuracy; 0: none")
+    watching.add_argument("--gallery-interval", metavar="EPOCHS", type=whole(0), default=0,
+                          help="epochs between two pictures of the clusters, clusters.png; 0: one at the end")
+    watching.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
+    watching.add_argument("--export-features", action="store_true",
+                          help="write the features of all images at the end, features.npy")
     return parser
 
 
@@ -82,6 +94,7 @@ def train_epoch(run, epoch, first_step):
     """One epoch of the paper's iteration, from first_step on."""
     args, memory, model, optimizer = run.args, run.memory, run.model, run.optimizer
     model.train()
+    online = not args.recluster_interval  # else labels stay as the last k-means made them
     for group in optimizer.param_groups:
         group["lr"] = args.lr * args.lr_gamma ** sum(epoch >= drop for drop in args.lr_steps)
     loss_weights = memory.loss_weights(args.reweight_power)
@@ -99,7 +112,7 @@ def train_epoch(run, epoch, first_step):
         loss = F.cross_entropy(logits.float(), labels, weight=loss_weights)
         mean_loss = run.agree(epoch, step, loss, batch.failed)  # stops every process if it is not finite
         # 3. Samples memory: features move towards z, labels follow (Eq. 1 and 2).
-        change_ratio = memory.update_samples(indices, z)
+        change_ratio = memory.update_samples(indices, z) if online else 0.0
         # 4. Learn.
         optimizer.zero_grad()
         run.scaler.scale(loss).backward()
@@ -107,10 +120,10 @@ def train_epoch(run, epoch, first_step):
         run.scaler.update()
         # 5. Centroids memory.
         run.global_step += 1
-        if run.global_step % args.centroids_interval == 0:
+        if online and run.global_step % args.centroids_interval == 0:
             memory.update_centroids()
         # 6. Small clusters.
-        splits = memory.split_small_clusters()
+        splits = memory.split_small_clusters() if online else 0
         # 7. Every cluster counts, however large.
         loss_weights = memory.loss_weights(args.reweight_power)
 
@@ -143,9 +156,10 @@ def main(arguments=None):
     print_settings(vars(args))
     run = Run(args, device)
     for epoch in range(run.epoch, args.epochs):
+        run.begin_epoch(epoch)
         train_epoch(run, epoch, run.first_step)
         run.end_epoch(epoch + 1)
-    print_main(f"Done: {args.output}/backbone.pth and {args.output}/clusters.csv.")
+    print_main(f"Done: backbone.pth, clusters.csv, clusters.png and report.html are in {args.output}.")
 
 
 if __name__ == "__main__":

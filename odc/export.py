@@ -1,4 +1,4 @@
-"""The files of a run that other programs read: backbone.pth, labels_epoch_N.npy, clusters.csv."""
+"""The files of a run that other programs read: backbone.pth, clusters.csv, labels.npy and features.npy."""
 
 import csv
 
@@ -16,12 +16,12 @@ def save_backbone(path, backbone):
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
-def save_labels(path, labels):
-    """The pseudo-labels [N] as .npy; main process only."""
+def save_array(path, tensor):
+    """A tensor, such as the pseudo-labels [N], as .npy; main process only."""
 
     def write(temporary):
         with open(temporary, "wb") as file:
-            np.save(file, labels.cpu().numpy())
+            np.save(file, tensor.cpu().numpy())
 
     write_atomically(path, write)
 

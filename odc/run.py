@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from odc import augment, checkpoint, distributed, export, loader, metrics, weights
+from odc import augment, checkpoint, curves, distributed, export, gallery, heldout, loader, metrics, settings, weights
 from odc.augment import Augmentation
 from odc.datasets import open_dataset
 from odc.distributed import UserError, print_main
@@ -18,10 +18,6 @@ from odc.kmeans import kmeans
 from odc.memory import ODCMemory
 from odc.model import ODC, use_small_stem
 from odc.runlog import RunLog, plain_line, progress_bar
-
-# What may differ between the runs that continue one another; everything else must be the same.
-FREE = {"data", "output", "epochs", "batch_size", "workers", "device", "weights", "compile", "log_interval",
-        "save_interval", "checkpoint_interval"}
 
 
 class Run:
@@ -33,7 +29,7 @@ class Run:
         with distributed.together():
             self.dataset = open_dataset(args.data, "train")
             self.state = self.open_output()
-        self.check_settings()
+        settings.check(args, self.dataset, device, self.output, self.state)
         self.augmentation = Augmentation(min_scale=args.crop_scale, jitter=tuple(args.jitter))
         self.autocast = contextlib.nullcontext
         if args.amp != "off":
@@ -43,16 +39,19 @@ class Run:
         self.steps = loader.steps_per_epoch(len(self.dataset), args.batch_size)
         self.global_batch = args.batch_size * distributed.world_size()
         self.epoch, self.first_step, self.global_step = 0, 0, 0  # where to go on
+        self.clustered = 0  # the epoch before which k-means last made the clusters
         self.failed = set()  # images that could not be read, so far
         self.interval = {"steps": 0, "loss": 0.0, "change_ratio": 0.0, "splits": 0}  # since the last line of the log
+        self.last_logged = time.monotonic()
+        self.held_out = heldout.open_held_out(args.data, self.dataset) if args.knn_interval else None
         self.build_network()
         N = len(self.dataset)
         self.memory = ODCMemory(N, args.feature_dim, args.num_clusters, args.memory_momentum, args.min_cluster_size, device)
         if self.state:
             self.restore()
         else:
-            self.log = RunLog(self.output / "log.jsonl")
-            self.cluster_everything()
+            self.log = RunLog(self.output / "log.jsonl", tensorboard=args.tensorboard)
+            self.cluster_everything(epoch=0)
         self.state = None
         self.wrap_network()
         self.last_logged = time.monotonic()
@@ -68,42 +67,6 @@ class Run:
         if distributed.is_main():
             checkpoint.remove_temporary_files(self.output)
         return checkpoint.load(path) if path.exists() else None
-
-    def check_settings(self):
-        """Refuse what cannot work and what would not continue the run in the output folder."""
-        args, N = self.args, len(self.dataset)
-        if args.num_clusters > N:
-            raise UserError(f"--num-clusters {args.num_clusters}: there are only {N} images in {args.data}; choose fewer.")
-        if args.min_cluster_size * args.num_clusters > N:
-            raise UserError(f"--min-cluster-size {args.min_cluster_size}: {args.num_clusters} clusters of that size need "
-                            f"{args.min_cluster_size * args.num_clusters} images and {args.data} has {N}; lower it or "
-                            "--num-clusters.")
-        if args.amp == "fp16" and self.device.type == "cpu":
-            raise UserError("--amp fp16 needs a CUDA device; on the CPU use --amp bf16 or off.")
-        if args.lr == 0.06 and args.data != "shapes" and args.batch_size * distributed.world_size() != 512:
-            print_main(f"The recipe's --lr 0.06 is for a global batch of 512; here it is "
-                       f"{args.batch_size * distributed.world_size()}.")
-        if not self.state:
-            return
-        where = f"{self.output} holds a run"
-        if self.state.get("program") != "odc train":
-            raise UserError(f"{self.output / 'checkpoint.pth'} is not a checkpoint of train.py; choose another --output.")
-        for name, before in self.state["settings"].items():
-            if name not in FREE and vars(args).get(name) != before:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{where} with {flag} {before}, not {vars(args).get(name)}: use the same, or another "
-                                "--output.")
-        batch_before = self.state["settings"]["batch_size"]
-        if args.batch_size != batch_before and self.state["global_batch"] != args.batch_size * distributed.world_size():
-            raise UserError(f"{where} with --batch-size {batch_before}, not {args.batch_size}: use the same, or one that "
-                            f"keeps the global batch at {self.state['global_batch']}, or another --output.")
-        data = self.state["data"]
-        if data["num_images"] != N:
-            raise UserError(f"{where} on {data['num_images']} images, and {args.data} has {N}: the memory's rows belong "
-                            "to images; restore the images, or choose another --output.")
-        if data["fingerprint"] != self.dataset.fingerprint:
-            raise UserError(f"{where} on other images than those in {args.data}, names or order differ: restore them, or "
-                            "choose another --output.")
 
     def build_network(self):
         args = self.args
@@ -139,9 +102,9 @@ class Run:
         if self.args.compile:
             self.model = torch.compile(self.model)
 
-    def cluster_everything(self):
-        """Before the first step: features of all images, k-means, both memories, a new head."""
-        args = self.args
+    def cluster_everything(self, epoch):
+        """Before an epoch, usually only the first: features of all images, k-means, both memories, a new head."""
+        args, before, began = self.args, self.memory.labels.cpu().clone(), time.monotonic()
         self.network.eval()
         with self.autocast():
             features = extract_rows(
@@ -149,12 +112,18 @@ class Run:
                 augment.evaluation_transform(args.image_size), args.feature_dim, device=self.device,
                 batch_size=args.batch_size, workers=args.workers)
         features = F.normalize(features)
-        labels, _ = kmeans(features, args.num_clusters, args.kmeans_iterations, args.seed)
+        labels, _ = kmeans(features, args.num_clusters, args.kmeans_iterations, args.seed + epoch)
         self.memory.initialize(features, distributed.all_gather_rows(labels))
-        self.log_agreement(epoch=0)
-        torch.manual_seed(args.seed + 1)
+        if epoch == 0:
+            self.log_agreement(epoch, "initial k-means")
+        else:
+            agreement = metrics.nmi(self.memory.labels.cpu(), before)
+            self.log_agreement(epoch, f"k-means after epoch {epoch}", nmi_previous=agreement)
+        torch.manual_seed(args.seed + epoch + 1)
         self.network.reset_head()
+        self.epoch, self.first_step, self.clustered = epoch, 0, epoch
         self.save()
+        self.last_logged += time.monotonic() - began  # no training time
 
     def restore(self):
         state = self.state
@@ -163,14 +132,19 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.memory.load_state_dict(state["memory"])
-        self.epoch, self.global_step = state["epoch"], state["global_step"]
+        self.epoch, self.global_step, self.clustered = state["epoch"], state["global_step"], state["clustered"]
         # With another number of processes a step has another size; go on at the nearest whole one.
         self.first_step = min(round(state["step"] * state["global_batch"] / self.global_batch), self.steps)
         self.failed, self.interval = set(state["failed"]), dict(state["interval"])
-        self.log = RunLog(self.output / "log.jsonl", state["log_position"])
+        self.log = RunLog(self.output / "log.jsonl", state["log_position"], self.args.tensorboard, self.global_step + 1)
         print_main(f"Continuing {self.output} at epoch {self.epoch + 1}, step {self.first_step}.")
 
     # --- the loop's surroundings -------------------------------------------------------------------------------------
+
+    def begin_epoch(self, epoch):
+        """An ablation, DeepCluster's alternation: new clusters at --recluster-interval, which steps leave alone."""
+        if is_due(self.args.recluster_interval, epoch) and self.clustered != epoch:
+            self.cluster_everything(epoch)
 
     def batches(self, epoch, first_step):
         batches = loader.training_batches(self.dataset, self.augmentation, self.args.image_size, self.args.batch_size,
@@ -235,15 +209,25 @@ class Run:
         plain_line(f"epoch {epoch + 1} step {step + 1}/{self.steps}: " + ", ".join(f"{k} {v}" for k, v in short.items()))
         self.interval, self.last_logged = dict(steps=0, loss=0.0, change_ratio=0.0, splits=0), now
 
-    def log_agreement(self, epoch):
+    def log_agreement(self, epoch, when, **more):
         """NMI and purity of the clusters against labels that the training never sees, if the data has any."""
         if self.dataset.labels is not None:
             clusters = self.memory.labels.cpu()
-            agreement = dict(nmi=metrics.nmi(clusters, self.dataset.labels),
-                             purity=metrics.purity(clusters, self.dataset.labels))
-            self.log.write(epoch=epoch, step=self.global_step, **agreement)
-            print_main(f"{f'epoch {epoch}' if epoch else 'initial k-means'}: clusters against labels: "
-                       f"NMI {agreement['nmi']:.3f}, purity {agreement['purity']:.1%}")
+            more["nmi"] = metrics.nmi(clusters, self.dataset.labels)
+            more["purity"] = metrics.purity(clusters, self.dataset.labels)
+            print_main(f"{when}: clusters against labels: NMI {more['nmi']:.3f}, purity {more['purity']:.1%}")
+        if more:
+            self.log.write(epoch=epoch, step=self.global_step, **more)
+
+    def log_knn(self, epoch):
+        """Nearest-neighbour accuracy of the backbone on held-out images."""
+        args = self.args
+        self.network.eval()
+        with self.autocast():
+            accuracy = heldout.knn_accuracy(self.network.backbone, self.dataset, self.held_out, args.image_size,
+                                            self.device, args.batch_size, args.workers)
+        self.log.write(epoch=epoch, step=self.global_step, knn_accuracy=accuracy)
+        print_main(f"epoch {epoch}: nearest-neighbour accuracy {accuracy:.1%}")
 
     def save(self):
         """Write checkpoint.pth. A collective."""
@@ -257,21 +241,39 @@ class Run:
                     backbone=self.network.backbone.state_dict(), neck=self.network.neck.state_dict(),
                     head=self.network.head.state_dict(), optimizer=self.optimizer.state_dict(),
                     scaler=self.scaler.state_dict(), memory=memory, epoch=self.epoch, step=self.first_step,
-                    global_step=self.global_step, interval=self.interval, failed=sorted(self.failed),
-                    log_position=self.log.position))
+                    clustered=self.clustered, global_step=self.global_step, interval=self.interval,
+                    failed=sorted(self.failed), log_position=self.log.position))
 
     def end_epoch(self, epoch):
         """Log, save, and keep copies at the save interval; after the last epoch write what other programs read."""
-        args, last = self.args, epoch == self.args.epochs
-        self.log_agreement(epoch)
+        args, last, began = self.args, epoch == self.args.epochs, time.monotonic()
+        self.log_agreement(epoch, f"epoch {epoch}")
+        if is_due(args.knn_interval, epoch):
+            self.log_knn(epoch)
         self.epoch, self.first_step = epoch, 0
-        similarity = export.similarities(self.memory) if last else None
+        with_gallery = last or is_due(args.gallery_interval, epoch)
+        similarity = export.similarities(self.memory) if with_gallery else None
+        features = distributed.gather_rows(self.memory.features) if last and args.export_features else None
         with distributed.together():
             if distributed.is_main():
-                if args.save_interval and epoch % args.save_interval == 0:
+                labels = self.memory.labels.cpu()
+                if is_due(args.save_interval, epoch):
                     export.save_backbone(self.output / f"backbone_epoch_{epoch}.pth", self.network.backbone)
-                    export.save_labels(self.output / f"labels_epoch_{epoch}.npy", self.memory.labels)
+                    export.save_array(self.output / f"labels_epoch_{epoch}.npy", labels)
                 if last:
                     export.save_backbone(self.output / "backbone.pth", self.network.backbone)
-                    export.save_clusters(self.output / "clusters.csv", self.dataset, self.memory.labels, similarity)
+                    export.save_array(self.output / "labels.npy", labels)
+                    export.save_clusters(self.output / "clusters.csv", self.dataset, labels, similarity)
+                if features is not None:
+                    export.save_array(self.output / "features.npy", features)
+                if with_gallery:
+                    gallery.save(self.output / "clusters.png", self.dataset, labels, similarity, args.num_clusters,
+                                 f"{self.dataset.name}, epoch {epoch}", args.seed)
+                curves.save(self.output / "report.html", self.output / "log.jsonl", self.output.resolve().name)
         self.save()
+        self.last_logged += time.monotonic() - began  # no training time
+
+
+def is_due(interval, epoch):
+    """Whether something that happens every `interval` epochs, never if 0, happens after this one."""
+    return interval > 0 and epoch % interval == 0

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import textwrap
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,19 +16,29 @@ class RunLog:
 
     position: the length in bytes that the log had at the checkpoint from which the run goes on. What was written
     after it, by steps that will be run again, is cut off, so that no step is lost or doubled.
+    tensorboard: write the same numbers to a folder beside the log, too; first_step: of this run, for that folder.
     """
 
-    def __init__(self, path, position=0):
-        self.file = None
+    def __init__(self, path, position=0, tensorboard=False, first_step=0):
+        self.file = self.events = None
         if distributed.is_main():
             self.file = open(path, "r+b" if os.path.exists(path) else "w+b")
             self.file.truncate(position)
             self.file.seek(position)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and perhaps not installed
+
+                self.events = SummaryWriter(Path(path).parent / "tensorboard", purge_step=first_step)
 
     def write(self, **record):
         if self.file:
             self.file.write((json.dumps(record) + "\n").encode())
             self.file.flush()
+        if self.events:
+            for name, value in record.items():
+                if name not in ("epoch", "step"):
+                    self.events.add_scalar(name, value, record["step"])
+            self.events.flush()
 
     @property
     def position(self):
