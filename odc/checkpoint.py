@@ -1,5 +1,6 @@
 """Checkpoints that are either complete or not there: atomic writes, a checksum, and no code in the file."""
 
+import contextlib
 import os
 import struct
 import zipfile
@@ -30,14 +31,16 @@ def save(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):  # raised here by chance, from the handler of a signal
+            raise
         # torch turns an OSError inside its writer into a RuntimeError.
         cause = error if isinstance(error, OSError) else (error.__context__ or error)
         temporary.unlink(missing_ok=True)
         kept = "the one from before is kept" if path.exists() else "there is none from before"
         raise UserError(f"{path}: could not be written ({getattr(cause, 'strerror', None) or cause}); {kept}. Make room, "
                         "or make the folder writable, and start the same command again.") from None
+    _sync_folder(path.parent)
 
 
 def load(path):
@@ -74,6 +77,8 @@ def write_atomically(path, write):
     temporary = path.with_name(path.name + ".partial")
     try:
         write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
@@ -82,9 +87,10 @@ def write_atomically(path, write):
 
 
 def remove_temporary_files(folder):
-    """Delete what writers that were killed have left behind."""
-    for path in Path(folder).glob("*.partial"):
-        path.unlink()
+    """Delete what a run that was killed while it wrote has left behind."""
+    for pattern in ("*.pth.partial", "*.npy.partial", "clusters.*.partial", "report.html.partial"):
+        for path in Path(folder).glob(pattern):
+            path.unlink()
 
 
 class _Checksummed:
@@ -102,9 +108,10 @@ class _Checksummed:
 
 
 def _sync_folder(folder):
-    """Make the rename itself durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the rename itself durable, where the file system knows how to."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

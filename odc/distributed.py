@@ -10,6 +10,7 @@ the group is gloo for CPU tensors and, on a CUDA device, NCCL for CUDA tensors.
 import contextlib
 import datetime
 import os
+import re
 import signal
 import sys
 import time
@@ -43,19 +44,13 @@ def init(device="auto"):
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {device}: no CUDA device is available here; use --device cpu.")
-        device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s); start at "
-                            "most one process a device with --nproc_per_node.")
-        torch.cuda.set_device(device)
-    elif device == "cpu":
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:INDEX.")
+    if device == "cpu":
         device = torch.device("cpu")
     else:
-        raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:INDEX.")
+        device = _cuda_device(device)
+        torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         global _store
         _store, rank, world_size = next(dist.rendezvous("env://"))
@@ -63,6 +58,21 @@ def init(device="auto"):
         dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=rank, world_size=world_size,
                                 timeout=datetime.timedelta(minutes=30))
     return device
+
+
+def _cuda_device(device):
+    """One CUDA device for each process of this machine; what is wrong is wrong for all of them alike."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not available:
+        raise UserError(f"--device {device}: no CUDA device is available here; use --device cpu.")
+    if device != "cuda" and processes > 1:
+        raise UserError(f"--device {device}: with several processes each takes a device of its own; use --device cuda.")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else int(device.split(":")[1])
+    if max(processes - 1, index) >= available:
+        raise UserError(f"--device {device}: this machine has {available} CUDA device(s), numbered from 0; start at most "
+                        "one process a device with --nproc_per_node.")
+    return torch.device("cuda", index)
 
 
 def rank():
@@ -166,6 +176,14 @@ def gather_rows(tensor, chunk_rows=65536):
     return result
 
 
+def same_everywhere(value):
+    """True everywhere if every process has an equal value."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return all(other == values[0] for other in values)
+
+
 def any_process(flag):
     """True everywhere if `flag` is true on any process."""
     if world_size() == 1:
@@ -201,6 +219,8 @@ def together():
 
 # --- signals and the exit code ---------------------------------------------------------------------------------------
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # those that ask a run to stop
+
 _signal_received = None  # number of the first signal, or None
 _signal_time = 0.0
 
@@ -215,9 +235,10 @@ def _on_signal(number, frame):
 
 
 def catch_signals():
-    """Turn the first SIGTERM, SIGINT or SIGUSR1 into a request to stop (see `check_signals`); a second exits at once."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _on_signal)
+    """Turn the first of SIGNALS into a request to stop (see `check_signals`); a second one exits at once."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup ignores stays ignored
+            signal.signal(number, _on_signal)
 
 
 def signal_is_pending():
@@ -241,15 +262,31 @@ def _first_to_say(message):
         return True
 
 
+def _is_lost_peer(error):
+    """True if a collective failed because another process is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+
+
 def run(main, *arguments):
-    """Run a script's main function and exit: 0 done, 2 the user's mistake (one sentence), 128 + n after signal n."""
+    """Run a script's main function and exit.
+
+    Exit codes: 0 done; 2 the user's mistake, said in one sentence; 128 + n after signal n; 1 when another process was
+    lost, and for mistakes of ours, with a traceback.
+    """
     code = 0
     try:
         main(*arguments)
-    except UserError as error:
-        if _first_to_say(str(error)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
+    except (UserError, RuntimeError, OSError) as error:
+        message, code = str(error), 2
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in message:  # which torch raises wherever it is
+            if not _is_lost_peer(error):
+                raise
+            message, code = "another process has stopped, for a reason that it says itself, so this one stops, too.", 1
+        if _first_to_say(message):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        if world_size() > 1:
+            sys.stdout.flush()
+            os._exit(code)  # the others may be anywhere: leaving the group in good order could wait for ever
     except Interrupted:
         code = 128 + (_signal_received or signal.SIGTERM)
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from odc import augment
-from odc.distributed import UserError, rank, shard, world_size
+from odc.distributed import SIGNALS, UserError, rank, shard, world_size
 from odc.images import BadImage
 
 TRIES = 100  # so many unreadable images in a row, drawn at random, are not bad luck
@@ -167,9 +167,8 @@ class Batches(torch.utils.data.Dataset):
 def _watched(loader):
     """What the loader gives, with its workers deaf to the signals that ask a run to stop: the training process gets
     them, too, and decides. Raises UserError if the system has killed a worker."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     # Held back from before the fork until the worker ignores them, or a signal in between would end it.
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, signals) if loader.num_workers else None
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if loader.num_workers else None
     try:
         iterator = iter(loader)
     finally:
@@ -180,8 +179,9 @@ def _watched(loader):
             item = next(iterator)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # How it shows depends on what the worker was doing: a message of torch's, or a connection that broke.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise UserError(f"a loader worker has died ({str(error).splitlines()[0]}); if memory or shared memory has "
                             "run out, use fewer --workers or a smaller --batch-size.") from None
@@ -189,7 +189,7 @@ def _watched(loader):
 
 
 def _ignore_signals(worker):
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -24,7 +24,8 @@ class ODCMemory:
     small. dtype: how features are stored; half precision halves the memory of N x d.
 
     labels [N] int64, centroids [K, d] float32 and cluster_sizes [K] int64 are the same on every process; features
-    [n, d] are the rows `rows` (a slice of 0..N) that this process holds. Every method is a collective.
+    [n, d] are the rows `rows` (a slice of 0..N) that this process holds. All are to be read, not written, from outside.
+    Every method but loss_weights is a collective.
     """
 
     def __init__(self, num_samples, dim, num_clusters, momentum=0.5, min_cluster_size=20, device="cpu",
@@ -163,8 +164,10 @@ class ODCMemory:
         rows = rows[self.labels[rows + self.rows.start] == largest]
         own = self.features[rows].float()
         indices = distributed.all_gather_rows(rows + self.rows.start)
-        members = distributed.all_gather_rows(own)  # every process splits the same matrix, so all agree
+        members = distributed.all_gather_rows(own)
+        # All split the same matrix; the main process decides for all, should their hardware round differently.
         moves = two_means(members, at_least=self.min_cluster_size, seed=empty)
+        moves = distributed.broadcast(moves.byte()).bool()
 
         moves_here = moves[(indices >= self.rows.start) & (indices < self.rows.stop)]
         moved, labels = own[moves_here], torch.full_like(rows[moves_here], empty)

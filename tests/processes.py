@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 _CHILD = """
-import importlib, pickle, sys, torch
+import importlib, os, pickle, sys, torch
 torch.set_num_threads(1)
 from odc import distributed
 with open(sys.argv[1], "rb") as file:
@@ -18,7 +18,7 @@ with open(sys.argv[1], "rb") as file:
 function = getattr(importlib.import_module(module), name)
 distributed.init("cpu")
 result = function(*arguments)
-with open(f"{sys.argv[1]}.{distributed.rank()}", "wb") as file:
+with open(sys.argv[1] + "." + os.environ["RANK"], "wb") as file:
     pickle.dump(result, file)
 if torch.distributed.is_initialized():
     torch.distributed.barrier()
