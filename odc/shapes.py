@@ -27,8 +27,8 @@ def draw_shapes(count, seed):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    radius = uniform(6.0, 12.0, 1)
-    reach = (SIZE / 2 + 1 - radius).clamp(max=6)  # a large form may touch the edge of the image, but not more
+    radius = uniform(8.0, 12.5, 1)
+    reach = (SIZE / 2 + 1 - radius).clamp(max=3.5)  # a large form may touch the edge of the image, but not more
     centre = SIZE / 2 + reach * uniform(-1, 1, 2)
     x, y = _rotated_grid(centre, uniform(-0.5, 0.5, 1))
     x, y = x / radius, y / radius  # the form's own frame: it lies in the unit circle
@@ -41,13 +41,13 @@ def draw_shapes(count, seed):
     # A pixel is covered in proportion to the distance of its centre from the edge, in pixels: this smooths the edges.
     inside = (0.5 - distance * radius).clamp(0, 1).view(count, 1, SIZE, SIZE)
 
-    ground = _colour(uniform(0, 1), uniform(0, 1), uniform(0.03, 0.3))
-    ground = ground + uniform(0.02, 0.1, 1, 1, 1) * _noise(8, count, generator)
+    ground = _colour(uniform(0, 1), uniform(0, 1), uniform(0.02, 0.15))
+    ground = ground + uniform(0.01, 0.06, 1, 1, 1) * _noise(8, count, generator)
     # Stripes and a slope of brightness, in the form's frame, so that they turn with it.
     stripes = torch.sin(uniform(2, 9, 1) * (x * uniform(-1, 1, 1) + y * uniform(-1, 1, 1)) + uniform(0, 6.3, 1))
     slope = x * uniform(-0.15, 0.15, 1) + y * uniform(-0.15, 0.15, 1)
-    light = 1 + (slope + uniform(0, 0.2, 1) * stripes).view(count, 1, SIZE, SIZE)
-    form = _colour(uniform(0, 1), uniform(0.05, 0.75), uniform(0.65, 1)) * light
+    light = 1 + (slope + uniform(0, 0.12, 1) * stripes).view(count, 1, SIZE, SIZE)
+    form = _colour(uniform(0, 1), uniform(0, 0.5), uniform(0.75, 1)) * light
     images = ground + (form - ground) * inside + 0.015 * torch.randn(count, 3, SIZE, SIZE, generator=generator)
     return (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous(), labels
 
