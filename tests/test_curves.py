@@ -41,7 +41,8 @@ def test_points_lie_where_the_axes_say():
     for record, (x, y) in zip(RECORDS, points, strict=True):
         share = record["loss"] / 4
         assert y == pytest.approx(heights["0"] + share * (heights["4"] - heights["0"]), abs=0.2)
-        assert x == pytest.approx(curves.LEFT + (curves.WIDTH - curves.LEFT - curves.RIGHT) * record["step"] / 200, abs=0.1)
+        width = curves.WIDTH - curves.LEFT - curves.RIGHT
+        assert x == pytest.approx(curves.LEFT + width * record["step"] / 200, abs=0.1)
     heights = axis(charts["Cluster sizes"])  # logarithmic
     assert heights["10"] - heights["100"] == pytest.approx(heights["100"] - heights["1,000"], abs=0.2)
     largest, smallest = polylines(charts["Cluster sizes"])
@@ -67,7 +68,8 @@ def test_the_page_stands_alone_and_is_safe():
 
 def test_an_empty_log_and_a_single_record():
     assert "no step yet" in curves.page([], "empty")
-    assert list(svgs(curves.page([dict(epoch=0, step=0, nmi=0.0, purity=0.1)], "first"))) == ["Clusters against classes"]
+    first = [dict(epoch=0, step=0, nmi=0.0, purity=0.1)]
+    assert list(svgs(curves.page(first, "first"))) == ["Clusters against classes"]
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 8))

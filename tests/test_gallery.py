@@ -50,7 +50,8 @@ def test_chosen_clusters():
     assert sections["Random"] == dict(gallery.choose(clusters, seed=3))["Random"]
     assert sections["Random"] != dict(gallery.choose(clusters, seed=4))["Random"]
     loosest = dict(gallery.choose(gallery.describe(labels, similarity, 20)))["Loosest"]
-    assert [float(clusters.similarity[k]) for k in loosest] == sorted(float(clusters.similarity[k]) for k in filling)[:5]
+    expected = sorted(float(clusters.similarity[k]) for k in filling)[: gallery.ROWS]
+    assert [float(clusters.similarity[k]) for k in loosest] == expected
 
 
 def test_few_and_tiny_clusters():
@@ -67,7 +68,8 @@ def test_a_row_shows_the_images_closest_to_the_centroid_first():
     labels = (torch.arange(N) >= 20).long()  # 20 images and 10
     similarity = torch.rand(N, generator=torch.Generator().manual_seed(0))
     sheet = gallery.draw(dataset, labels, similarity, 2, "a title")
-    y = 2 * gallery.MARGIN + gallery.HEADING - gallery.MARGIN // 2 + gallery.HEADING + gallery.CAPTION + gallery.SIDE // 2
+    first_row = gallery.MARGIN + gallery.HEADING + gallery.MARGIN // 2 + gallery.HEADING
+    y = first_row + gallery.CAPTION + gallery.SIDE // 2
     step = gallery.SIDE + gallery.GAP
     shown = [sheet.getpixel((gallery.MARGIN + column * step + gallery.SIDE // 2, y))[0] - 100
              for column in range(gallery.COLUMNS)]
@@ -101,8 +103,8 @@ def test_similarities_are_gathered_from_all_processes():
 
 
 def test_a_run_draws_at_the_interval_and_at_the_end(folder, tmp_path, monkeypatch):  # noqa: F811
-    titles, save = [], gallery.save
-    monkeypatch.setattr(gallery, "save", lambda path, *arguments: (titles.append(arguments[-2]), save(path, *arguments)))
+    titles, draw = [], gallery.draw
+    monkeypatch.setattr(gallery, "draw", lambda *arguments: titles.append(arguments[-2]) or draw(*arguments))
     assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "3", "--gallery-interval", "2") == 0
     assert titles == ["folder, epoch 2", "folder, epoch 3"]
     assert Image.open(tmp_path / "clusters.png").size[0] > 1000
