@@ -6,9 +6,14 @@ negatives and the bias a weight on one more input of constant 1,
     P(w) = 1/2 ||w||^2 + C sum_i s_i max(0, 1 - t_i f_i)^2,    f_i = w . x_i.
 
 Every solution is w = sum_i b_i x_i, so all classes, costs and folds of one feature map need only the Gram matrix
-K [N, N] of its rows: f = K b, ||w||^2 = b . K b. At the optimum b_i = 2 C s_i t_i max(0, 1 - t_i f_i).
+K [n, n] of its rows: f = K b, ||w||^2 = b . K b. With c_i = 2 C s_i the gradient in w is sum_i r_i x_i with
+r_i = b_i - c_i t_i max(0, 1 - t_i f_i), and a Newton step on the active rows (1 - t_i f_i > 0) solves
+(K + diag(1 / c)) b = t there, with b = 0 elsewhere.
 
-Letters: N rows, P problems that share them, S costs.
+P is 1-strongly convex in w, so ||w - w*|| <= ||gradient|| = sqrt(r . K r): that is the bound by which every problem is
+checked. Steps are solved in float32 as corrections to float64 values, the check uses f = K b in float64.
+
+Letters: n rows, G groups of problems with a Gram matrix each, P problems of a group, S costs.
 """
 
 from dataclasses import dataclass
@@ -17,16 +22,20 @@ import torch
 
 POSITIVE_WEIGHT = 2.0  # the recipe's class_weight={1: 2, -1: 1}
 TOLERANCE = 1e-7  # relative error of w at which a problem counts as solved
-MAX_STEPS = 100  # Newton steps of one problem; a few are usual
+ROUGH = 1e-4  # ... at which float32 is no longer enough
+FORCING = 3e-4  # relative accuracy of one Newton step
+MAX_STEPS = 100  # Newton steps of one problem; five are usual
+MAX_RANK = 129  # of the preconditioner
+BLOCK = 2**24  # numbers in one temporary tensor, about
 
 
 @dataclass
 class Fits:
-    """The solutions of S costs x P problems."""
+    """The solutions of S costs x P problems on the same n rows."""
 
-    coefficients: torch.Tensor  # [S, N, P] float64: b
-    decisions: torch.Tensor  # [S, N, P] float64: f, the decision value of every row, also of those not in the problem
-    errors: torch.Tensor  # [S, P]: upper bound of ||w - w*|| / ||w||; the objective is within ||w - w*||^2 / 2
+    coefficients: torch.Tensor  # [S, P, n] float64: b
+    decisions: torch.Tensor  # [S, P, n] float64: f, the decision value of every row, also of those not in the problem
+    errors: torch.Tensor  # [S, P] float64: bound of ||w - w*|| / ||w||; the objective is within ||w - w*||^2 of optimal
     converged: torch.Tensor  # [S, P] bool: errors <= TOLERANCE
 
 
@@ -34,14 +43,13 @@ def gram(rows, others=None, block=1024):
     """Inner products of rows [n, D] with others [m, D] (default: themselves), bias input included -> float64 [n, m]."""
     others = rows if others is None else others
     result = torch.empty(len(rows), len(others), dtype=torch.float64, device=rows.device)
-    for start in range(0, len(rows), block):
-        part = slice(start, start + block)
-        if others is rows:  # symmetric: only the lower blocks
-            stop = min(start + block, len(rows))
-            torch.mm(rows[part].double(), rows[:stop].double().T, out=result[part, :stop])
-            result[:start, part] = result[part, :start].T
-        else:
-            torch.mm(rows[part].double(), others.double().T, out=result[part])
+    for i in range(0, len(rows), block):
+        left = rows[i : i + block].double()
+        for j in range(0, i + 1 if others is rows else len(others), block):
+            part = left @ others[j : j + block].double().T
+            result[i : i + block, j : j + block] = part
+            if others is rows:  # symmetric: the upper blocks are copies
+                result[j : j + block, i : i + block] = part.T
     return result.add_(1)
 
 
@@ -51,87 +59,261 @@ def row_weights(targets):
 
 
 def objective(coefficients, decisions, targets, cost):
-    """P(w) of every problem: [N, P] coefficients, decisions and targets -> [P]."""
+    """P(w) of each problem, for [..., n] coefficients, decisions and targets -> [...]."""
     hinge = (1 - targets * decisions).clamp_(min=0)
-    return 0.5 * (coefficients * decisions).sum(0) + cost * (row_weights(targets) * hinge.square()).sum(0)
+    return 0.5 * (coefficients * decisions).sum(-1) + cost * (row_weights(targets) * hinge.square()).sum(-1)
 
 
-def fit(kernel, targets, costs):
-    """Solve the problems of every cost and every column of targets.
+def fit(kernel, targets, costs, progress=None):
+    """Solve the problems of every cost and every row of targets.
 
-    kernel: [N, N] float64, see `gram`. targets: [N, P] integer, 1 positive, -1 negative, 0 not in the problem.
-    costs: S numbers. Returns Fits; a problem that did not converge has `converged` False there and must not be used.
+    kernel: [n, n] float64, see `gram`. targets: [P, n] integer, 1 positive, -1 negative, 0 not in the problem.
+    costs: S numbers. progress: called with the number of fits after each cost. Returns Fits; a problem that did not
+    converge has `converged` False there and must not be used.
     """
     targets = targets.double()
-    S, (N, P) = len(costs), targets.shape
-    fits = Fits(kernel.new_zeros(S, N, P), kernel.new_zeros(S, N, P), kernel.new_zeros(S, P),
-                torch.zeros(S, P, dtype=torch.bool))
-    for p in range(P):
-        b = f = kernel.new_zeros(N)
-        for s in sorted(range(S), key=lambda s: costs[s]):  # from small to large: each starts at the one before
-            b, f, fits.errors[s, p] = _newton(kernel, targets[:, p], costs[s], b, f)
-            fits.coefficients[s, :, p], fits.decisions[s, :, p] = b, f
-    fits.converged = fits.errors <= TOLERANCE
-    return fits
+    S, (P, n) = len(costs), targets.shape
+    coefficients, decisions = kernel.new_zeros(S, P, n), kernel.new_zeros(S, P, n)
+    errors = kernel.new_zeros(S, P)
+    solver = _Solver(kernel[None], *principal_rows(kernel))
+    weights = row_weights(targets)
+    older = before = b = f = None
+    for s in sorted(range(S), key=lambda s: costs[s]):  # from small to large: each starts at the two before
+        slope = 2 * costs[s] * weights
+        if b is None:
+            b, f = torch.zeros_like(targets), torch.zeros_like(targets)
+            db, df = slope * targets, solver.product((slope * targets)[None])[0]
+        else:
+            db, df = b - older[0], f - older[1]
+        older = b, f
+        if before is None or costs[s] <= 2 * before:  # along the path so far; too bold for a large change of the cost
+            step = _line_search(b, f, db, df, targets, slope)
+            b, f = b + step * db, f + step * df
+        before = costs[s]
+        b, f, error = solver.solve(targets[None], slope[None], b[None], f[None])
+        b, f = b[0], f[0]
+        coefficients[s], decisions[s], errors[s] = b, f, error[0]
+        if progress:
+            progress(P)
+    return Fits(coefficients, decisions, errors, errors <= TOLERANCE)
 
 
 def used_rows(problems):
-    """The rows that each problem uses: [P, N] targets -> rows [P, n] int64 and their targets [P, n], n the most used.
+    """The rows that each problem uses: [P, n] targets -> row numbers [P, u] int64 and their targets [P, u].
 
-    A problem with fewer rows is filled up with rows whose target is 0.
+    u is the largest number of rows a problem uses; one with fewer is filled up with rows whose target is 0.
     """
-    n = int((problems != 0).sum(1).max())
-    rows = (problems == 0).sort(dim=1, stable=True).indices[:, :n]
+    used = int((problems != 0).sum(1).max())
+    rows = (problems == 0).to(torch.uint8).sort(dim=1, stable=True).indices[:, :used]
     return rows, problems.gather(1, rows)
 
 
-def fit_subsets(kernel, rows, targets, costs):
-    """As `fit`, for problems that each use few rows of their own.
+def fit_subsets(kernel, rows, targets, costs, progress=None):
+    """As `fit`, for problems that each use few rows of their own: all costs of a problem together.
 
-    rows: [P, n] row numbers, targets: [P, n], see `used_rows`. Returns coefficients [P, n, S] of those rows and
+    rows: [P, u] row numbers, targets: [P, u], see `used_rows`. Returns coefficients [P, S, u] of those rows and
     converged [P, S].
     """
-    coefficients = kernel.new_zeros(*rows.shape, len(costs))
-    converged = torch.zeros(len(rows), len(costs), dtype=torch.bool)
-    for p in range(len(rows)):
-        fits = fit(kernel[rows[p]][:, rows[p]], targets[p][:, None], costs)
-        coefficients[p], converged[p] = fits.coefficients[:, :, 0].T, fits.converged[:, 0]
+    P, u = rows.shape
+    coefficients = kernel.new_zeros(P, len(costs), u)
+    converged = torch.zeros(P, len(costs), dtype=torch.bool, device=kernel.device)
+    basis, values = principal_rows(kernel)
+    slopes = 2 * torch.tensor(costs, dtype=torch.float64, device=kernel.device)[:, None]
+    size = max(1, BLOCK // 2 // (u * u + u * len(costs)))
+    for start in range(0, P, size):
+        part = slice(start, min(start + size, P))
+        index, t = rows[part], targets[part].double()
+        solver = _Solver(kernel[index[:, :, None], index[:, None]], basis[index], values * u / len(kernel))
+        slope = slopes * row_weights(t)[:, None]  # [G, S, u]
+        t = t[:, None].expand_as(slope)
+        b, f = torch.zeros_like(slope), torch.zeros_like(slope)
+        coefficients[part], _, errors = solver.solve(t, slope, b, f)
+        converged[part] = errors <= TOLERANCE
+        if progress:
+            progress(len(index) * len(costs))
     return coefficients, converged
 
 
-def _newton(kernel, t, cost, b, f):
-    """Newton's method with exact line search on one problem; returns b, f and the relative error bound."""
-    slope = 2 * cost * row_weights(t)
-    error = torch.inf
-    for _ in range(MAX_STEPS):
-        rest = b - slope * t * (1 - t * f).clamp(min=0)  # the gradient in w is sum_i rest_i x_i
-        size = (b @ f).clamp(min=0).sqrt()
-        error = float((rest @ (kernel @ rest)).clamp(min=0).sqrt() / size) if size > 0 else torch.inf
-        if error <= TOLERANCE:
-            break
-        active = ((t * f < 1) & (slope > 0)).nonzero()[:, 0]
-        system = kernel[active][:, active]
-        system.diagonal().add_(1 / slope[active])
-        new = torch.zeros_like(b)
-        new[active] = torch.cholesky_solve(t[active][:, None], torch.linalg.cholesky(system))[:, 0]
-        step_f = kernel[:, active] @ new[active] - f
-        step = _line_search(b, f, new - b, step_f, t, slope)
-        b, f = b + step * (new - b), f + step * step_f
-    return b, f, error
+def principal_rows(kernel, rank=MAX_RANK, rounds=4):
+    """L [n, rank] float32 with L L^T the dominant part of the Gram matrix, columns by falling strength; and the
+    eigenvalues [rank], as Python numbers. Subspace iteration from a fixed start.
+    """
+    n = len(kernel)
+    fast = kernel.float()
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(n, min(n, rank + 16), generator=generator).to(kernel.device)
+    for _ in range(rounds):
+        q = torch.linalg.qr(fast @ q).Q
+    values, vectors = torch.linalg.eigh(q.T @ (fast @ q))
+    values, vectors = values.flip(0)[:rank].clamp(min=0), vectors.flip(1)[:, :rank]
+    return q @ vectors * values.sqrt(), values.cpu().double()
+
+
+class _Solver:
+    """Newton's method on the problems of G groups; tensors are [G, P, n]."""
+
+    def __init__(self, kernel, basis, values):
+        self.kernel, self.fast = kernel, kernel.float()  # [G, n, n]
+        self.basis, self.values = basis.expand(len(kernel), *basis.shape[-2:]), values
+        self.ranks = torch.tensor([r for r in (1, 2, 4, 8, 16, 32, 64, 128) if r < len(values)] or [0])
+
+    def product(self, b):
+        """K b, in float32."""
+        return (b.float() @ self.fast).double()
+
+    def solve(self, t, slope, b, f):
+        """From b and f = K b to the solution: b, f and the relative error bounds [G, P].
+
+        Problems are dropped from the work as they converge: whole columns p (all groups) at a time.
+        """
+        b, f = b.clone(), f.clone()
+        errors = torch.full(b.shape[:2], torch.inf, dtype=torch.float64, device=b.device)
+        exact = torch.zeros(b.shape[1], dtype=torch.bool)  # is f K b in float64?
+        todo = torch.arange(b.shape[1])
+        for _ in range(MAX_STEPS):
+            T, C, B, F = t[:, todo], slope[:, todo], b[:, todo], f[:, todo]
+            rest = B - C * T * (1 - T * F).clamp_(min=0)
+            error = self._error(rest, B, F)
+            worst = error.amax(0).cpu()
+            check = (worst <= ROUGH) & ~exact[todo]
+            if check.any():
+                f[:, todo[check]] = B[:, check] @ self.kernel
+                exact[todo[check]] = True
+                continue
+            errors[:, todo] = error
+            open_ = worst > TOLERANCE
+            if not open_.all():
+                todo = todo[open_]
+                if len(todo) == 0:
+                    break
+                T, C, B, F = T[:, open_], C[:, open_], B[:, open_], F[:, open_]
+            db, df = self._newton_step(T, C, B, F)
+            step = _line_search(B, F, db, df, T, C)
+            b[:, todo], f[:, todo] = B + step * db, F + step * df
+            exact[todo] = False
+        return b, f, errors
+
+    def _error(self, rest, b, f):
+        """||gradient|| / ||w||."""
+        scale = rest.abs().amax(-1, keepdim=True).clamp_(min=1e-300)  # float32 has a short range
+        rest = rest / scale
+        gradient = (rest * self.product(rest)).sum(-1).clamp_(min=0).sqrt() * scale[..., 0]
+        norm = (b * f).sum(-1).clamp_(min=0).sqrt()
+        return torch.where(gradient == 0, 0.0, gradient / norm)
+
+    def _newton_step(self, t, slope, b, f):
+        """The step db and K db towards the minimum of the active rows' quadratic, to FORCING."""
+        active = (t * f < 1) & (slope > 0)
+        n = b.shape[-1]
+        # What a problem's step costs: products with K, more of them the worse the preconditioner, or a factorisation.
+        top = slope.amax(-1, keepdim=True)
+        tails = self.values[self.ranks].to(b.device)  # what a preconditioner of each rank leaves of K
+        iterative = (3 + 4 * (1 + top * tails).sqrt()) * 2 * n**2 + 4 * n * self.ranks.to(b.device).double() ** 2
+        counts = active.sum(-1).double()
+        direct = (counts**3 + 40 * counts**2 < iterative.amin(-1)).double().mean(0) > 0.5
+        rank = int(self.ranks[iterative[:, ~direct].sum((0, 1)).argmin()])
+        db, df = torch.empty_like(b), torch.empty_like(f)
+        for chosen, step in ((direct, self._direct), (~direct, self._conjugate_gradients)):
+            p = chosen.nonzero()[:, 0]
+            if len(p) == 0:
+                continue
+            on, B, F = active[:, p], b[:, p], f[:, p]
+            removed = torch.where(on, 0.0, B)
+            K_removed = self.product(removed)
+            ridge = torch.where(on, 1 / slope[:, p], 1.0)
+            rhs = torch.where(on, t[:, p] - F + K_removed - ridge * B, 0.0)
+            scale = rhs.abs().amax(-1, keepdim=True).clamp_(min=1e-300)
+            x, Kx = step(on, ridge, rhs / scale, rank)
+            db[:, p], df[:, p] = x * scale - removed, Kx * scale - K_removed
+        return db, df
+
+    def _direct(self, active, ridge, rhs, rank):
+        """Factorise the active rows of every problem -> x, K x."""
+        x = torch.zeros_like(rhs)
+        group, problem = torch.meshgrid(torch.arange(x.shape[0]), torch.arange(x.shape[1]), indexing="ij")
+        counts = active.sum(-1).cpu().flatten()
+        order = counts.argsort()
+        group, problem, counts = group.flatten()[order], problem.flatten()[order], counts[order].tolist()
+        start = 0
+        while start < len(counts):
+            stop = start + 1
+            while stop < len(counts) and (stop + 1 - start) * counts[stop] ** 2 <= BLOCK // 8:
+                stop += 1
+            g, p, size = group[start:stop].to(x.device), problem[start:stop].to(x.device), counts[stop - 1]
+            start = stop
+            if size == 0:
+                continue
+            # Active rows first; the shorter ones are filled up with inactive rows that are cut loose.
+            index = (~active[g, p]).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :size]  # [q, size]
+            on = active[g, p].gather(1, index)
+            for kernel in (self.fast, self.kernel):  # float64 where float32 finds no factor
+                if len(g) == 1:
+                    system = kernel[g[0]].index_select(0, index[0]).index_select(1, index[0])[None]
+                else:
+                    system = kernel[g[:, None, None], index[:, :, None], index[:, None]]
+                    system *= on[:, :, None] & on[:, None]
+                system.diagonal(dim1=-2, dim2=-1).add_(ridge[g, p].gather(1, index).to(system.dtype))
+                factor, failed = torch.linalg.cholesky_ex(system)
+                if not failed.any():
+                    break
+            solution = torch.cholesky_solve(rhs[g, p].gather(1, index)[..., None].to(factor.dtype), factor)
+            x[g, p] = torch.zeros_like(x[g, p]).scatter_(1, index, solution[..., 0].double())
+        return x, self.product(x)
+
+    def _conjugate_gradients(self, active, ridge, rhs, rank):
+        """Conjugate gradients, preconditioned by the dominant part of K on the active rows -> x, K x."""
+        on, ridge, rhs = active.float(), ridge.float(), rhs.float()
+        basis = self.basis[..., :rank]
+        inverse = on / ridge
+        # (D^-1 + L L^T)^-1 = D - D L (1 + L^T D L)^-1 L^T D
+        inner = torch.empty(*rhs.shape[:2], rank, rank, device=rhs.device)
+        size = max(1, BLOCK // (rhs.shape[0] * rhs.shape[2] * max(rank, 1)))
+        for start in range(0, rhs.shape[1], size):
+            part = slice(start, start + size)
+            inner[:, part] = (inverse[:, part, :, None] * basis[:, None]).transpose(2, 3) @ basis[:, None]
+        inner.diagonal(dim1=-2, dim2=-1).add_(1)
+        inner = torch.cholesky_inverse(torch.linalg.cholesky(inner))
+
+        def precondition(v):
+            v = inverse * v
+            return v - inverse * ((inner @ (v @ basis)[..., None])[..., 0] @ basis.transpose(1, 2))
+
+        x, Kx = torch.zeros_like(rhs), torch.zeros_like(rhs)
+        residual, z = rhs, precondition(rhs)
+        p, rz = z, (rhs * z).sum(-1, keepdim=True)
+        goal = FORCING**2 * rz
+        for _ in range(200):
+            Kp = p @ self.fast
+            q = on * Kp + on * ridge * p
+            a = torch.where(rz > goal, rz / (p * q).sum(-1, keepdim=True), 0.0)
+            x, Kx, residual = x + a * p, Kx + a * Kp, residual - a * q
+            z = precondition(residual)
+            old, rz = rz, torch.where(rz > goal, (residual * z).sum(-1, keepdim=True), rz)
+            if (rz <= goal).all():
+                break
+            p = z + torch.nan_to_num(rz / old, 0.0, 0.0, 0.0) * p
+        return x.double(), Kx.double()
 
 
 def _line_search(b, f, db, df, t, slope):
-    """The step length in [0, 1] that minimises P: its derivative is increasing, so bisection finds the root."""
-    linear, quadratic = b @ df, db @ df
-
-    def derivative(step):
-        hinge = (1 - t * (f + step * df)).clamp(min=0)
-        return linear + step * quadratic - (slope * t * hinge) @ df
-
-    if derivative(1.0) <= 1e-12 * abs(derivative(0.0)):
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if derivative(middle) < 0 else (low, middle)
-    return low
+    """The step length [..., 1] that minimises P along db, where df = K db: the root of an increasing, piecewise linear
+    derivative, by Newton's method kept within a bracket.
+    """
+    quadratic = (db * df).sum(-1, keepdim=True)
+    margin, fall, force = 1 - t * f, t * df, slope * t
+    # Summed as differences that vanish row by row at the optimum, so that rounding does not hide a small derivative.
+    first = ((b - force * margin.clamp(min=0)) * df).sum(-1, keepdim=True).abs()
+    step = torch.ones_like(quadratic)
+    low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
+    for _ in range(50):
+        hinge = (margin - step * fall).clamp_(min=0)
+        derivative = ((b + step * db - force * hinge) * df).sum(-1, keepdim=True)
+        done = derivative.abs() <= 1e-3 * first
+        if done.all():
+            break
+        low, high = torch.where(derivative < 0, step, low), torch.where(derivative < 0, high, step)
+        curvature = quadratic + (slope * fall * fall * (hinge > 0)).sum(-1, keepdim=True)
+        new = step - derivative / curvature.clamp(min=1e-300)
+        middle = torch.where(high < torch.inf, (low + high) / 2, 2 * low + 1)
+        step = torch.where(done, step, torch.where((new > low) & (new < high), new, middle))
+    return step

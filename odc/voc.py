@@ -193,18 +193,18 @@ def full_svm(train_features, train_targets, test_features, test_targets, costs=C
                             f"{FOLDS}-fold cross-validation needs that many.")
     folds = torch.stack([stratified_folds(labels[:, c] == 1) for c in range(K)], dim=1)
     # Columns: fold 0 of every class, fold 1, fold 2, then all rows of every class for the refit.
-    problems = torch.cat([torch.where(folds == fold, 0, labels) for fold in range(FOLDS + 1)], dim=1)
+    problems = torch.cat([torch.where(folds == fold, 0, labels) for fold in range(FOLDS + 1)], dim=1).T
     fits = svm.fit(svm.gram(train_features), problems, costs)
     validation = torch.zeros(len(costs), K, dtype=torch.float64)
     for c in range(K):
         for fold in range(FOLDS):
             held_out = folds[:, c] == fold
-            scores = fits.decisions[:, held_out, fold * K + c].T
+            scores = fits.decisions[:, fold * K + c, held_out].T
             validation[:, c] += step_average_precision(labels[held_out, c] == 1, scores).cpu() / FOLDS
     validation.masked_fill_(~fits.converged.view(len(costs), FOLDS + 1, K).all(1).cpu(), -1)
     chosen = [_first_best(validation[:, c]) for c in range(K)]
     precision = torch.zeros(K, dtype=torch.float64)
-    coefficients = torch.stack([fits.coefficients[chosen[c], :, FOLDS * K + c] for c in range(K)], dim=1)
+    coefficients = torch.stack([fits.coefficients[chosen[c], FOLDS * K + c] for c in range(K)], dim=1)
     scores = _decision_values(test_features, train_features, coefficients)
     for c in range(K):
         precision[c] = voc_average_precision(test_targets[:, c].to(scores.device), scores[:, c])
@@ -228,7 +228,7 @@ def low_shot(train_features, samples_by_shot, test_features, test_targets, costs
         coefficients, converged = svm.fit_subsets(kernel, rows, targets, costs)
         precision = torch.zeros(len(costs), len(problems), dtype=torch.float64)
         for p in range(len(problems)):
-            scores = test_kernel[:, rows[p]] @ coefficients[p]
+            scores = test_kernel[:, rows[p]] @ coefficients[p].T
             precision[:, p] = voc_average_precision(test_targets[:, p % test_targets.shape[1]], scores).cpu()
         by_cost = precision.view(len(costs), len(samples), -1).mean(2)
         means = by_cost.mean(1)
