@@ -35,6 +35,13 @@ class Batch(NamedTuple):
     failed: torch.Tensor
 
 
+def blank_batch(batch_size, image_size):
+    """A black Batch of the first image, for a process that has none to give."""
+    return Batch(torch.zeros(batch_size, 3, image_size, image_size, dtype=torch.uint8),
+                 torch.zeros(batch_size, len(augment.Parameters._fields)),
+                 torch.zeros(batch_size, dtype=torch.int64), torch.full((batch_size,), -1))
+
+
 def steps_per_epoch(num_images, batch_size):
     """Steps of `training_batches` in an epoch: the N draws are rounded up to whole global batches of W * B."""
     return -(-num_images // (world_size() * batch_size))

@@ -1,6 +1,7 @@
 """Everything around the iteration of train.py: the data, the network, the log and the checkpoints of one run."""
 
 import contextlib
+import copy
 import os
 import time
 from pathlib import Path
@@ -21,7 +22,8 @@ from odc.runlog import RunLog, plain_line, progress_bar
 
 
 class Run:
-    """args: the arguments of train.py. Opens or continues what lies in args.output; every method is a collective."""
+    """args: the arguments of train.py. Opens, or continues, what lies in args.output. A collective, as every method
+    is but `finish`."""
 
     def __init__(self, args, device):
         self.args, self.device = args, device
@@ -29,6 +31,7 @@ class Run:
         with distributed.together():
             self.dataset = open_dataset(args.data, "train")
             self.state = self.open_output()
+        self.check_same_files()
         settings.check(args, self.dataset, device, self.output, self.state)
         self.augmentation = Augmentation(min_scale=args.crop_scale, jitter=tuple(args.jitter))
         self.autocast = contextlib.nullcontext
@@ -42,7 +45,8 @@ class Run:
         self.clustered = 0  # the epoch before which k-means last made the clusters
         self.failed = set()  # images that could not be read, so far
         self.interval = {"steps": 0, "loss": 0.0, "change_ratio": 0.0, "splits": 0}  # since the last line of the log
-        self.last_logged = time.monotonic()
+        self.last_logged, self.steps_here = time.monotonic(), 0
+        self.error = None  # why this process cannot go on, until the others know
         self.held_out = heldout.open_held_out(args.data, self.dataset) if args.knn_interval else None
         self.build_network()
         N = len(self.dataset)
@@ -50,7 +54,7 @@ class Run:
         if self.state:
             self.restore()
         else:
-            self.log = RunLog(self.output / "log.jsonl", tensorboard=args.tensorboard)
+            self.open_log()
             self.cluster_everything(epoch=0)
         self.state = None
         self.wrap_network()
@@ -68,6 +72,15 @@ class Run:
             checkpoint.remove_temporary_files(self.output)
         return checkpoint.load(path) if path.exists() else None
 
+    def check_same_files(self):
+        """Every process must have found the same images and the same checkpoint."""
+        if not distributed.same_everywhere((len(self.dataset), self.dataset.fingerprint)):
+            raise UserError(f"--data {self.args.data}: the processes see different images there; give all machines the "
+                            "same files.")
+        if not distributed.same_everywhere(self.state and (self.state.get("global_step"), self.state.get("log_position"))):
+            raise UserError(f"--output {self.output}: the processes see different checkpoints there; it must be a folder "
+                            "that all machines share.")
+
     def build_network(self):
         args = self.args
         small_stem = use_small_stem(args.image_size)
@@ -76,6 +89,10 @@ class Run:
         if args.weights and not self.state:
             with distributed.together():
                 backbone, description = weights.load_backbone(args.weights, args.arch, args.image_size, args.seed)
+                if backbone.small_stem != small_stem:
+                    raise UserError(f"--weights {args.weights}: its stem is for images of "
+                                    f"{'more than' if small_stem else 'up to'} 64 pixels and --image-size is "
+                                    f"{args.image_size}; change --image-size, or take other weights.")
             print_main(description)
             self.network.backbone.load_state_dict(backbone.state_dict())
         self.network.to(self.device, memory_format=torch.channels_last)
@@ -125,18 +142,22 @@ class Run:
         self.save()
         self.last_logged += time.monotonic() - began  # no training time
 
+    def open_log(self, position=0):
+        with distributed.together():
+            self.log = RunLog(self.output / "log.jsonl", position, self.args.tensorboard, self.global_step + 1)
+
     def restore(self):
         state = self.state
         for name in ("backbone", "neck", "head"):
             getattr(self.network, name).load_state_dict(state[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # or it would go on using the mapped file
         self.scaler.load_state_dict(state["scaler"])
         self.memory.load_state_dict(state["memory"])
         self.epoch, self.global_step, self.clustered = state["epoch"], state["global_step"], state["clustered"]
         # With another number of processes a step has another size; go on at the nearest whole one.
         self.first_step = min(round(state["step"] * state["global_batch"] / self.global_batch), self.steps)
         self.failed, self.interval = set(state["failed"]), dict(state["interval"])
-        self.log = RunLog(self.output / "log.jsonl", state["log_position"], self.args.tensorboard, self.global_step + 1)
+        self.open_log(state["log_position"])
         print_main(f"Continuing {self.output} at epoch {self.epoch + 1}, step {self.first_step}.")
 
     # --- the loop's surroundings -------------------------------------------------------------------------------------
@@ -147,11 +168,18 @@ class Run:
             self.cluster_everything(epoch)
 
     def batches(self, epoch, first_step):
-        batches = loader.training_batches(self.dataset, self.augmentation, self.args.image_size, self.args.batch_size,
-                                          self.args.seed, epoch, first_step, self.args.workers,
-                                          pin_memory=self.device.type == "cuda")
-        with progress_bar(self.steps, first_step, f"epoch {epoch + 1}/{self.args.epochs}") as self.bar:
-            for batch in batches:
+        """This process's batches of an epoch, from first_step on."""
+        args = self.args
+        batches = iter(loader.training_batches(self.dataset, self.augmentation, args.image_size, args.batch_size, args.seed,
+                                               epoch, first_step, args.workers, pin_memory=self.device.type == "cuda"))
+        with progress_bar(self.steps, first_step, f"epoch {epoch + 1}/{args.epochs}") as self.bar:
+            for _ in range(first_step, self.steps):
+                try:
+                    batch = next(batches)
+                except UserError as error:
+                    # The others are on their way into the next collective. Go with them, with an empty picture, as far
+                    # as `agree`, where all learn of it.
+                    self.error, batch = error, loader.blank_batch(args.batch_size, args.image_size)
                 yield batch
                 self.bar.update()
 
@@ -162,20 +190,25 @@ class Run:
         return images.contiguous(memory_format=torch.channels_last)
 
     def agree(self, epoch, step, loss, failed):
-        """The mean loss over the processes, who also learn here whether one met a bad image or has to stop."""
-        failed = failed[failed >= 0]
+        """The mean loss over the processes, which also learn here whether one met a bad image or cannot go on."""
+        failed, error = failed[failed >= 0], self.error or self.log.error
         totals = torch.tensor([float(loss.detach()) / distributed.world_size(), len(failed),
-                               distributed.signal_is_pending()], dtype=torch.float64)
-        loss, num_failed, self.must_stop = distributed.all_reduce(totals).tolist()
+                               distributed.signal_is_pending(), error is not None], dtype=torch.float64)
+        loss, num_failed, self.must_stop, num_errors = distributed.all_reduce(totals).tolist()
+        if num_errors:
+            with distributed.together():
+                if error:
+                    raise error
         if not abs(loss) < float("inf"):
             raise UserError(f"The loss is {loss} at epoch {epoch + 1}, step {step + 1}; {self.output / 'checkpoint.pth'} "
-                            "is from before that: lower --lr or switch --amp off.")
+                            "is from before that. Start again with a lower --lr or --amp off, in another --output.")
         if num_failed:
             self.count_failed(failed)
         return loss
 
     def after_step(self, epoch, step, loss, change_ratio, splits):
         """Log and save when it is time to, and stop if a signal asked for it."""
+        self.steps_here += 1
         for name, value in (("steps", 1), ("loss", loss), ("change_ratio", change_ratio), ("splits", splits)):
             self.interval[name] += value
         if self.global_step % self.args.log_interval == 0:
@@ -202,12 +235,14 @@ class Run:
             epoch=epoch + 1, step=self.global_step, loss=interval["loss"] / count,
             change_ratio=interval["change_ratio"] / count, empty=int((sizes == 0).sum()), smallest=int(sizes.min()),
             largest=int(sizes.max()), splits=interval["splits"], lr=self.optimizer.param_groups[0]["lr"],
-            failed_images=len(self.failed), images_per_second=round(count * self.global_batch / (now - self.last_logged), 1))
+            failed_images=len(self.failed),
+            images_per_second=round(self.steps_here * self.global_batch / (now - self.last_logged), 1))
         self.log.write(**record)
         short = {name: f"{value:.4g}" for name, value in record.items() if name not in ("epoch", "step", "failed_images")}
         self.bar.set_postfix(short, refresh=False)
         plain_line(f"epoch {epoch + 1} step {step + 1}/{self.steps}: " + ", ".join(f"{k} {v}" for k, v in short.items()))
         self.interval, self.last_logged = dict(steps=0, loss=0.0, change_ratio=0.0, splits=0), now
+        self.steps_here = 0
 
     def log_agreement(self, epoch, when, **more):
         """NMI and purity of the clusters against labels that the training never sees, if the data has any."""
@@ -233,7 +268,14 @@ class Run:
         """Write checkpoint.pth. A collective."""
         memory = self.memory.state_dict()
         with distributed.together():
+            if not all(torch.isfinite(value).all() for value in self.network.parameters()):
+                raise UserError(f"The weights are no longer finite after step {self.global_step}; "
+                                f"{self.output / 'checkpoint.pth'} is from before that. Start again with a lower --lr or "
+                                "--amp off, in another --output.")
+            if self.log.error:
+                raise self.log.error
             if distributed.is_main():
+                self.log.sync()
                 checkpoint.save(self.output / "checkpoint.pth", dict(
                     program="odc train", settings=vars(self.args), global_batch=self.global_batch,
                     data=dict(num_images=len(self.dataset), fingerprint=self.dataset.fingerprint),
@@ -245,33 +287,42 @@ class Run:
                     failed=sorted(self.failed), log_position=self.log.position))
 
     def end_epoch(self, epoch):
-        """Log, save, and keep copies at the save interval; after the last epoch write what other programs read."""
-        args, last, began = self.args, epoch == self.args.epochs, time.monotonic()
+        """Log and save, and keep copies and draw pictures at their intervals."""
+        args, began = self.args, time.monotonic()
         self.log_agreement(epoch, f"epoch {epoch}")
         if is_due(args.knn_interval, epoch):
             self.log_knn(epoch)
         self.epoch, self.first_step = epoch, 0
-        with_gallery = last or is_due(args.gallery_interval, epoch)
+        with_gallery = is_due(args.gallery_interval, epoch)
         similarity = export.similarities(self.memory) if with_gallery else None
-        features = distributed.gather_rows(self.memory.features) if last and args.export_features else None
         with distributed.together():
             if distributed.is_main():
-                labels = self.memory.labels.cpu()
                 if is_due(args.save_interval, epoch):
                     export.save_backbone(self.output / f"backbone_epoch_{epoch}.pth", self.network.backbone)
-                    export.save_array(self.output / f"labels_epoch_{epoch}.npy", labels)
-                if last:
-                    export.save_backbone(self.output / "backbone.pth", self.network.backbone)
-                    export.save_array(self.output / "labels.npy", labels)
-                    export.save_clusters(self.output / "clusters.csv", self.dataset, labels, similarity)
-                if features is not None:
-                    export.save_array(self.output / "features.npy", features)
+                    export.save_array(self.output / f"labels_epoch_{epoch}.npy", self.memory.labels)
                 if with_gallery:
-                    gallery.save(self.output / "clusters.png", self.dataset, labels, similarity, args.num_clusters,
-                                 f"{self.dataset.name}, epoch {epoch}", args.seed)
+                    self.draw(similarity)
                 curves.save(self.output / "report.html", self.output / "log.jsonl", self.output.resolve().name)
         self.save()
         self.last_logged += time.monotonic() - began  # no training time
+
+    def export(self):
+        """Write what other programs and people read; the same files again if the run had already come to its end."""
+        similarity = export.similarities(self.memory)
+        features = distributed.gather_rows(self.memory.features) if self.args.export_features else None
+        with distributed.together():
+            if distributed.is_main():
+                export.save_backbone(self.output / "backbone.pth", self.network.backbone)
+                export.save_array(self.output / "labels.npy", self.memory.labels)
+                export.save_clusters(self.output / "clusters.csv", self.dataset, self.memory.labels, similarity)
+                if features is not None:
+                    export.save_array(self.output / "features.npy", features)
+                self.draw(similarity)
+
+    def draw(self, similarity):
+        """clusters.png; on the main process."""
+        gallery.save(self.output / "clusters.png", self.dataset, self.memory.labels.cpu(), similarity,
+                     self.args.num_clusters, f"{self.dataset.name}, epoch {self.epoch}", self.args.seed)
 
 
 def is_due(interval, epoch):

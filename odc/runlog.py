@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from odc import distributed
+from odc.distributed import UserError
 
 
 class RunLog:
@@ -16,15 +17,18 @@ class RunLog:
 
     position: the length in bytes that the log had at the checkpoint from which the run goes on. What was written
     after it, by steps that will be run again, is cut off, so that no step is lost or doubled.
+    error: the UserError to raise, where all processes can, if a line could not be written; else None.
     tensorboard: write the same numbers to a folder beside the log, too; first_step: of this run, for that folder.
     """
 
     def __init__(self, path, position=0, tensorboard=False, first_step=0):
-        self.file = self.events = None
+        self.file = self.events = self.error = None
         if distributed.is_main():
             self.file = open(path, "r+b" if os.path.exists(path) else "w+b")
-            self.file.truncate(position)
-            self.file.seek(position)
+            # A log that is shorter than that was moved away or cut: go on behind its last whole line.
+            lines = self.file.read(position)
+            self.file.truncate(position if len(lines) == position else lines.rfind(b"\n") + 1)
+            self.file.seek(0, os.SEEK_END)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import, and perhaps not installed
 
@@ -32,13 +36,21 @@ class RunLog:
 
     def write(self, **record):
         if self.file:
-            self.file.write((json.dumps(record) + "\n").encode())
-            self.file.flush()
+            try:
+                self.file.write((json.dumps(record) + "\n").encode())
+                self.file.flush()
+            except OSError as error:
+                self.error = UserError(f"{self.file.name}: could not be written ({error.strerror}); make room, and start "
+                                       "the same command again.")
         if self.events:
             for name, value in record.items():
                 if name not in ("epoch", "step"):
                     self.events.add_scalar(name, value, record["step"])
             self.events.flush()
+
+    def sync(self):
+        """Put on disk what the checkpoint that is saved next counts on."""
+        os.fsync(self.file.fileno())
 
     @property
     def position(self):

@@ -7,6 +7,7 @@ Both go through train.py's own loop or a copy of it without the memory; the imag
 
 import contextlib
 import random
+import types
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ class MadeUpRun(Run):
         self.args.checkpoint_interval = self.args.log_interval = 10**9
         self.output, self.global_step, self.steps, self.global_batch = "", 0, steps, batch
         self.interval = dict(steps=0, loss=0.0, change_ratio=0.0, splits=0)
+        self.steps_here, self.error, self.log = 0, None, types.SimpleNamespace(error=None)
         torch.manual_seed(0)
         self.model = ODC(arch, size <= 64, num_clusters=num_clusters).to(device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-5)
