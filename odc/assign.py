@@ -116,8 +116,8 @@ def main(arguments=None):
     settings, workers = state["settings"], args.workers
     if workers is None:
         workers = 0 if dataset.pixels is not None else 4
-    print_main(f"{len(dataset):,} images, {settings['num_clusters']:,} clusters after epoch {state['epoch']} of a run on "
-               f"{settings['data']}")
+    print_main(f"{len(dataset):,} images, {settings['num_clusters']:,} clusters after epoch {state['epoch']} of a run "
+               f"on {settings['data']}")
 
     features = extract(load_network(state, device), dataset, evaluation_transform(settings["image_size"]),
                        settings["feature_dim"], device, args.batch_size, workers).to(device)

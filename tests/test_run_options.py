@@ -1,0 +1,233 @@
+"""Options of train.py around the method: accuracy while training, ablations, TensorBoard, exported arrays."""
+
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from odc import checkpoint, heldout
+from odc.augment import evaluation_transform, normalise
+from odc.datasets import open_dataset
+from odc.distributed import UserError
+from odc.memory import ODCMemory
+from odc.model import ResNet
+from odc.run import Run
+from tests.test_train import (  # noqa: F401 (fixtures among them)
+    SMALL,
+    assert_equal_state,
+    assert_one_sentence,
+    assert_same_run,
+    finished,
+    folder,
+    log_of,
+    run_main,
+)
+
+# --- accuracy while training -----------------------------------------------------------------------------------------
+
+
+def pooled_features(state, dataset):
+    backbone = ResNet("narrow", small_stem=True)
+    backbone.load_state_dict(state["backbone"])
+    backbone.eval()
+    transform = evaluation_transform(32)
+    with torch.no_grad():
+        rows = [backbone(normalise(transform(dataset.load(i))[None]))[-1].mean((2, 3))[0] for i in range(len(dataset))]
+    return torch.nn.functional.normalize(torch.stack(rows))
+
+
+def accuracy_by_voting(bank, bank_labels, queries, query_labels):
+    """20 neighbours, each with weight exp(similarity / 0.07)."""
+    hits = 0
+    for query, label in zip(queries, query_labels.tolist()):
+        similarity, nearest = (bank @ query).topk(20)
+        votes = [0.0] * 10
+        for s, i in zip(similarity.tolist(), nearest.tolist()):
+            votes[bank_labels[i]] += math.exp(s / 0.07)
+        hits += votes.index(max(votes)) == label
+    return hits / len(queries)
+
+
+def test_every_tenth_image_is_held_out_without_a_val_split(folder, finished, tmp_path, capsys):  # noqa: F811
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--knn-interval", "1") == 0
+    records = [record for record in log_of(tmp_path) if "knn_accuracy" in record]
+    assert [record["epoch"] for record in records] == [1, 2]
+    out = capsys.readouterr().out
+    assert "every 10th training image" in out and "epoch 2: nearest-neighbour accuracy" in out
+
+    state, dataset = checkpoint.load(tmp_path / "checkpoint.pth"), open_dataset(str(folder))
+    features, held_out = pooled_features(state, dataset), torch.arange(150) % 10 == 0
+    expected = accuracy_by_voting(features[~held_out], dataset.labels[~held_out], features[held_out],
+                                  dataset.labels[held_out])
+    assert records[-1]["knn_accuracy"] == pytest.approx(expected, abs=1e-9)
+    # To look changes nothing.
+    for name in ("backbone", "neck", "head", "memory", "optimizer"):
+        assert_equal_state(state[name], checkpoint.load(finished / "checkpoint.pth")[name])
+
+
+def link_split(folder, target, wanted):  # noqa: F811
+    for number, path in enumerate(sorted(folder.glob("*/*"))):
+        if wanted(number):
+            (target / path.parent.name).mkdir(parents=True, exist_ok=True)
+            (target / path.parent.name / path.name).symlink_to(path)
+
+
+def test_the_val_split_is_held_out_if_there_is_one(folder, tmp_path):  # noqa: F811
+    link_split(folder, tmp_path / "data" / "train", lambda number: number % 3)
+    link_split(folder, tmp_path / "data" / "val", lambda number: number % 3 == 0)
+    output = tmp_path / "out"
+    arguments = ["--data", tmp_path / "data", "--output", output, *SMALL]
+    assert run_main(*arguments, "--epochs", "3", "--knn-interval", "2") == 0
+    [record] = [record for record in log_of(output) if "knn_accuracy" in record]
+    assert record["epoch"] == 2
+    state = checkpoint.load(output / "checkpoint.pth")
+    sets = [open_dataset(str(tmp_path / "data"), split) for split in ("train", "val")]
+    backbone = ResNet("narrow", small_stem=True)
+    backbone.load_state_dict(state["backbone"])
+    with torch.no_grad():
+        accuracy = heldout.knn_accuracy(backbone.eval(), *sets, 32, torch.device("cpu"))
+    (bank, queries) = (pooled_features(state, dataset) for dataset in sets)
+    assert accuracy == pytest.approx(accuracy_by_voting(bank, sets[0].labels, queries, sets[1].labels), abs=1e-9)
+
+
+def test_accuracy_needs_labels(folder, tmp_path, capsys):  # noqa: F811
+    link_split(folder, tmp_path / "data", lambda number: number < 50)  # one class: no labels
+    code = run_main("--data", tmp_path / "data", "--output", tmp_path / "out", *SMALL, "--knn-interval", "5")
+    assert_one_sentence(capsys, code, "--knn-interval 5", "no labels")
+
+
+# --- ablations -------------------------------------------------------------------------------------------------------
+
+
+def test_clusters_may_be_empty_without_the_handling_of_small_ones():
+    memory = ODCMemory(30, 4, num_clusters=5, min_cluster_size=0)
+    memory.initialize(torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3)
+    before = memory.state_dict()
+    assert memory.cluster_sizes.tolist() == [10, 10, 10, 0, 0]
+    assert memory.split_small_clusters() == 0
+    assert_equal_state(memory.state_dict(), before)
+    weights = memory.loss_weights(0.5)
+    assert torch.isfinite(weights).all() and float(weights.sum()) == pytest.approx(1)
+    assert torch.equal(memory.loss_weights(0.0), torch.full((5,), 0.2))
+
+
+def test_a_run_without_handling_small_clusters(folder, tmp_path):  # noqa: F811
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--num-clusters", "40",
+                    "--min-cluster-size", "0", "--reweight-power", "0") == 0
+    steps = [record for record in log_of(tmp_path) if "loss" in record]
+    assert all(record["splits"] == 0 for record in steps) and steps[-1]["smallest"] < 2
+
+
+RECLUSTER = ["--recluster-interval", "2", "--save-interval", "1", "--checkpoint-interval", "3"]
+
+
+@pytest.fixture(scope="module")
+def alternating(folder, tmp_path_factory):  # noqa: F811
+    """A run of 5 epochs of 10 steps, with k-means after steps 20 and 40, never interrupted."""
+    output = tmp_path_factory.mktemp("alternating")
+    assert run_main("--data", folder, "--output", output, *SMALL, "--epochs", "5", *RECLUSTER) == 0
+    return output
+
+
+def test_labels_stay_between_two_clusterings(alternating):
+    labels = [np.load(alternating / f"labels_epoch_{epoch}.npy") for epoch in range(1, 6)]
+    assert (labels[0] == labels[1]).all() and (labels[2] == labels[3]).all()
+    assert (labels[1] != labels[2]).any() and (labels[3] != labels[4]).any()
+    records = log_of(alternating)
+    assert all(r["change_ratio"] == 0 and r["splits"] == 0 for r in records if "loss" in r)
+    clusterings = [r for r in records if "nmi_previous" in r]
+    assert [r["epoch"] for r in clusterings] == [2, 4] and all(0 <= r["nmi_previous"] < 1 for r in clusterings)
+    assert [r["epoch"] for r in records if "nmi" in r] == [0, 1, 2, 2, 3, 4, 4, 5]
+    # The memory holds the features that k-means saw: those of before epoch 5, not moved by its steps.
+    memory = checkpoint.load(alternating / "checkpoint.pth")["memory"]
+    assert memory["labels"].tolist() == labels[4].tolist()
+    for k in range(8):
+        mean = memory["features"][memory["labels"] == k].mean(0)
+        assert torch.allclose(memory["centroids"][k], mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("crash", [20, 24, 40])
+def test_re_clustering_resumes_as_the_same_run(folder, alternating, tmp_path, monkeypatch, crash):  # noqa: F811
+    """K-means comes after steps 20 and 40; the checkpoints from which it goes on are of steps 18, 24 and 39."""
+    arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "5", *RECLUSTER]
+    after_step = Run.after_step
+
+    def crashing(run, *arguments):
+        after_step(run, *arguments)
+        if run.global_step == crash:
+            raise UserError("stopped here.")
+
+    monkeypatch.setattr(Run, "after_step", crashing)
+    assert run_main(*arguments) == 2
+    monkeypatch.setattr(Run, "after_step", after_step)
+    assert run_main(*arguments) == 0
+    assert_same_run(alternating, tmp_path)
+
+
+def test_a_crash_right_after_a_clustering(folder, alternating, tmp_path, monkeypatch):  # noqa: F811
+    arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "5", *RECLUSTER]
+    begin_epoch = Run.begin_epoch
+
+    def crashing(run, epoch):
+        begin_epoch(run, epoch)
+        if epoch == 2:
+            raise UserError("stopped here.")
+
+    monkeypatch.setattr(Run, "begin_epoch", crashing)
+    assert run_main(*arguments) == 2
+    monkeypatch.setattr(Run, "begin_epoch", begin_epoch)
+    assert run_main(*arguments) == 0
+    assert_same_run(alternating, tmp_path)
+
+
+def test_an_online_run_does_not_continue_as_another_method(folder, finished, capsys):  # noqa: F811
+    code = run_main("--data", folder, "--output", finished, *SMALL, "--epochs", "3", "--recluster-interval", "1")
+    assert_one_sentence(capsys, code, "--recluster-interval 0", "1")
+
+
+# --- what else a run writes ------------------------------------------------------------------------------------------
+
+
+def test_features_and_labels_as_arrays(folder, finished, tmp_path):  # noqa: F811
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--export-features") == 0
+    features, labels = np.load(tmp_path / "features.npy"), np.load(tmp_path / "labels.npy")
+    assert features.shape == (150, 32) and features.dtype == np.float32 and labels.dtype == np.int64
+    memory = checkpoint.load(tmp_path / "checkpoint.pth")["memory"]
+    assert (features == memory["features"].numpy()).all() and (labels == memory["labels"].numpy()).all()
+    assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(150), abs=1e-5)
+    assert (np.load(finished / "labels.npy") == labels).all() and not (finished / "features.npy").exists()
+
+
+def test_tensorboard_holds_the_log(folder, tmp_path):  # noqa: F811
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--tensorboard"]
+    assert run_main(*arguments, "--epochs", "1") == 0
+    assert run_main(*arguments, "--epochs", "2") == 0
+    events = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "change_ratio", "nmi", "largest", "splits"):
+        logged = [(record["step"], record[name]) for record in log_of(tmp_path) if name in record]
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in shown] == [step for step, _ in logged]
+        assert [value for _, value in shown] == pytest.approx([value for _, value in logged], rel=1e-5)
+
+
+def test_tensorboard_that_is_not_installed(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
+    code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--tensorboard")
+    assert_one_sentence(capsys, code, "--tensorboard", "pip install tensorboard")
+
+
+def test_intervals_may_change_when_a_run_continues(folder, tmp_path):  # noqa: F811
+    output = ["--data", folder, "--output", tmp_path, *SMALL]
+    assert run_main(*output, "--epochs", "1") == 0
+    assert run_main(*output, "--epochs", "2", "--knn-interval", "1", "--gallery-interval", "1") == 0
+    assert [record["epoch"] for record in log_of(tmp_path) if "knn_accuracy" in record] == [2]
+
+
+def test_the_demonstration_watches_its_accuracy():
+    assert train.parse([])[0].knn_interval > 0 and train.parse(["--data", "somewhere"])[0].knn_interval == 0
