@@ -99,7 +99,8 @@ class ImageSet:
         """Image i as an RGB `PIL.Image`. Raises BadImage."""
         i = int(i)
         if self.pixels is not None:
-            return Image.fromarray(np.asarray(self.pixels[i])).convert("RGB")
+            image = Image.fromarray(np.asarray(self.pixels[i]))
+            return image if image.mode == "RGB" else image.convert("RGB")
         path = os.path.join(self.root, self.names[i])
         try:
             return read_image(path)

@@ -154,7 +154,6 @@ class Batches(torch.utils.data.Dataset):
             sampler=range(len(self)),
             num_workers=self.workers,
             pin_memory=self.pin_memory,
-            worker_init_fn=_ignore_signals,
             # Forked, workers share the set's names and pixels; started afresh, each would hold its own copy.
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
         )
@@ -174,7 +173,7 @@ class Batches(torch.utils.data.Dataset):
 def _watched(loader):
     """What the loader gives, with its workers deaf to the signals that ask a run to stop: the training process gets
     them, too, and decides. Raises UserError if the system has killed a worker."""
-    # Held back from before the fork until the worker ignores them, or a signal in between would end it.
+    # What is held back during the fork stays so in the workers; not one moment are they open to a signal.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if loader.num_workers else None
     try:
         iterator = iter(loader)
@@ -190,14 +189,10 @@ def _watched(loader):
             # How it shows depends on what the worker was doing: a message of torch's, or a connection that broke.
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
-            raise UserError(f"a loader worker has died ({str(error).splitlines()[0]}); if memory or shared memory has "
-                            "run out, use fewer --workers or a smaller --batch-size.") from None
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"a loader worker has died ({reason}); if memory or shared memory has run out, use fewer "
+                            "--workers or a smaller --batch-size.") from None
         yield item
-
-
-def _ignore_signals(worker):
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _augmented(image, generator, augmentation, size):
