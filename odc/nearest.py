@@ -8,7 +8,7 @@ not on how the rows were cut into blocks, on the number of processes or of threa
 
 import torch
 
-ENTRIES = 2**22  # scores at a time on a CPU: 8 MiB of them stay in the caches
+BLOCK = 1024  # rows scored at a time on a CPU: a multiple of 64, few enough to stay in the caches
 GROUP = 20  # centroids whose scores are reduced to their maximum before single scores are looked at
 
 
@@ -60,9 +60,9 @@ class NearestCentroid:
         """[n, d] -> int64 [n]."""
         n = len(features)
         labels = torch.zeros(n, dtype=torch.int64, device=features.device)
-        # The block of scores stays in the caches of a CPU; on a GPU it is large enough to fill the device.
-        entries = ENTRIES if features.device.type == "cpu" else 2**28
-        block = max(1, min(n, entries // len(self.coarse)))
+        # On a GPU a block fills the device: 2^28 scores are half a gigabyte.
+        block = BLOCK if features.device.type == "cpu" else max(64, 2**28 // len(self.coarse) // 64 * 64)
+        block = min(block, _round_up(max(n, 1), 64))
         rows = self.coarse.new_zeros(block, self.coarse.shape[1])
         rows[:, features.shape[1] : features.shape[1] + 2] = 1
         scores = self.coarse.new_empty(len(self.coarse), block)

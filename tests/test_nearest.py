@@ -72,7 +72,7 @@ def test_blocks_do_not_matter(product_dtype, monkeypatch):
     whole = assign(features, centroids)
     search = NearestCentroid(centroids)
     assert torch.equal(torch.cat([search(part) for part in features.split([1, 0, 999, 2000])]), whole)
-    monkeypatch.setattr(nearest, "ENTRIES", 500 * 17)
+    monkeypatch.setattr(nearest, "BLOCK", 17)
     assert torch.equal(assign(features, centroids), whole)
 
 
