@@ -18,6 +18,7 @@ CHARTS = [
     ("Loss", {"loss": "loss"}, "{:.3g}", False),
     ("Labels that change in a step", {"change_ratio": "change ratio"}, "{:.0%}", False),
     ("Clusters against classes", {"nmi": "NMI", "purity": "purity"}, "{:.2f}", False),
+    ("Clusters before and after k-means", {"nmi_previous": "NMI"}, "{:.2f}", False),
     ("Nearest-neighbour accuracy, held-out images", {"knn_accuracy": "k-NN"}, "{:.0%}", False),
     ("Cluster sizes", {"largest": "largest", "smallest": "smallest"}, "{:,.0f}", True),
     ("Small clusters refilled between two log lines", {"splits": "splits"}, "{:,.0f}", False),

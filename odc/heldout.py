@@ -25,7 +25,7 @@ def open_held_out(data, train):
     if val is not None and (val.labels is None or val.classes != train.classes):
         val, reason = None, f"the val split of {data} does not have the same labels."
     if val is None:
-        print_main(f"The nearest-neighbour accuracy is that of every {EVERY}th training image: {reason}")
+        print_main(f"Nearest-neighbour accuracy: every {EVERY}th training image is held out ({reason.rstrip('.')}).")
     return val
 
 

@@ -133,6 +133,8 @@ class Run:
         self.memory.initialize(features, distributed.all_gather_rows(labels))
         if epoch == 0:
             self.log_agreement(epoch, "initial k-means")
+            if args.knn_interval:
+                self.log_knn(epoch)
         else:
             agreement = metrics.nmi(self.memory.labels.cpu(), before)
             self.log_agreement(epoch, f"k-means after epoch {epoch}", nmi_previous=agreement)
@@ -262,7 +264,7 @@ class Run:
             accuracy = heldout.knn_accuracy(self.network.backbone, self.dataset, self.held_out, args.image_size,
                                             self.device, args.batch_size, args.workers)
         self.log.write(epoch=epoch, step=self.global_step, knn_accuracy=accuracy)
-        print_main(f"epoch {epoch}: nearest-neighbour accuracy {accuracy:.1%}")
+        print_main(f"{f'epoch {epoch}' if epoch else 'before training'}: nearest-neighbour accuracy {accuracy:.1%}")
 
     def save(self):
         """Write checkpoint.pth. A collective."""
