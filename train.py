@@ -19,9 +19,8 @@ from odc.run import Run
 from odc.runlog import print_settings
 
 # The built-in demonstration (--data shapes): a small network and settings that suit 5,000 small images.
-DEMO = dict(arch="narrow", image_size=32, epochs=30, batch_size=64, lr=0.06, lr_steps=[24], num_clusters=60,
-            crop_scale=0.5, jitter=[0.4, 0.4, 0.4, 0.0], save_interval=0, checkpoint_interval=100,
-            knn_interval=5)
+DEMO = dict(arch="narrow", image_size=32, epochs=20, batch_size=32, lr=0.06, lr_steps=[16], num_clusters=60,
+            crop_scale=0.5, save_interval=0, checkpoint_interval=100, knn_interval=5)
 
 
 def make_parser():
