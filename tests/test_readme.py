@@ -1,0 +1,32 @@
+"""The README's links into the code point at the lines that they name, and its commands exist."""
+
+import re
+
+import pytest
+
+from tests.processes import ROOT
+
+README = (ROOT / "README.md").read_text()
+LINKS = re.findall(r"\[`([^`]+)`\]\(([\w./]+)#L(\d+)\)", README)
+
+
+def test_there_are_links_for_each_equation():
+    assert {"Eq. 1", "Eq. 2"} <= {text for text, _, _ in LINKS} and len(LINKS) >= 12
+
+
+@pytest.mark.parametrize("text, path, number", LINKS)
+def test_links_point_at_what_they_name(text, path, number):
+    line = (ROOT / path).read_text().splitlines()[int(number) - 1]
+    assert text in line, f"README: {path}#L{number} is {line.strip()!r}"
+
+
+def test_files_and_tests_that_are_named_exist():
+    for path in re.findall(r"`((?:tests|odc)/[\w./]+\.py)`", README):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")), name
+
+
+def test_the_two_commands_that_ci_runs_are_there():
+    assert "\npip install -r requirements.txt && torchrun --nproc_per_node=2 train.py\n" in README
+    assert "\npip install -r tests/requirements.txt && python -m pytest tests\n" in README

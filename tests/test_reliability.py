@@ -1,0 +1,325 @@
+"""What a run survives: kills, signals, lost processes, full disks, odd numbers, long hours. The README has the list."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import odc.checkpoint
+import odc.run
+import train
+from odc import checkpoint, distributed
+from odc.memory import ODCMemory
+from tests.processes import command, environment, run_processes, run_script
+from tests.test_train import (SMALL, assert_equal_state, assert_one_sentence, assert_same_run, folder, log_of,  # noqa: F401
+                              run_main, wait_for_step)
+
+
+def arguments_for(folder, output, *extra):
+    return ["--data", folder, "--output", output, *SMALL, "--epochs", "3", "--checkpoint-interval", "1", *extra]
+
+
+def start_two(folder, output, *torchrun):
+    line = command("train.py", *arguments_for(folder, output), processes=2)
+    line[line.index("--standalone") : line.index("--standalone")] = torchrun
+    return subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def workers_of(torchrun):
+    """Process ids of the ranks that a torchrun process has started."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+@pytest.mark.slow
+def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):  # noqa: F811
+    """Also within the write of a checkpoint: half of the kills happen when the temporary file is seen."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start_two(folder, whole).wait() == 0
+    killed.mkdir()
+    draw = random.Random(0)
+    in_write = 0
+    for number in range(20):
+        run = start_two(folder, killed)
+        done = sum("loss" in record for record in log_of(killed)) if (killed / "log.jsonl").exists() else 0
+        wait_for_step(run, killed, done + draw.randrange(4))
+        partial = killed / "checkpoint.pth.partial"
+        deadline = time.monotonic() + (5 if number % 2 else draw.uniform(0, 0.2))
+        while time.monotonic() < deadline and not (number % 2 and partial.exists()):
+            pass
+        in_write += partial.exists()
+        if workers := workers_of(run):
+            kill(draw.choice(workers))
+        run.wait()
+        if (killed / "backbone.pth").exists():  # it had come to its end: once more, from the start
+            shutil.rmtree(killed)
+            killed.mkdir()
+    assert in_write > 0
+    assert start_two(folder, killed).wait() == 0
+    assert_same_run(whole, killed)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_lost_process(folder, tmp_path):  # noqa: F811
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start_two(folder, whole).wait() == 0
+    run = start_two(folder, killed, "--max-restarts", "3")
+    wait_for_step(run, killed, 3)
+    kill(workers_of(run)[1])
+    assert run.wait() == 0
+    assert_same_run(whole, killed)
+
+
+@pytest.mark.slow
+def test_an_error_on_one_process_stops_the_other_and_is_shown(folder, tmp_path):  # noqa: F811
+    script = tmp_path / "broken.py"
+    script.write_text("""
+import sys
+import odc.run, train
+from odc import distributed
+after_step = odc.run.Run.after_step
+def broken(run, epoch, step, *rest):
+    if distributed.rank() == 1 and step == 2:
+        raise RuntimeError("the disk is on fire")
+    after_step(run, epoch, step, *rest)
+odc.run.Run.after_step = broken
+distributed.run(train.main, sys.argv[1:])
+""")
+    line = command(script, *arguments_for(folder, tmp_path / "out"), processes=2)
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0 and "the disk is on fire" in result.stderr
+    assert checkpoint.load(tmp_path / "out" / "checkpoint.pth")["global_step"] == 2
+
+
+@pytest.mark.slow
+def test_1_2_4_1_processes(folder, tmp_path):  # noqa: F811
+    """The memories are handed on unchanged, however they are split."""
+    for epoch, W in enumerate((1, 2, 4, 1), 1):
+        arguments = ["--data", folder, "--output", tmp_path, *SMALL]
+        if epoch > 1:
+            before = checkpoint.load(tmp_path / "checkpoint.pth")["memory"]
+            restored = run_processes(restore, W, {name: value.numpy() for name, value in before.items()})[0]
+            assert_equal_state({name: value.numpy().tolist() for name, value in before.items()}, restored)
+        result = run_script("train.py", *arguments, "--epochs", epoch, processes=W)
+        assert result.returncode == 0, result.stderr
+    assert [record["epoch"] for record in log_of(tmp_path) if "nmi" in record] == [0, 1, 2, 3, 4]
+
+
+def restore(state):
+    memory = ODCMemory(len(state["labels"]), state["features"].shape[1], len(state["centroids"]))
+    memory.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    return {name: value.numpy().tolist() for name, value in memory.state_dict().items() if value is not None}
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("phase", ["extract_rows", "kmeans", "save"])
+def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number):  # noqa: F811
+    """In a step: test_train.test_a_signal_saves_and_stops."""
+    monkeypatch.setattr(distributed, "_signal_received", None)
+    module = odc.checkpoint if phase == "save" else odc.run
+    original = getattr(module, phase)
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, phase, interrupted)
+    assert run_main(*arguments_for(folder, tmp_path)) == 128 + number
+    path = tmp_path / "checkpoint.pth"
+    assert path.exists() == (phase == "save")  # before that there is nothing worth saving
+    if path.exists():
+        assert checkpoint.load(path)["global_step"] <= 1
+    monkeypatch.undo()
+    monkeypatch.setattr(distributed, "_signal_received", None)
+    assert run_main(*arguments_for(folder, tmp_path)) == 0
+    assert [record["epoch"] for record in log_of(tmp_path) if "nmi" in record] == [0, 1, 2, 3]
+
+
+def train_with_a_signal_on_one_process(folder, output):
+    if distributed.rank() == 1:
+        original = odc.run.Run.agree
+
+        def agree(run, epoch, step, *rest):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(run, epoch, step, *rest)
+
+        odc.run.Run.agree = agree
+    try:
+        distributed.run(train.main, [str(a) for a in arguments_for(folder, output)])
+    except SystemExit as stopped:
+        return stopped.code
+
+
+def test_a_signal_on_one_process_stops_all(folder, tmp_path):  # noqa: F811
+    assert run_processes(train_with_a_signal_on_one_process, 2, folder, tmp_path) == [143, 143]
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["global_step"] == 4
+
+
+def test_a_second_signal_exits_at_once(folder, tmp_path):  # noqa: F811
+    script = tmp_path / "stuck.py"
+    script.write_text("""
+import sys, time
+import odc.run, train
+from odc import distributed
+def stuck(run, *arguments):
+    print("stuck", flush=True)
+    while True:
+        time.sleep(0.01)
+odc.run.Run.agree = stuck
+distributed.run(train.main, sys.argv[1:])
+""")
+    child = subprocess.Popen([sys.executable, script, *map(str, arguments_for(folder, tmp_path / "out"))],
+                             env=environment(), stdout=subprocess.PIPE, text=True)
+    while "stuck" not in child.stdout.readline():
+        assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(1.5)  # it waits for its step to end
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) == 128 + signal.SIGTERM
+
+
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_during_a_run(folder, tmp_path):  # noqa: F811
+    assert run_main(*arguments_for(folder, tmp_path, "--epochs", "1")) == 0
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    (tmp_path / "checkpoint.pth.partial").write_bytes(b"left by a run that was killed")
+    result = subprocess.run(
+        command("train.py", *arguments_for(folder, tmp_path)), env=environment(), capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert result.returncode == 2 and result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
+    assert "could not be written" in result.stderr and "from before is kept" in result.stderr
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_full_disk_stops_every_process(folder, tmp_path):  # noqa: F811
+    """Only the main process writes; the other must not wait for it for ever."""
+    line = command("train.py", *arguments_for(folder, tmp_path), processes=2)
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120,
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert result.returncode != 0 and result.stderr.count("error: ") == 1
+    assert "could not be written" in result.stderr
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+NUMBERS = [action.option_strings[0] for action in train.make_parser()._actions
+           if action.type is not None and action.nargs in (None, "*")]
+# These would work, but not within a test.
+TOO_LONG = {("--epochs", "65536"), ("--image-size", "4000"), ("--batch-size", "65536"), ("--workers", "200"),
+            ("--feature-dim", "65536")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", NUMBERS)
+def test_any_number_is_a_sentence_or_a_working_run(folder, tmp_path, capsys, flag):  # noqa: F811
+    for value in ("0", "-1", "1", "0.5", "4000", "65536", "200", "1e30", "nan", "-inf", "many", ""):
+        if (flag, value) in TOO_LONG or (flag in ("--epochs", "--image-size", "--batch-size") and value == "4000"):
+            continue
+        base = [a for a in SMALL]
+        if flag in base:
+            del base[base.index(flag) : base.index(flag) + 2]
+        epochs = [] if flag == "--epochs" else ["--epochs", "1"]
+        if flag == "--epochs" and value == "200":
+            continue
+        capsys.readouterr()
+        code = run_main("--data", folder, "--output", tmp_path / f"out {value}", *base, *epochs, f"{flag}={value}")
+        if code != 0:
+            assert_one_sentence(capsys, code)
+
+
+@pytest.mark.parametrize("K, smallest", [(150, 0), (150, 1), (1, 20), (1, 150), (7, 21)])
+def test_extreme_numbers_of_clusters(folder, tmp_path, K, smallest):  # noqa: F811
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1", "--num-clusters", K,
+                    "--min-cluster-size", smallest, "--batch-size", "64") == 0
+
+
+def test_a_batch_larger_than_the_data(folder, tmp_path):  # noqa: F811
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--batch-size", "200") == 0
+    assert [record["step"] for record in log_of(tmp_path) if "loss" in record] == [1, 2]
+
+
+# --- long hours ------------------------------------------------------------------------------------------------------
+
+
+def soak(steps):
+    """Steps of the memory alone; resident MiB and open files over time, and the largest drift of a centroid."""
+    N, d, K, B = 1000, 16, 20, 8
+    generator = torch.Generator().manual_seed(0)
+    memory = ODCMemory(N, d, K)
+    memory.initialize(torch.rand(N, d, generator=generator), torch.randint(K, (N,), generator=generator))
+    resident, files = [], []
+    generator = torch.Generator().manual_seed(distributed.rank())
+    for step in range(steps):
+        memory.update_samples(torch.randint(N, (B,), generator=generator), torch.rand(B, d, generator=generator))
+        if step % 10 == 9:
+            memory.update_centroids()
+        memory.split_small_clusters()
+        memory.loss_weights()
+        if step % 250 == 0:
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
+            files.append(len(os.listdir("/proc/self/fd")))
+    memory.update_centroids()
+    kept = memory.centroids.clone()
+    memory._count()
+    memory.update_centroids()
+    return resident, files, float((memory.centroids - kept).abs().max())
+
+
+def assert_flat(values, tolerance):
+    values = np.array(values[len(values) // 10 :])  # the start fills caches
+    first, last = values[: len(values) // 2], values[len(values) // 2 :]
+    assert last.mean() <= first.mean() * (1 + tolerance), (first.mean(), last.mean())
+
+
+@pytest.mark.slow
+def test_soak_of_the_memory():
+    for resident, files, drift in run_processes(soak, 2, 50_000, timeout=1500):
+        assert_flat(resident, 0.02)
+        assert max(files[len(files) // 2 :]) <= max(files[: len(files) // 2])
+        assert drift < 1e-4
+
+
+@pytest.mark.slow
+def test_soak_of_the_demonstration(tmp_path):
+    """20 epochs; memory in use and open files of both processes, sampled from outside."""
+    run = subprocess.Popen(command("train.py", "--output", tmp_path, "--epochs", "20", processes=2), env=environment(),
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(run, tmp_path, 2)
+    resident, files = {}, {}
+    while run.poll() is None:
+        try:
+            for pid in workers_of(run):
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                resident.setdefault(pid, []).append(pages)
+                files.setdefault(pid, []).append(len(os.listdir(f"/proc/{pid}/fd")))
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has just ended
+        time.sleep(0.25)
+    assert run.returncode == 0 and len(resident) == 2
+    for pid in resident:
+        assert_flat(resident[pid][:-20], 0.02)  # the end writes files and imports what draws them
+        assert max(files[pid][len(files[pid]) // 2 : -20]) <= max(files[pid][: len(files[pid]) // 2])
