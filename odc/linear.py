@@ -277,4 +277,6 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
             self.losses.copy_(state["losses"])
-            print_main(f"Continuing {self.path} at epoch {self.epoch + 1}, step {self.step + 1}.")
+            done = self.epoch == self.protocol.epochs
+            print_main(f"{self.path} holds the finished run." if done else
+                       f"Continuing {self.path} at epoch {self.epoch + 1}, step {self.step + 1}.")

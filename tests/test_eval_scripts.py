@@ -14,7 +14,7 @@ from PIL import Image
 
 import odc
 from odc import checkpoint
-from odc.distributed import UserError
+from odc.distributed import SIGNALS, UserError
 from odc.lists import VOC_CLASSES
 from odc.model import ODC
 from tests.processes import ROOT, environment, free_port
@@ -110,7 +110,7 @@ def start(script, *arguments, processes=1, folder=ROOT):
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Run a script's main function in this process; returns what it printed."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
