@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from odc import augment, distributed
-from odc.augment import LINEAR_AUGMENTATIONS, Augmentation
+from odc.augment import LINEAR_AUGMENTATIONS, Augmentation, Parameters
 from odc.distributed import UserError
 from odc.images import BadImage, ImageSet
 from odc.loader import epoch_batches, evaluation_batches, steps_per_epoch, training_batches
@@ -97,9 +97,10 @@ def test_training_draws_with_replacement():
     assert 0.59 < share < 0.67
 
 
-def test_repeated_draws_of_one_image_are_augmented_differently():
-    batch = train(Numbered(1))[0]
-    assert len(batch.parameters) == 8 and len(batch.parameters.unique(dim=0)) == 8
+def test_every_item_of_an_epoch_is_augmented_differently():
+    for dataset in (Numbered(1), Numbered(100)):  # even the same image, drawn again
+        angles = torch.cat([batch.parameters[:, Parameters._fields.index("angle")] for batch in train(dataset)])
+        assert len(angles) >= 8 and len(angles.unique()) == len(angles)
 
 
 @pytest.mark.parametrize("rows", [slice(None), slice(3, 17), torch.tensor([5, 5, 0, 19]), slice(4, 4)])
