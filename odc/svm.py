@@ -108,27 +108,31 @@ def used_rows(problems):
     return rows, problems.gather(1, rows)
 
 
-def fit_subsets(kernel, rows, targets, costs, progress=None):
+def fit_subsets(kernel, principal, rows, targets, costs, progress=None):
     """As `fit`, for problems that each use few rows of their own: all costs of a problem together.
 
-    rows: [P, u] row numbers, targets: [P, u], see `used_rows`. Returns coefficients [P, S, u] of those rows and
+    principal: `principal_rows(kernel)`. rows: [P, u] row numbers, targets: [P, u], see `used_rows`. Returns coefficients [P, S, u] of those rows and
     converged [P, S].
     """
     P, u = rows.shape
     coefficients = kernel.new_zeros(P, len(costs), u)
     converged = torch.zeros(P, len(costs), dtype=torch.bool, device=kernel.device)
-    basis, values = principal_rows(kernel)
-    slopes = 2 * torch.tensor(costs, dtype=torch.float64, device=kernel.device)[:, None]
+    basis, values = principal
+    ascending = sorted(range(len(costs)), key=lambda s: costs[s])
+    # Small costs are well conditioned: all at once from zero. Larger ones start each at the solution before.
+    groups = [[s for s in ascending if costs[s] < 0.1]] + [[s] for s in ascending if costs[s] >= 0.1]
     size = max(1, BLOCK // 2 // (u * u + u * len(costs)))
     for start in range(0, P, size):
         part = slice(start, min(start + size, P))
-        index, t = rows[part], targets[part].double()
+        index, t = rows[part], targets[part].double()[:, None]  # [G, u], [G, 1, u]
         solver = _Solver(kernel[index[:, :, None], index[:, None]], basis[index], values * u / len(kernel))
-        slope = slopes * row_weights(t)[:, None]  # [G, S, u]
-        t = t[:, None].expand_as(slope)
-        b, f = torch.zeros_like(slope), torch.zeros_like(slope)
-        coefficients[part], _, errors = solver.solve(t, slope, b, f)
-        converged[part] = errors <= TOLERANCE
+        b = f = torch.zeros_like(t)
+        for group in filter(None, groups):
+            cost = torch.tensor([costs[s] for s in group], dtype=torch.float64, device=kernel.device)
+            slope = 2 * cost[:, None] * row_weights(t)
+            b, f, errors = solver.solve(t.expand_as(slope), slope, b.expand_as(slope), f.expand_as(slope))
+            coefficients[part, group], converged[part, group] = b, errors <= TOLERANCE
+            b, f = b[:, -1:], f[:, -1:]
         if progress:
             progress(len(index) * len(costs))
     return coefficients, converged
@@ -153,7 +157,8 @@ class _Solver:
     """Newton's method on the problems of G groups; tensors are [G, P, n]."""
 
     def __init__(self, kernel, basis, values):
-        self.kernel, self.fast = kernel, kernel.float()  # [G, n, n]
+        self.kernel = kernel.contiguous()  # [G, n, n]; indexing may have left it transposed
+        self.fast = self.kernel.float()
         self.basis, self.values = basis.expand(len(kernel), *basis.shape[-2:]), values
         self.ranks = torch.tensor([r for r in (1, 2, 4, 8, 16, 32, 64, 128) if r < len(values)] or [0])
 
@@ -263,20 +268,21 @@ class _Solver:
     def _conjugate_gradients(self, active, ridge, rhs, rank):
         """Conjugate gradients, preconditioned by the dominant part of K on the active rows -> x, K x."""
         on, ridge, rhs = active.float(), ridge.float(), rhs.float()
-        basis = self.basis[..., :rank]
+        L = self.basis[..., :rank].contiguous()  # [G, n, rank]
+        L_T = L.transpose(1, 2).contiguous()
         inverse = on / ridge
         # (D^-1 + L L^T)^-1 = D - D L (1 + L^T D L)^-1 L^T D
         inner = torch.empty(*rhs.shape[:2], rank, rank, device=rhs.device)
-        size = max(1, BLOCK // (rhs.shape[0] * rhs.shape[2] * max(rank, 1)))
+        size = max(1, BLOCK // 2 // L.numel())
         for start in range(0, rhs.shape[1], size):
-            part = slice(start, start + size)
-            inner[:, part] = (inverse[:, part, :, None] * basis[:, None]).transpose(2, 3) @ basis[:, None]
+            scaled = inverse[:, start : start + size, None] * L_T[:, None]  # [G, size, rank, n]
+            inner[:, start : start + size] = (scaled.flatten(1, 2) @ L).unflatten(1, (-1, rank))
         inner.diagonal(dim1=-2, dim2=-1).add_(1)
         inner = torch.cholesky_inverse(torch.linalg.cholesky(inner))
 
         def precondition(v):
             v = inverse * v
-            return v - inverse * ((inner @ (v @ basis)[..., None])[..., 0] @ basis.transpose(1, 2))
+            return v - inverse * ((inner @ (v @ L)[..., None])[..., 0] @ L_T)
 
         x, Kx = torch.zeros_like(rhs), torch.zeros_like(rhs)
         residual, z = rhs, precondition(rhs)

@@ -218,6 +218,7 @@ def low_shot(train_features, samples_by_shot, test_features, test_targets, costs
     `read_low_shot_targets` or `draw_low_shot_targets`. Returns [LowShotResult], in the order of samples_by_shot.
     """
     kernel = svm.gram(train_features)
+    principal = svm.principal_rows(kernel)
     test_kernel = svm.gram(test_features, train_features)
     test_targets = test_targets.to(kernel.device)
     results = []
@@ -225,7 +226,7 @@ def low_shot(train_features, samples_by_shot, test_features, test_targets, costs
                            disable=not progress or not distributed.is_main()):
         problems = torch.stack(samples).to(kernel.device).transpose(1, 2).flatten(0, 1)  # [samples * K, N]
         rows, targets = svm.used_rows(problems)
-        coefficients, converged = svm.fit_subsets(kernel, rows, targets, costs)
+        coefficients, converged = svm.fit_subsets(kernel, principal, rows, targets, costs)
         precision = torch.zeros(len(costs), len(problems), dtype=torch.float64)
         for p in range(len(problems)):
             scores = test_kernel[:, rows[p]] @ coefficients[p].T
