@@ -159,7 +159,7 @@ def main():
 
 def unconverged(result):
     """A remark on fits that did not converge, or nothing."""
-    return f" ({result.unconverged} fits did not converge and were left out)" if result.unconverged else ""
+    return f" (fits that did not converge, and were left out: {result.unconverged})" if result.unconverged else ""
 
 
 if __name__ == "__main__":
