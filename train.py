@@ -11,7 +11,7 @@ import os
 
 import torch.nn.functional as F
 
-from odc import distributed
+from odc import distributed, export
 from odc.arguments import Parser, number, whole
 from odc.distributed import print_main
 from odc.model import ARCHS
@@ -159,7 +159,7 @@ def main(arguments=None):
         run.begin_epoch(epoch)
         train_epoch(run, epoch, run.first_step)
         run.end_epoch(epoch + 1)
-    run.export()
+    export.save_all(run)
     print_main(f"Done: backbone.pth, clusters.csv, clusters.png and report.html are in {args.output}.")
 
 

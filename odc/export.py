@@ -6,8 +6,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from odc import distributed
+from odc import distributed, gallery
 from odc.checkpoint import write_atomically
+
+
+def save_all(run):
+    """What a run leaves for other programs and for people; the same files again if it had already come to its end.
+
+    A collective. run: an `odc.run.Run`.
+    """
+    similarity = similarities(run.memory)
+    features = distributed.gather_rows(run.memory.features) if run.args.export_features else None
+    with distributed.together():
+        if distributed.is_main():
+            save_backbone(run.output / "backbone.pth", run.network.backbone)
+            save_array(run.output / "labels.npy", run.memory.labels)
+            save_clusters(run.output / "clusters.csv", run.dataset, run.memory.labels, similarity)
+            if features is not None:
+                save_array(run.output / "features.npy", features)
+            save_gallery(run, similarity)
+
+
+def save_gallery(run, similarity):
+    """clusters.png as things are; main process only."""
+    gallery.save(run.output / "clusters.png", run.dataset, run.memory.labels.cpu(), similarity, run.args.num_clusters,
+                 f"{run.dataset.name}, epoch {run.epoch}", run.args.seed)
 
 
 def save_backbone(path, backbone):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from odc import augment, checkpoint, curves, distributed, export, gallery, heldout, loader, metrics, settings, weights
+from odc import augment, checkpoint, curves, distributed, export, heldout, loader, metrics, settings, weights
 from odc.augment import Augmentation
 from odc.datasets import open_dataset
 from odc.distributed import UserError, print_main
@@ -303,28 +303,10 @@ class Run:
                     export.save_backbone(self.output / f"backbone_epoch_{epoch}.pth", self.network.backbone)
                     export.save_array(self.output / f"labels_epoch_{epoch}.npy", self.memory.labels)
                 if with_gallery:
-                    self.draw(similarity)
+                    export.save_gallery(self, similarity)
                 curves.save(self.output / "report.html", self.output / "log.jsonl", self.output.resolve().name)
         self.save()
         self.last_logged += time.monotonic() - began  # no training time
-
-    def export(self):
-        """Write what other programs and people read; the same files again if the run had already come to its end."""
-        similarity = export.similarities(self.memory)
-        features = distributed.gather_rows(self.memory.features) if self.args.export_features else None
-        with distributed.together():
-            if distributed.is_main():
-                export.save_backbone(self.output / "backbone.pth", self.network.backbone)
-                export.save_array(self.output / "labels.npy", self.memory.labels)
-                export.save_clusters(self.output / "clusters.csv", self.dataset, self.memory.labels, similarity)
-                if features is not None:
-                    export.save_array(self.output / "features.npy", features)
-                self.draw(similarity)
-
-    def draw(self, similarity):
-        """clusters.png; on the main process."""
-        gallery.save(self.output / "clusters.png", self.dataset, self.memory.labels.cpu(), similarity,
-                     self.args.num_clusters, f"{self.dataset.name}, epoch {self.epoch}", self.args.seed)
 
 
 def is_due(interval, epoch):
