@@ -25,6 +25,7 @@ TOLERANCE = 1e-7  # relative error of w at which a problem counts as solved
 ROUGH = 1e-4  # ... at which float32 is no longer enough
 FORCING = 3e-4  # relative accuracy of one Newton step
 MAX_STEPS = 100  # Newton steps of one problem; five are usual
+CAREFUL_AFTER = 20  # steps, after which a problem that resists is solved in float64 throughout
 MAX_RANK = 129  # of the preconditioner
 BLOCK = 2**24  # numbers in one temporary tensor, about
 
@@ -175,7 +176,7 @@ class _Solver:
         errors = torch.full(b.shape[:2], torch.inf, dtype=torch.float64, device=b.device)
         exact = torch.zeros(b.shape[1], dtype=torch.bool)  # is f K b in float64?
         todo = torch.arange(b.shape[1])
-        for _ in range(MAX_STEPS):
+        for count in range(MAX_STEPS):
             T, C, B, F = t[:, todo], slope[:, todo], b[:, todo], f[:, todo]
             rest = B - C * T * (1 - T * F).clamp_(min=0)
             error = self._error(rest, B, F)
@@ -192,7 +193,7 @@ class _Solver:
                 if len(todo) == 0:
                     break
                 T, C, B, F = T[:, open_], C[:, open_], B[:, open_], F[:, open_]
-            db, df = self._newton_step(T, C, B, F)
+            db, df = self._newton_step(T, C, B, F, careful=count >= CAREFUL_AFTER)
             step = _line_search(B, F, db, df, T, C)
             b[:, todo], f[:, todo] = B + step * db, F + step * df
             exact[todo] = False
@@ -206,7 +207,7 @@ class _Solver:
         norm = (b * f).sum(-1).clamp_(min=0).sqrt()
         return torch.where(gradient == 0, 0.0, gradient / norm)
 
-    def _newton_step(self, t, slope, b, f):
+    def _newton_step(self, t, slope, b, f, careful):
         """The step db and K db towards the minimum of the active rows' quadratic, to FORCING."""
         active = (t * f < 1) & (slope > 0)
         n = b.shape[-1]
@@ -216,6 +217,8 @@ class _Solver:
         iterative = (3 + 4 * (1 + top * tails).sqrt()) * 2 * n**2 + 4 * n * self.ranks.to(b.device).double() ** 2
         counts = active.sum(-1).double()
         direct = (counts**3 + 40 * counts**2 < iterative.amin(-1)).double().mean(0) > 0.5
+        if careful:
+            direct[:] = True
         rank = int(self.ranks[iterative[:, ~direct].sum((0, 1)).argmin()])
         db, df = torch.empty_like(b), torch.empty_like(f)
         for chosen, step in ((direct, self._direct), (~direct, self._conjugate_gradients)):
@@ -224,15 +227,15 @@ class _Solver:
                 continue
             on, B, F = active[:, p], b[:, p], f[:, p]
             removed = torch.where(on, 0.0, B)
-            K_removed = self.product(removed)
+            K_removed = removed @ self.kernel if careful else self.product(removed)
             ridge = torch.where(on, 1 / slope[:, p], 1.0)
             rhs = torch.where(on, t[:, p] - F + K_removed - ridge * B, 0.0)
             scale = rhs.abs().amax(-1, keepdim=True).clamp_(min=1e-300)
-            x, Kx = step(on, ridge, rhs / scale, rank)
+            x, Kx = step(on, ridge, rhs / scale, rank, careful)
             db[:, p], df[:, p] = x * scale - removed, Kx * scale - K_removed
         return db, df
 
-    def _direct(self, active, ridge, rhs, rank):
+    def _direct(self, active, ridge, rhs, rank, careful):
         """Factorise the active rows of every problem -> x, K x."""
         x = torch.zeros_like(rhs)
         group, problem = torch.meshgrid(torch.arange(x.shape[0]), torch.arange(x.shape[1]), indexing="ij")
@@ -251,7 +254,7 @@ class _Solver:
             # Active rows first; the shorter ones are filled up with inactive rows that are cut loose.
             index = (~active[g, p]).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :size]  # [q, size]
             on = active[g, p].gather(1, index)
-            for kernel in (self.fast, self.kernel):  # float64 where float32 finds no factor
+            for kernel in (self.kernel,) if careful else (self.fast, self.kernel):  # float32 may find no factor
                 if len(g) == 1:
                     system = kernel[g[0]].index_select(0, index[0]).index_select(1, index[0])[None]
                 else:
@@ -263,9 +266,9 @@ class _Solver:
                     break
             solution = torch.cholesky_solve(rhs[g, p].gather(1, index)[..., None].to(factor.dtype), factor)
             x[g, p] = torch.zeros_like(x[g, p]).scatter_(1, index, solution[..., 0].double())
-        return x, self.product(x)
+        return x, x @ self.kernel if careful else self.product(x)
 
-    def _conjugate_gradients(self, active, ridge, rhs, rank):
+    def _conjugate_gradients(self, active, ridge, rhs, rank, careful):
         """Conjugate gradients, preconditioned by the dominant part of K on the active rows -> x, K x."""
         on, ridge, rhs = active.float(), ridge.float(), rhs.float()
         L = self.basis[..., :rank].contiguous()  # [G, n, rank]
@@ -277,7 +280,8 @@ class _Solver:
         for start in range(0, rhs.shape[1], size):
             scaled = inverse[:, start : start + size, None] * L_T[:, None]  # [G, size, rank, n]
             inner[:, start : start + size] = (scaled.flatten(1, 2) @ L).unflatten(1, (-1, rank))
-        inner.diagonal(dim1=-2, dim2=-1).add_(1)
+        diagonal = inner.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(1 + 1e-6 * diagonal.amax(-1, keepdim=True))  # a little more, against float32's rounding
         inner = torch.cholesky_inverse(torch.linalg.cholesky(inner))
 
         def precondition(v):

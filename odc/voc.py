@@ -159,8 +159,8 @@ class FullResult:
 
     average_precision: torch.Tensor  # [K] float64, test AP of every class
     costs: list  # [K], the chosen cost of every class
-    validation: torch.Tensor  # [S, K] float64, mean step-wise AP over the folds
-    unconverged: int  # fits that did not converge; 0 unless something is very wrong with the features
+    validation: torch.Tensor  # [S, K] float64, mean step-wise AP over the folds; NaN where a fit did not converge
+    unconverged: int  # fits that did not converge and were not used
 
     @property
     def mean_average_precision(self):
@@ -172,9 +172,9 @@ class LowShotResult:
     """Low-shot SVM of one feature map, for one k."""
 
     k: int
-    mean_average_precision: float  # of the best cost, averaged over the samples
-    cost: float  # the best cost, first on ties in the order of COSTS
-    by_cost: torch.Tensor  # [S, samples] float64, test mAP
+    mean_average_precision: float  # test mAP of the best cost, averaged over the samples
+    cost: float  # the best cost, first on ties in the order of the list
+    by_cost: torch.Tensor  # [S, samples] float64, test mAP; NaN where a fit did not converge
     unconverged: int
 
 
@@ -182,64 +182,103 @@ def full_svm(train_features, train_targets, test_features, test_targets, costs=C
     """Full SVM of one feature map: choose each class's cost by cross-validation, refit, test.
 
     train_features [N, D], test_features [M, D]: rows already normalised. train_targets [N, K], test_targets [M, K]:
-    1 / -1 / 0; difficult images are negatives in training and left out of the test. Every process passes the same and
-    gets the same result. Raises UserError if a class has fewer positives than folds.
+    1 / -1 / 0; difficult images are negatives in training and left out of the test. Needs about 12 N^2 bytes. The
+    classes are split over the processes; each passes the same and gets the same result. Raises UserError for a class
+    with fewer positives or negatives than folds, and for features that are not finite.
     """
+    _check_finite(train_features, test_features)
     labels = torch.where(train_targets == 1, 1, -1).to(torch.int8).to(train_features.device)
     K = labels.shape[1]
     for c in range(K):
         if min(int((labels[:, c] == 1).sum()), int((labels[:, c] == -1).sum())) < FOLDS:
             raise UserError(f"Class {c} has fewer than {FOLDS} positive or negative training images; the "
                             f"{FOLDS}-fold cross-validation needs that many.")
-    folds = torch.stack([stratified_folds(labels[:, c] == 1) for c in range(K)], dim=1)
-    # Columns: fold 0 of every class, fold 1, fold 2, then all rows of every class for the refit.
-    problems = torch.cat([torch.where(folds == fold, 0, labels) for fold in range(FOLDS + 1)], dim=1).T
-    fits = svm.fit(svm.gram(train_features), problems, costs)
-    validation = torch.zeros(len(costs), K, dtype=torch.float64)
-    for c in range(K):
-        for fold in range(FOLDS):
-            held_out = folds[:, c] == fold
-            scores = fits.decisions[:, fold * K + c, held_out].T
-            validation[:, c] += step_average_precision(labels[held_out, c] == 1, scores).cpu() / FOLDS
-    validation.masked_fill_(~fits.converged.view(len(costs), FOLDS + 1, K).all(1).cpu(), -1)
-    chosen = [_first_best(validation[:, c]) for c in range(K)]
-    precision = torch.zeros(K, dtype=torch.float64)
-    coefficients = torch.stack([fits.coefficients[chosen[c], FOLDS * K + c] for c in range(K)], dim=1)
-    scores = _decision_values(test_features, train_features, coefficients)
-    for c in range(K):
-        precision[c] = voc_average_precision(test_targets[:, c].to(scores.device), scores[:, c])
-    return FullResult(precision, [costs[s] for s in chosen], validation, int((~fits.converged).sum()))
+    own = list(range(K))[distributed.shard(K)]
+    validation = torch.zeros(len(own), len(costs), dtype=torch.float64)
+    results = torch.zeros(len(own), 3, dtype=torch.float64)  # AP, index of the chosen cost, fits not converged
+    if own:
+        folds = torch.stack([stratified_folds(labels[:, c] == 1) for c in own])
+        labels = labels[:, own].T
+        # Problems: without fold 0 of every class, without fold 1, without fold 2, then all rows for the refit.
+        problems = torch.cat([torch.where(folds == fold, 0, labels) for fold in range(FOLDS + 1)])
+        with _bar("SVM fits", len(problems) * len(costs), progress) as bar:
+            fits = svm.fit(svm.gram(train_features), problems, costs, progress=bar.update)
+        converged = fits.converged.view(len(costs), FOLDS + 1, len(own)).cpu()
+        results[:, 2] = (~converged).sum((0, 1))
+        chosen = []
+        for i in range(len(own)):
+            for fold in range(FOLDS):
+                held_out = folds[i] == fold
+                scores = fits.decisions[:, fold * len(own) + i, held_out].T
+                validation[i] += step_average_precision(labels[i, held_out] == 1, scores).cpu() / FOLDS
+            validation[i].masked_fill_(~converged[:, :, i].all(1), torch.nan)
+            chosen.append(_first_best(validation[i]))
+        refits = torch.stack([fits.coefficients[s, FOLDS * len(own) + i] for i, s in enumerate(chosen)], dim=1)
+        scores = _decision_values(test_features, train_features, refits)
+        for i, c in enumerate(own):
+            results[i, 0] = voc_average_precision(test_targets[:, c].to(scores.device), scores[:, i])
+        results[:, 1] = torch.tensor(chosen)
+    validation, results = distributed.all_gather_rows(validation), distributed.all_gather_rows(results)
+    _refuse_unsolved(validation)
+    return FullResult(results[:, 0], [costs[int(s)] for s in results[:, 1]], validation.T, int(results[:, 2].sum()))
 
 
 def low_shot(train_features, samples_by_shot, test_features, test_targets, costs=COSTS, progress=True):
     """Low-shot SVM of one feature map: fit every class, cost and sample, test all of them.
 
     Features and test_targets as for `full_svm`; samples_by_shot: {k: [targets [N, K] of each sample]}, from
-    `read_low_shot_targets` or `draw_low_shot_targets`. Returns [LowShotResult], in the order of samples_by_shot.
+    `read_low_shot_targets` or `draw_low_shot_targets`. Returns [LowShotResult], in the order of samples_by_shot. The
+    problems are split over the processes; each passes the same and gets the same result.
     """
+    _check_finite(train_features, test_features)
     kernel = svm.gram(train_features)
     principal = svm.principal_rows(kernel)
-    test_kernel = svm.gram(test_features, train_features)
+    test_kernel = svm.gram(train_features, test_features)  # [N, M]
     test_targets = test_targets.to(kernel.device)
+    K = test_targets.shape[1]
+    problems = {k: torch.stack(samples).to(kernel.device).transpose(1, 2).flatten(0, 1)  # [samples * K, N]
+                for k, samples in samples_by_shot.items()}
+    own = {k: list(range(len(targets)))[distributed.shard(len(targets))] for k, targets in problems.items()}
     results = []
-    for k, samples in tqdm(samples_by_shot.items(), desc="low-shot", unit="k",
-                           disable=not progress or not distributed.is_main()):
-        problems = torch.stack(samples).to(kernel.device).transpose(1, 2).flatten(0, 1)  # [samples * K, N]
-        rows, targets = svm.used_rows(problems)
-        coefficients, converged = svm.fit_subsets(kernel, principal, rows, targets, costs)
-        precision = torch.zeros(len(costs), len(problems), dtype=torch.float64)
-        for p in range(len(problems)):
-            scores = test_kernel[:, rows[p]] @ coefficients[p].T
-            precision[:, p] = voc_average_precision(test_targets[:, p % test_targets.shape[1]], scores).cpu()
-        by_cost = precision.view(len(costs), len(samples), -1).mean(2)
-        means = by_cost.mean(1)
-        best = _first_best(means)
-        results.append(LowShotResult(k, float(means[best]), costs[best], by_cost, int((~converged).sum())))
+    with _bar("low-shot fits", sum(map(len, own.values())) * len(costs), progress) as bar:
+        for k, targets in problems.items():
+            precision = torch.zeros(len(own[k]), len(costs), dtype=torch.float64)
+            if own[k]:
+                rows, labels = svm.used_rows(targets[own[k]])
+                coefficients, converged = svm.fit_subsets(kernel, principal, rows, labels, costs, bar.update)
+                for i, p in enumerate(own[k]):
+                    scores = coefficients[i] @ test_kernel[rows[i]]
+                    precision[i] = voc_average_precision(test_targets[:, p % K], scores.T).cpu()
+                precision.masked_fill_(~converged.cpu(), torch.nan)
+            precision = distributed.all_gather_rows(precision)
+            unconverged = int(precision.isnan().sum())
+            by_cost = precision.view(-1, K, len(costs)).mean(1).T  # [S, samples]
+            means = by_cost.mean(1)
+            _refuse_unsolved(means[None])
+            best = _first_best(means)
+            results.append(LowShotResult(k, float(means[best]), costs[best], by_cost, unconverged))
     return results
 
 
+def _bar(words, total, progress):
+    return tqdm(total=total, desc=words, unit="fit", disable=not progress or not distributed.is_main())
+
+
+def _check_finite(*features):
+    if not all(bool(torch.isfinite(rows.sum())) for rows in features):
+        raise UserError("The features have values that are not finite; check the weights.")
+
+
+def _refuse_unsolved(scores):
+    """Raise where a row of [.., S] scores has no cost left whose fits all converged."""
+    if scores.isnan().all(1).any():
+        raise UserError("No support vector machine converged at any cost for one of the classes; check that the "
+                        "feature rows are normalised.")
+
+
 def _first_best(scores):
-    """Index of the first largest value of [S]."""
+    """Index of the first largest value of [S]; NaN never wins."""
+    scores = scores.nan_to_num(-1.0)
     return int((scores == scores.max()).nonzero()[0])
 
 
