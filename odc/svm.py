@@ -112,8 +112,8 @@ def used_rows(problems):
 def fit_subsets(kernel, principal, rows, targets, costs, progress=None):
     """As `fit`, for problems that each use few rows of their own: all costs of a problem together.
 
-    principal: `principal_rows(kernel)`. rows: [P, u] row numbers, targets: [P, u], see `used_rows`. Returns coefficients [P, S, u] of those rows and
-    converged [P, S].
+    principal: `principal_rows(kernel)`. rows: [P, u] row numbers, targets: [P, u], see `used_rows`. Returns
+    coefficients [P, S, u] of those rows and converged [P, S].
     """
     P, u = rows.shape
     coefficients = kernel.new_zeros(P, len(costs), u)
@@ -180,14 +180,16 @@ class _Solver:
             T, C, B, F = t[:, todo], slope[:, todo], b[:, todo], f[:, todo]
             rest = B - C * T * (1 - T * F).clamp_(min=0)
             error = self._error(rest, B, F)
-            worst = error.amax(0).cpu()
-            check = (worst <= ROUGH) & ~exact[todo]
+            close = error.amax(0).cpu() <= ROUGH
+            check = close & ~exact[todo]
             if check.any():
                 f[:, todo[check]] = B[:, check] @ self.kernel
                 exact[todo[check]] = True
                 continue
+            if close.any():
+                error[:, close] = self._error(rest[:, close], B[:, close], F[:, close], bound=True)
             errors[:, todo] = error
-            open_ = worst > TOLERANCE
+            open_ = error.amax(0).cpu() > TOLERANCE
             if not open_.all():
                 todo = todo[open_]
                 if len(todo) == 0:
@@ -199,11 +201,15 @@ class _Solver:
             exact[todo] = False
         return b, f, errors
 
-    def _error(self, rest, b, f):
-        """||gradient|| / ||w||."""
+    def _error(self, rest, b, f, bound=False):
+        """||gradient|| / ||w||, the bound of the relative error; else an estimate from the dominant part of K."""
         scale = rest.abs().amax(-1, keepdim=True).clamp_(min=1e-300)  # float32 has a short range
         rest = rest / scale
-        gradient = (rest * self.product(rest)).sum(-1).clamp_(min=0).sqrt() * scale[..., 0]
+        if bound:
+            square = (rest * self.product(rest)).sum(-1)
+        else:
+            square = (rest.float() @ self.basis).square().sum(-1) + self.values[-1] * rest.square().sum(-1)
+        gradient = square.clamp_(min=0).sqrt() * scale[..., 0]
         norm = (b * f).sum(-1).clamp_(min=0).sqrt()
         return torch.where(gradient == 0, 0.0, gradient / norm)
 
@@ -227,7 +233,7 @@ class _Solver:
                 continue
             on, B, F = active[:, p], b[:, p], f[:, p]
             removed = torch.where(on, 0.0, B)
-            K_removed = removed @ self.kernel if careful else self.product(removed)
+            K_removed = removed @ self.kernel if careful else self.product(removed) if removed.any() else removed
             ridge = torch.where(on, 1 / slope[:, p], 1.0)
             rhs = torch.where(on, t[:, p] - F + K_removed - ridge * B, 0.0)
             scale = rhs.abs().amax(-1, keepdim=True).clamp_(min=1e-300)
