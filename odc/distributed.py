@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ class UserError(Exception):
 class Interrupted(Exception):
     """A signal asked the run to stop; raised on every process at the same point of the program."""
 
+
+GROUP_TIMEOUT = datetime.timedelta(minutes=30)  # a process that has not come to a collective by then is lost
 
 _store = None  # what the processes share besides the group, and still do when a collective is no longer possible
 
@@ -53,11 +56,36 @@ def init(device="auto"):
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         global _store
-        _store, rank, world_size = next(dist.rendezvous("env://"))
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        _store = _unused_part(store, rank, world_size)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=rank, world_size=world_size,
-                                timeout=datetime.timedelta(minutes=30))
+                                timeout=GROUP_TIMEOUT)
     return device
+
+
+def _unused_part(store, rank, world_size):
+    """A part of a store that no earlier start of the processes has written to, the same for all of this start.
+
+    torchrun restarts lost processes on the store of the lost ones. Where their old addresses still stand there, gloo
+    connects to them and fails or waits for ever. So process 0 opens a round under a name of its own, and each other one
+    joins the rounds that it reads of until one lists it as a member: a round of an earlier start never does.
+    """
+    me = uuid.uuid4().hex
+    if rank == 0:
+        store.set("round", me)
+        others = [f"{me}/{r}" for r in range(1, world_size)]
+        store.wait(others)
+        store.set(f"{me}/members", " ".join(store.get(other).decode() for other in others))
+        return dist.PrefixStore(me, store)
+    deadline = time.monotonic() + GROUP_TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        name = store.get("round").decode()
+        store.set(f"{name}/{rank}", me)
+        if store.check([f"{name}/members"]) and me in store.get(f"{name}/members").decode().split():
+            return dist.PrefixStore(name, store)
+        time.sleep(0.02)
+    raise UserError(f"Process {rank} found no process 0 in {GROUP_TIMEOUT}: start as many as --nproc_per_node says.")
 
 
 def _cuda_device(device):

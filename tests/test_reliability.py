@@ -51,7 +51,7 @@ def kill(pid):
 def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):  # noqa: F811
     """Also within the write of a checkpoint: half of the kills happen when the temporary file is seen."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start_two(folder, whole).wait() == 0
+    assert start_two(folder, whole).wait(600) == 0
     killed.mkdir()
     draw = random.Random(0)
     in_write = 0
@@ -66,23 +66,23 @@ def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):  # no
         in_write += partial.exists()
         if workers := workers_of(run):
             kill(draw.choice(workers))
-        run.wait()
+        run.wait(300)
         if (killed / "backbone.pth").exists():  # it had come to its end: once more, from the start
             shutil.rmtree(killed)
             killed.mkdir()
     assert in_write > 0
-    assert start_two(folder, killed).wait() == 0
+    assert start_two(folder, killed).wait(600) == 0
     assert_same_run(whole, killed)
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_lost_process(folder, tmp_path):  # noqa: F811
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start_two(folder, whole).wait() == 0
+    assert start_two(folder, whole).wait(600) == 0
     run = start_two(folder, killed, "--max-restarts", "3")
     wait_for_step(run, killed, 3)
     kill(workers_of(run)[1])
-    assert run.wait() == 0
+    assert run.wait(600) == 0
     assert_same_run(whole, killed)
 
 

@@ -156,8 +156,9 @@ def start(folder, output, *extra, processes=1):
 
 def wait_for_step(child, output, step):
     """Wait until the log holds the step."""
-    log = output / "log.jsonl"
+    log, deadline = output / "log.jsonl", time.monotonic() + 300
     while child.poll() is None:
+        assert time.monotonic() < deadline, "the run stands still"
         if log.exists() and sum("loss" in line for line in log.read_text().splitlines()) >= step:
             return
         time.sleep(0.005)
@@ -171,7 +172,7 @@ def test_killed_at_random_steps_and_resumed_is_the_same_run(folder, finished, tm
         assert child.poll() is None, "the run ended before it could be killed"
         child.send_signal(signal.SIGKILL)
         child.wait()
-    assert start(folder, tmp_path).wait() == 0
+    assert start(folder, tmp_path).wait(300) == 0
     assert_same_run_but_for_interval(finished, tmp_path)
 
 
@@ -192,10 +193,10 @@ def test_a_signal_saves_and_stops(folder, finished, tmp_path, number):
     child = start(folder, tmp_path, "--checkpoint-interval", "1000")
     wait_for_step(child, tmp_path, 4)
     child.send_signal(number)
-    assert child.wait() == 128 + number
+    assert child.wait(300) == 128 + number
     done = checkpoint.load(tmp_path / "checkpoint.pth")["global_step"]
     assert 4 <= done < 20 and done == log_of(tmp_path)[-1]["step"]
-    assert start(folder, tmp_path).wait() == 0
+    assert start(folder, tmp_path).wait(300) == 0
     assert_same_run_but_for_interval(finished, tmp_path)
 
 
