@@ -37,7 +37,7 @@ def made_up_features(num_train=5011, num_test=4952, width=8192, seed=0):
             targets[start + torch.randperm(size, generator=generator)[: round(count * size / 5011)], c] = 1
     causes = torch.randn(N, hidden, generator=generator) * torch.arange(1, hidden + 1) ** -0.5
     present = (targets == 1) * torch.rand(N, 20, generator=generator)  # an object may be small
-    causes += 0.8 * present @ torch.randn(20, hidden, generator=generator) * hidden**-0.5
+    causes += 0.5 * present @ torch.randn(20, hidden, generator=generator) * hidden**-0.5
     rows = causes @ torch.randn(hidden, width, generator=generator)
     rows += torch.randn(N, width, generator=generator)
     rows = torch.nn.functional.softplus(rows.mul_(2))
