@@ -1,6 +1,6 @@
 """L2-regularised squared-hinge support vector machines, many at once, in the kernel form.
 
-The problem is LIBLINEAR's (odc.md section 7, the recipe's LinearSVC): with t_i = 1 / -1, s_i = 2 / 1 for positives /
+The problem is LIBLINEAR's (the VOC07 benchmark, the recipe's LinearSVC): with t_i = 1 / -1, s_i = 2 / 1 for positives /
 negatives and the bias a weight on one more input of constant 1,
 
     P(w) = 1/2 ||w||^2 + C sum_i s_i max(0, 1 - t_i f_i)^2,    f_i = w . x_i.

@@ -1,4 +1,4 @@
-"""The VOC2007 linear and low-shot SVM protocols (odc.md section 7): folds, average precision, targets, costs.
+"""The VOC2007 linear and low-shot SVM protocols of the published benchmark: folds, average precision, targets, costs.
 
 Letters: N train images, M test images, K classes, S costs.
 """

@@ -30,7 +30,7 @@ def linear_svc(rows, targets, cost, **options):
 
 
 def primal_objective(weight, rows, targets, cost):
-    """The objective as odc.md writes it; weight [D + 1], the bias last."""
+    """The objective as LIBLINEAR states it; weight [D + 1], the bias last."""
     inputs = torch.cat([rows.double(), torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
     hinge = (1 - targets * (inputs @ weight)).clamp(min=0)
     importance = torch.where(targets > 0, 2.0, 1.0) * (targets != 0)
