@@ -23,6 +23,7 @@ import torch
 POSITIVE_WEIGHT = 2.0  # the recipe's class_weight={1: 2, -1: 1}
 TOLERANCE = 1e-6  # relative error of w at which a problem counts as solved
 FORCING = 3e-4  # relative accuracy of one Newton step
+ROUGH = 3e-2  # relative error above which K b in float32 does
 MAX_STEPS = 100  # Newton steps of one problem; five are usual
 CAREFUL_AFTER = 20  # steps, after which a problem that resists is solved in float64 throughout
 MAX_RANK = 129  # of the preconditioner
@@ -125,7 +126,8 @@ def fit_subsets(kernel, principal, rows, targets, costs, progress=None):
     for start in range(0, P, size):
         part = slice(start, min(start + size, P))
         index, t = rows[part], targets[part].double()[:, None]  # [G, u], [G, 1, u]
-        solver = _Solver(kernel[index[:, :, None], index[:, None]], basis[index], values * u / len(kernel))
+        grams = torch.stack([kernel.index_select(0, own).index_select(1, own) for own in index])
+        solver = _Solver(grams, basis[index], values * u / len(kernel))
         b = f = torch.zeros_like(t)
         for group in filter(None, groups):
             cost = torch.tensor([costs[s] for s in group], dtype=torch.float64, device=kernel.device)
@@ -157,8 +159,7 @@ class _Solver:
     """Newton's method on the problems of G groups; tensors are [G, P, n]."""
 
     def __init__(self, kernel, basis, values):
-        self.kernel = kernel.contiguous()  # [G, n, n]; indexing may have left it transposed
-        self.fast = self.kernel.float()
+        self.kernel, self.fast = kernel, kernel.float()  # [G, n, n]
         self.basis, self.values = basis.expand(len(kernel), *basis.shape[-2:]), values
         self.ranks = torch.tensor([r for r in (1, 2, 4, 8, 16, 32, 64, 128) if r < len(values)] or [0])
 
@@ -174,10 +175,15 @@ class _Solver:
         b, f = b.clone(), f.clone()
         errors = torch.full(b.shape[:2], torch.inf, dtype=torch.float64, device=b.device)
         todo = torch.arange(b.shape[1], device=b.device)
+        exact = True  # f is K b in float64
         for count in range(MAX_STEPS):
             T, C, B, F = t[:, todo], slope[:, todo], b[:, todo], f[:, todo]
             rest = B - C * T * (1 - T * F).clamp_(min=0)
             error = self._error(rest, B, F, C)
+            if not exact and error.min() <= ROUGH:
+                f[:, todo] = B @ self.kernel
+                exact = True
+                continue
             close = error.amax(0) <= TOLERANCE
             if close.any():
                 error[:, close] = self._error(rest[:, close], B[:, close], F[:, close], C[:, close], bound=True)
@@ -188,9 +194,11 @@ class _Solver:
                 break
             if not left.all():
                 T, C, B, F = T[:, left], C[:, left], B[:, left], F[:, left]
-            db, df = self._newton_step(T, C, B, F, careful=count >= CAREFUL_AFTER)
-            b[:, todo] = B + _line_search(B, F, db, df, T, C) * db
-            f[:, todo] = b[:, todo] @ self.kernel
+            careful = count >= CAREFUL_AFTER
+            exact = exact and (careful or bool(error[:, left].min() <= ROUGH))
+            db, df = self._newton_step(T, C, B, F, exact, careful)
+            step = _line_search(B, F, db, df, T, C)
+            b[:, todo], f[:, todo] = B + step * db, F + step * df
         else:
             errors[:, todo] = errors[:, todo].clamp(min=2 * TOLERANCE)  # estimates that were never checked
         return b, f, errors
@@ -208,8 +216,8 @@ class _Solver:
         # No w is longer than the root of 2 P(0) = sum slope: a thousandth of it stands in for a w of about 0.
         return gradient / (norm + 1e-3 * slope.sum(-1).sqrt()).clamp_(min=1e-300)
 
-    def _newton_step(self, t, slope, b, f, careful):
-        """The step db and K db towards the minimum of the active rows' quadratic."""
+    def _newton_step(self, t, slope, b, f, exact, careful):
+        """The step db and df = K db, exact or in float32, towards the minimum of the active rows' quadratic."""
         active = (t * f < 1) & (slope > 0)
         n = b.shape[-1]
         # What a problem's step costs: products with K, more of them the worse the preconditioner, or a factorisation.
@@ -238,11 +246,13 @@ class _Solver:
             rhs = torch.where(on, t[:, p] - F + K_removed - ridge * B, 0.0)
             scale = rhs.abs().amax(-1, keepdim=True).clamp_(min=1e-300)
             x, Kx = step(on, ridge, rhs / scale, rank, careful)
-            db[:, p], df[:, p] = x * scale - removed, Kx * scale - K_removed
-        return db, df
+            db[:, p] = x * scale - removed
+            if not exact:
+                df[:, p] = (self.product(x) if Kx is None else Kx) * scale - K_removed
+        return db, db @ self.kernel if exact else df
 
     def _direct(self, active, ridge, rhs, rank, careful):
-        """Factorise the active rows of every problem -> x, K x."""
+        """Factorise the active rows of every problem -> x, None for K x."""
         x = torch.zeros_like(rhs)
         group, problem = torch.meshgrid(torch.arange(x.shape[0]), torch.arange(x.shape[1]), indexing="ij")
         counts = active.sum(-1).cpu().flatten()
@@ -251,7 +261,7 @@ class _Solver:
         start = 0
         while start < len(counts):
             stop = start + 1
-            while stop < len(counts) and (stop + 1 - start) * counts[stop] ** 2 <= BLOCK // 8:
+            while stop < len(counts) and (stop + 1 - start) * counts[stop] ** 2 <= BLOCK // 256:
                 stop += 1
             g, p, size = group[start:stop].to(x.device), problem[start:stop].to(x.device), counts[stop - 1]
             start = stop
@@ -272,7 +282,7 @@ class _Solver:
                     break
             solution = torch.cholesky_solve(rhs[g, p].gather(1, index)[..., None].to(factor.dtype), factor)
             x[g, p] = torch.zeros_like(x[g, p]).scatter_(1, index, solution[..., 0].double())
-        return x, x @ self.kernel if careful else self.product(x)
+        return x, None
 
     def _conjugate_gradients(self, active, ridge, rhs, rank, careful):
         """Conjugate gradients, preconditioned by the dominant part of K on the active rows -> x, K x."""
