@@ -31,7 +31,7 @@ def stratified_folds(positive, folds=FOLDS):
     positive: [N] bool. Rows of each label go to the folds in order, in numbers that differ by one at most: the rows
     sorted by label are dealt out in turn, which says how many of each label a fold gets.
     """
-    positive = positive.bool()
+    positive = positive.bool().cpu()
     # scikit-learn numbers the labels in order of first appearance before it sorts them.
     labels = (positive != positive[0]).long()
     dealt = labels.sort().values
@@ -197,7 +197,7 @@ def full_svm(train_features, train_targets, test_features, test_targets, costs=C
     validation = torch.zeros(len(own), len(costs), dtype=torch.float64)
     results = torch.zeros(len(own), 3, dtype=torch.float64)  # AP, index of the chosen cost, fits not converged
     if own:
-        folds = torch.stack([stratified_folds(labels[:, c] == 1) for c in own])
+        folds = torch.stack([stratified_folds(labels[:, c] == 1) for c in own]).to(labels.device)
         labels = labels[:, own].T
         # Problems: without fold 0 of every class, without fold 1, without fold 2, then all rows for the refit.
         problems = torch.cat([torch.where(folds == fold, 0, labels) for fold in range(FOLDS + 1)])
