@@ -43,7 +43,7 @@ def stratified_folds(positive, folds=FOLDS):
 
 
 def step_average_precision(positive, scores):
-    """Average precision without interpolation, as scikit-learn's average_precision_score; tied scores are one threshold.
+    """Average precision without interpolation, as scikit-learn computes it; tied scores are one threshold.
 
     positive: [n] or [n, c] bool; scores the same shape, or [n, c] with one `positive` for all columns. Returns [] or
     [c] float64; a column without positives gives 0.

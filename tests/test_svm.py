@@ -143,7 +143,8 @@ def test_all_rows_alike():
     targets = torch.tensor([[1] * 10 + [-1] * 20])
     fits = svm.fit(svm.gram(rows), targets, voc.COSTS)
     assert fits.converged.all()
-    # f is one number x for all rows, w.w + b.b = x^2 / 2, so x / 2 = 2 C (10 * 2 (1 - x) - 20 (1 + x)) = -80 C x: x = 0.
+    # f is one number x for all rows, and ||w||^2 = x^2 / 2:
+    # x / 2 = 2 C (10 * 2 (1 - x) - 20 (1 + x)) = -80 C x, so x = 0.
     assert fits.decisions.abs().max() < 1e-6
 
 
