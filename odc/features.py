@@ -178,19 +178,25 @@ class _Writer:
         self.files = []
 
     def __enter__(self):
-        shapes = [(self.num_rows, dim) for dim in self.dims]
+        try:
+            self._open()
+        except UserError as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self.write
+
+    def _open(self):
         with distributed.together():
             if distributed.is_main():
                 os.makedirs(self.partial, exist_ok=True)
-                for i, shape in enumerate(shapes):
-                    np.lib.format.open_memmap(_file(self.partial, i), "w+", np.float32, shape)
+                for i, dim in enumerate(self.dims):
+                    np.lib.format.open_memmap(_file(self.partial, i), "w+", np.float32, (self.num_rows, dim))
         with distributed.together():
             first = distributed.shard(self.num_rows).start
             for i, dim in enumerate(self.dims):
                 offset = np.load(_file(self.partial, i), mmap_mode="r").offset
                 self.files.append(open(_file(self.partial, i), "r+b"))
                 self.files[-1].seek(offset + first * dim * 4)
-        return self.write
 
     def write(self, start, features):
         for file, part in zip(self.files, features):

@@ -71,8 +71,11 @@ def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, fi
     """This process's batches of one epoch in which every image comes once, in a seeded order, from first_step on.
 
     A last global batch of fewer than W * B images is kept and split evenly; one of fewer than W images is joined to the
-    batch before, so that every process has the same number of steps and, if N >= W, a row in each.
+    batch before, so that every process has the same number of steps and a row in each. Raises UserError if N < W.
     """
+    if len(dataset) < world_size():
+        raise UserError(f"{dataset.root} has {len(dataset)} images for {world_size()} processes: start fewer with "
+                        "--nproc_per_node.")
     generator = torch.Generator().manual_seed(_number("permutation", seed, epoch))
     order = torch.randperm(len(dataset), generator=generator)
     whole, rest = divmod(len(dataset), world_size() * batch_size)

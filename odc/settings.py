@@ -33,6 +33,9 @@ def check(args, dataset, device, output, state):
     if args.lr == 0.06 and args.data != "shapes" and args.batch_size * distributed.world_size() != 512:
         print_main(f"The recipe's --lr 0.06 is for a global batch of 512; here it is "
                    f"{args.batch_size * distributed.world_size()}.")
+    if N < 2 * args.min_cluster_size * args.num_clusters:
+        print_main(f"{N} images are fewer than 2 x {args.num_clusters} clusters x --min-cluster-size "
+                   f"{args.min_cluster_size}: halves of a split may be small again, in every step.")
     if not state:
         return
     where = f"{output} holds a run"

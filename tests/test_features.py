@@ -176,6 +176,17 @@ def test_an_error_on_one_process_stops_all_and_leaves_no_files(tmp_path):
     assert os.listdir(tmp_path / "cache") == []
 
 
+def test_cache_that_cannot_be_opened_leaves_nothing(tmp_path, monkeypatch):
+    """The main process makes the files, and then a process cannot open them."""
+    def refuse(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("odc.features.open", refuse, raising=False)
+    with pytest.raises(UserError, match="Too many open files"), Cache(str(tmp_path), "x").writing(5, 3):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_cache_that_cannot_be_written_or_read(tmp_path):
     dataset = open_dataset(picture_folder(tmp_path / "images", 3))
     (tmp_path / "file").write_text("")

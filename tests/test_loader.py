@@ -152,6 +152,12 @@ def test_an_epoch_has_every_image_once_and_no_idle_process(monkeypatch, count, b
     assert torch.equal(torch.cat(indices).sort().values, torch.arange(count))
 
 
+def test_an_epoch_of_fewer_images_than_processes_is_refused(monkeypatch):
+    monkeypatch.setattr("odc.loader.world_size", lambda: 4)
+    with pytest.raises(UserError, match="3 images for 4 processes"):
+        epoch_batches(Numbered(3), Augmentation(), 16, 8, 0, 0)
+
+
 # --- what cannot be read ---------------------------------------------------------------------------------------------
 
 
