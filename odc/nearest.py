@@ -6,6 +6,8 @@ double precision. So the answer is that of the exact computation, and it depends
 not on how the rows were cut into blocks, on the number of processes or of threads.
 """
 
+import contextlib
+
 import torch
 
 BLOCK = 1024  # rows scored at a time on a CPU: a multiple of 64, few enough to stay in the caches
@@ -66,9 +68,10 @@ class NearestCentroid:
         rows = self.coarse.new_zeros(block, self.coarse.shape[1])
         rows[:, features.shape[1] : features.shape[1] + 2] = 1
         scores = self.coarse.new_empty(len(self.coarse), block)
-        for start in range(0, n, block):
-            part = features[start : start + block].float()
-            self._assign_block(part, rows[: len(part)], scores[:, : len(part)], labels[start : start + block])
+        with _float32_accumulation():
+            for start in range(0, n, block):
+                part = features[start : start + block].float()
+                self._assign_block(part, rows[: len(part)], scores[:, : len(part)], labels[start : start + block])
         return labels
 
     def _assign_block(self, features, rows, scores, labels):
@@ -123,6 +126,18 @@ def _product_dtype(device):
     else:
         fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if fast else torch.float32
+
+
+@contextlib.contextmanager
+def _float32_accumulation():
+    """Forbid CUDA to add partial sums of a bfloat16 product in bfloat16, which the error bound does not cover."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def _round_up(number, multiple):
