@@ -183,6 +183,17 @@ def test_a_signal_on_one_process_stops_all(folder, tmp_path):  # noqa: F811
     assert checkpoint.load(tmp_path / "checkpoint.pth")["global_step"] == 4
 
 
+def test_sigterm_to_torchrun_saves_and_stops(folder, tmp_path):  # noqa: F811
+    """What SLURM sends before it requeues a job."""
+    line = command("train.py", *arguments_for(folder, tmp_path, "--checkpoint-interval", "1000"), processes=2)
+    run = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(run, tmp_path, 4)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) != 0
+    state = checkpoint.load(tmp_path / "checkpoint.pth")
+    assert state["global_step"] >= 4 and state["step"] > 0  # within an epoch: saved because of the signal
+
+
 def test_a_second_signal_exits_at_once(folder, tmp_path):  # noqa: F811
     script = tmp_path / "stuck.py"
     script.write_text("""
