@@ -18,7 +18,8 @@ from odc.model import ARCHS
 from odc.run import Run
 from odc.runlog import print_settings
 
-# The built-in demonstration (--data shapes): a small network and settings that suit 5,000 small images.
+# The built-in demonstration (--data shapes): a small network and settings that suit 5,000 small images, chosen without
+# their labels (tests/benchmarks/selection.py).
 DEMO = dict(arch="narrow", image_size=32, epochs=20, batch_size=32, lr=0.06, lr_steps=[16], num_clusters=60,
             crop_scale=0.5, save_interval=0, checkpoint_interval=100, knn_interval=5)
 
@@ -38,7 +39,7 @@ def make_parser():
                       help="processes that read images, per training process (default: 4, or 0 for shapes)")
 
     network = parser.add_argument_group("network")
-    network.add_argument("--arch", choices=list(ARCHS), default="resnet50", help="backbone: " + ", ".join(ARCHS))
+    network.add_argument("--arch", choices=list(ARCHS), default="resnet50", help="backbone; narrow is for small images")
     network.add_argument("--feature-dim", metavar="D", type=whole(1, 65536), default=256, help="width of the features")
     network.add_argument("--weights", metavar="FILE", help="start from this pre-trained backbone")
 
