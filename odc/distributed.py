@@ -42,11 +42,11 @@ _store = None  # what the processes share besides the group, and still do when a
 def init(device="auto"):
     """Join the process group that torchrun describes, if there is one, and choose this process's device.
 
-    device: "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:3".
+    device: "auto" (CUDA if there is a device for each process), "cpu", "cuda" or "cuda:3".
     Raises UserError for a device that is not there. Returns a torch.device.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _auto_device()
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:INDEX.")
     if device == "cpu":
@@ -88,9 +88,25 @@ def _unused_part(store, rank, world_size):
     raise UserError(f"Process {rank} found no process 0 in {GROUP_TIMEOUT}: start as many as --nproc_per_node says.")
 
 
+def _auto_device():
+    """What --device auto means here: cuda or cpu, the same on all processes."""
+    available, processes = _num_cuda_devices(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # On one machine all processes come to the same answer; on several, too few devices are a mistake to be told of.
+    if 0 < available < processes == int(os.environ.get("WORLD_SIZE", 1)):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{processes} processes for {available} CUDA device(s): they run on the CPU. To use CUDA, start as many "
+                  "processes as devices.", flush=True)
+        return "cpu"
+    return "cuda" if available else "cpu"
+
+
+def _num_cuda_devices():
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def _cuda_device(device):
     """One CUDA device for each process of this machine; what is wrong is wrong for all of them alike."""
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = _num_cuda_devices()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not available:
         raise UserError(f"--device {device}: no CUDA device is available here; use --device cpu.")

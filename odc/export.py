@@ -17,11 +17,13 @@ def save_all(run):
     """
     similarity = similarities(run.memory)
     features = distributed.gather_rows(run.memory.features) if run.args.export_features else None
+    unreadable = torch.tensor(sorted(run.failed.union(run.dataset.unreadable)), dtype=torch.int64)
+    unreadable = set(distributed.all_gather_rows(unreadable).tolist())
     with distributed.together():
         if distributed.is_main():
             save_backbone(run.output / "backbone.pth", run.network.backbone)
             save_array(run.output / "labels.npy", run.memory.labels)
-            save_clusters(run.output / "clusters.csv", run.dataset, run.memory.labels, similarity)
+            save_clusters(run.output / "clusters.csv", run.dataset, run.memory.labels, similarity, unreadable)
             if features is not None:
                 save_array(run.output / "features.npy", features)
             save_gallery(run, similarity)
@@ -57,14 +59,17 @@ def similarities(memory):
     return distributed.gather_rows(torch.cat(parts))
 
 
-def save_clusters(path, dataset, labels, similarity):
-    """clusters.csv: path (or index), cluster, cosine similarity to its centroid; main process only."""
+def save_clusters(path, dataset, labels, similarity, unreadable=()):
+    """clusters.csv: path (or index), cluster, cosine similarity to its centroid; main process only.
+
+    An unreadable image has an empty cluster.
+    """
 
     def write(temporary):
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["path", "cluster", "similarity"])
             for i, (cluster, cosine) in enumerate(zip(labels.tolist(), similarity.tolist())):
-                writer.writerow([dataset.name_of(i), cluster, f"{cosine:.4f}"])
+                writer.writerow([dataset.name_of(i), *(("", "") if i in unreadable else (cluster, f"{cosine:.4f}"))])
 
     write_atomically(path, write)

@@ -87,7 +87,7 @@ class ODCMemory:
         self.features[rows] = new
         if self._nearest is None:
             self._nearest = NearestCentroid(self.centroids, inner_product=True)
-        new_labels = self._nearest(new.float())  # Eq. 2, with the recipe's inner product
+        new_labels = self._nearest(new.float())  # Eq. 2: argmax_c <F_i, C_c>, the recipe's inner product
 
         # ... and all learn all new labels: indices ascend and shards are contiguous, so rank order is index order.
         self._add(self.labels[indices[here]], old, sign=-1)
@@ -124,6 +124,7 @@ class ODCMemory:
         self._nearest = None
 
     def _mean(self, sums, sizes):
+        """Sums in units of 1 / _one, divided by sizes."""
         return sums.float().mul_((1 / (sizes.double() * self._one)).float())
 
     def split_small_clusters(self):
@@ -222,7 +223,7 @@ def two_means(x, at_least=1, iterations=20, seed=0):
     n = len(x)
     x = x - x.mean(dim=0)
     axis = x[(x * x).sum(dim=1).argmax()]
-    for _ in range(4):
+    for _ in range(4):  # power iteration
         axis = F.normalize((x @ axis) @ x, dim=0)
     score = x @ axis
     second = score > 0
@@ -233,7 +234,7 @@ def two_means(x, at_least=1, iterations=20, seed=0):
         # x sums to zero, so the first half's sum is minus the second's.
         total = second.to(x.dtype) @ x
         center1, center2 = -total / (n - size), total / size
-        score = x @ (center2 - center1) - (center2 @ center2 - center1 @ center1) / 2
+        score = x @ (center2 - center1) - (center2 @ center2 - center1 @ center1) / 2  # above 0: nearer to center2
         if torch.equal(score > 0, second):
             break
         second = score > 0

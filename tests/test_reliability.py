@@ -84,6 +84,45 @@ def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):  # no
 
 
 @pytest.mark.slow
+def test_four_processes_go_on_to_the_last_bit(folder, tmp_path):  # noqa: F811
+    """With more than two, the order in which gradients are added matters."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_script("train.py", *arguments_for(folder, whole), processes=4).returncode == 0
+    run = subprocess.Popen(command("train.py", *arguments_for(folder, killed), processes=4), env=environment(),
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(run, killed, 4)
+    assert kill(workers_of(run)[2])
+    run.wait(300)
+    assert run_script("train.py", *arguments_for(folder, killed), processes=4).returncode == 0
+    assert_same_run(whole, killed)
+
+
+JOIN = """
+import os, time, torch
+time.sleep(2 * int(os.environ["RANK"]))  # process 0 would find the old address of process 1
+from odc import distributed
+distributed.init("cpu")
+assert distributed.all_reduce(torch.ones(1)) == 2
+os._exit(0)  # lost: nothing is cleaned up
+"""
+
+
+def test_processes_that_start_again_on_the_store_of_lost_ones():
+    """As torchrun starts them: its store outlives the processes, and so does what they wrote there."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+                 TORCHELASTIC_USE_AGENT_STORE="True")
+    for _ in range(2):
+        children = [subprocess.Popen([sys.executable, "-c", JOIN], env=environment(**group, RANK=str(rank)),
+                                     stderr=subprocess.PIPE, text=True) for rank in range(2)]
+        try:
+            assert [child.wait(60) for child in children] == [0, 0], [child.stderr.read() for child in children]
+        finally:
+            for child in children:
+                child.kill()
+
+
+@pytest.mark.slow
 def test_torchrun_restarts_a_lost_process(folder, tmp_path):  # noqa: F811
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start_two(folder, whole).wait(600) == 0

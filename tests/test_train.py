@@ -311,6 +311,8 @@ def test_a_corrupt_image_is_named_and_replaced_and_many_stop_the_run(folder, tmp
     with pytest.warns(UserWarning, match=broken[0].name):
         assert run_main(*arguments) == 0
     assert log_of(tmp_path / "out")[-2]["failed_images"] == 1
+    lines = (tmp_path / "out" / "clusters.csv").read_text().splitlines()
+    assert [line for line in lines if line.endswith(",,")] == [f"{broken[0].relative_to(data)},,"]  # in no cluster
     for path in broken[1:]:
         path.unlink()
         path.write_bytes(b"no image")
