@@ -168,6 +168,24 @@ def test_1_2_4_1_processes(folder, tmp_path):  # noqa: F811
     assert [record["epoch"] for record in log_of(tmp_path) if "nmi" in record] == [0, 1, 2, 3, 4]
 
 
+def test_another_number_of_processes_within_an_epoch(folder, tmp_path, monkeypatch):  # noqa: F811
+    """Four steps of 16 images done, out of ten, are two of 32."""
+    agree = odc.run.Run.agree
+
+    def agree_and_stop(run, epoch, step, *rest):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agree(run, epoch, step, *rest)
+
+    arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1"]
+    monkeypatch.setattr(distributed, "_signal_received", None)
+    monkeypatch.setattr(odc.run.Run, "agree", agree_and_stop)
+    assert run_main(*arguments) == 128 + signal.SIGTERM
+    result = run_script("train.py", *arguments, processes=2)
+    assert result.returncode == 0 and "at epoch 1, step 2." in result.stdout
+    assert [record["step"] for record in log_of(tmp_path) if "loss" in record] == [1, 2, 3, 4, 5, 6, 7]
+
+
 def restore(state):
     memory = ODCMemory(len(state["labels"]), state["features"].shape[1], len(state["centroids"]))
     memory.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
