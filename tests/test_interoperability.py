@@ -8,12 +8,14 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch import nn
 
 import eval_knn
-from odc import distributed, weights
+from odc import distributed, export, weights
 from odc.augment import evaluation_transform
 from odc.datasets import open_dataset
 from odc.features import extract
+from odc.model import ResNet
 from tests.test_train import SMALL, folder, run_main  # noqa: F401 (a fixture)
 
 
@@ -42,6 +44,18 @@ def test_our_backbone_in_torchvision(backbone_file):
     model.fc = torch.nn.Identity()
     with torch.no_grad():
         assert torch.allclose(model.eval()(IMAGES), pooled_by_us(backbone_file, IMAGES), atol=1e-5)
+
+
+def test_a_backbone_for_small_images_in_torchvision(tmp_path):
+    """As the README says: another first convolution, and no max-pool."""
+    backbone = ResNet("resnet18", small_stem=True).eval()
+    export.save_backbone(tmp_path / "backbone.pth", backbone)
+    model = torchvision.models.resnet18()
+    model.conv1, model.maxpool, model.fc = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
+    model.load_state_dict(torch.load(tmp_path / "backbone.pth", weights_only=True), strict=True)
+    images = IMAGES[:, :, :32, :32]
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(images), backbone(images)[-1].mean((2, 3)), atol=1e-5)
 
 
 def test_our_backbone_in_timm(backbone_file):
