@@ -281,7 +281,8 @@ distributed.run(train.main, sys.argv[1:])
 def test_a_full_disk_during_a_run(folder, tmp_path):  # noqa: F811
     assert run_main(*arguments_for(folder, tmp_path, "--epochs", "1")) == 0
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    (tmp_path / "checkpoint.pth.partial").write_bytes(b"left by a run that was killed")
+    for name in ("checkpoint.pth.partial", "backbone.pth.partial"):
+        (tmp_path / name).write_bytes(b"left by a run that was killed")
     result = subprocess.run(
         command("train.py", *arguments_for(folder, tmp_path)), env=environment(), capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))

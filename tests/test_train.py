@@ -269,7 +269,9 @@ def test_other_settings_do_not_continue(folder, finished, capsys, change, words)
 
 
 def test_another_dataset_does_not_continue(folder, finished, tmp_path, capsys):
-    for kind in ("one more", "one fewer", "renamed"):
+    for kind, words in (("one more", f"on 150 images, and {tmp_path / 'one more'} has 151"),
+                        ("one fewer", f"on 150 images, and {tmp_path / 'one fewer'} has 149"),
+                        ("renamed", "on other images than those in")):
         other = tmp_path / kind
         for path in folder.glob("*/*"):
             (other / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -282,7 +284,7 @@ def test_another_dataset_does_not_continue(folder, finished, tmp_path, capsys):
         else:
             first.rename(first.with_name("renamed.png"))
         code = run_main("--data", other, "--output", finished, *SMALL, "--epochs", "3")
-        assert_one_sentence(capsys, code, "images", finished)
+        assert_one_sentence(capsys, code, words, finished)
 
 
 def test_a_truncated_checkpoint(folder, finished, tmp_path, capsys):
