@@ -112,7 +112,7 @@ def test_centroids_are_not_normalised_and_empty_ones_stay():
 def test_last_occurrence_wins():
     memory = ODCMemory(3, 2, 1, momentum=1.0)
     memory.initialize(torch.eye(2)[[0, 0, 0]], torch.zeros(3, dtype=torch.int64))
-    memory.update_samples(torch.tensor([1, 1, 2, 1]), torch.tensor([[0.0, 5], [1, 1], [1, 0], [0, 2]]))
+    memory.update_samples(torch.tensor([1, 1, 2, 1]), torch.tensor([[5.0, 5], [1, 1], [1, 0], [0, 2]]))
     assert torch.allclose(memory.features, torch.tensor([[1.0, 0], [0, 1], [1, 0]]))
 
 
