@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from odc import distributed, export
 from odc.arguments import Parser, number, whole
 from odc.distributed import print_main
+from odc.loader import default_workers
 from odc.model import ARCHS
 from odc.run import Run
 from odc.runlog import print_settings
@@ -36,7 +37,7 @@ def make_parser():
     data.add_argument("--jitter", metavar=("B", "C", "S", "H"), type=number(0, 10), nargs=4, default=[0.4, 0.4, 1.0, 0.5],
                       help="strength of brightness, contrast, saturation and hue jitter")
     data.add_argument("--workers", metavar="N", type=whole(0, 256), default=None,
-                      help="processes that read images, per training process (default: 4, or 0 for shapes)")
+                      help="processes that read images, per training process (default: up to 4; 0 for shapes)")
 
     network = parser.add_argument_group("network")
     network.add_argument("--arch", choices=list(ARCHS), default="resnet50", help="backbone; narrow is for small images")
@@ -144,7 +145,7 @@ def parse(arguments=None):
         args = parser.parse_args(arguments)
         args.data = "shapes"
     if args.workers is None:
-        args.workers = 0 if args.data == "shapes" else 4
+        args.workers = default_workers(args.data == "shapes")
     return args, banner
 
 

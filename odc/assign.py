@@ -9,7 +9,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from odc import checkpoint, distributed
+from odc import checkpoint, distributed, loader
 from odc.arguments import Parser, whole
 from odc.augment import evaluation_transform
 from odc.checkpoint import write_atomically
@@ -35,7 +35,7 @@ def make_parser():
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", metavar="N", type=whole(1, 65536), default=128, help="images in a batch")
     run.add_argument("--workers", metavar="N", type=whole(0, 256), default=None,
-                     help="processes that read images, per process (default: 4; 0 for images in memory)")
+                     help="processes that read images, per process (default: up to 4; 0 for images in memory)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
     return parser
 
@@ -115,7 +115,7 @@ def main(arguments=None):
             raise UserError(f"--output {args.output}: its folder is missing or not writable; choose another.")
     settings, workers = state["settings"], args.workers
     if workers is None:
-        workers = 0 if dataset.pixels is not None else 4
+        workers = loader.default_workers(dataset.pixels is not None)
     print_main(f"{len(dataset):,} images, {settings['num_clusters']:,} clusters after epoch {state['epoch']} of a run "
                f"on {settings['data']}")
 

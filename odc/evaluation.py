@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from odc import distributed
+from odc import distributed, loader
 from odc.arguments import whole
 from odc.augment import evaluation_transform
 from odc.datasets import ImageSet, open_dataset
@@ -27,7 +27,7 @@ def add_arguments(parser):
     data.add_argument("--image-size", metavar="PIXELS", type=whole(8, 4096), default=None,
                       help="side of the images (default: 224; for sets of small images their own)")
     data.add_argument("--workers", metavar="N", type=whole(0, 256), default=None,
-                      help="processes that read images, per process (default: 4; 0 for images in memory)")
+                      help="processes that read images, per process (default: up to 4; 0 for images in memory)")
     network = parser.add_argument_group("network")
     network.add_argument("--weights", metavar="FILE", required=True,
                          help="backbone.pth, a checkpoint of this or another method, or the word random")
@@ -124,7 +124,7 @@ def prepare(args):
         backbone, description = load_backbone(args.weights, args.arch, size, args.seed)
     print_main(description)
     backbone = backbone.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    workers = args.workers if args.workers is not None else (0 if train.pixels is not None else 4)
+    workers = args.workers if args.workers is not None else loader.default_workers(train.pixels is not None)
     print_main(f"{train.name}: {len(train):,} train and {len(val):,} val images of {len(val.classes)} classes, "
                f"{size} pixels")
     return Frozen(backbone, description, train, val, size, workers, device, args.amp)

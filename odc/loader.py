@@ -6,6 +6,7 @@ a run that is resumed in the middle of an epoch sees the batches it would have s
 
 import functools
 import hashlib
+import os
 import random
 import signal
 import sys
@@ -19,6 +20,14 @@ from odc.distributed import SIGNALS, UserError, rank, shard, world_size
 from odc.images import BadImage
 
 TRIES = 100  # so many unreadable images in a row, drawn at random, are not bad luck
+
+
+def default_workers(in_memory):
+    """--workers where it is not given: none for images in memory, else up to 4, a core for each if there are so many."""
+    if in_memory:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class Batch(NamedTuple):

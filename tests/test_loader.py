@@ -14,7 +14,7 @@ from odc import augment, distributed
 from odc.augment import LINEAR_AUGMENTATIONS, Augmentation, Parameters
 from odc.distributed import UserError
 from odc.images import BadImage, ImageSet
-from odc.loader import epoch_batches, evaluation_batches, steps_per_epoch, training_batches
+from odc.loader import default_workers, epoch_batches, evaluation_batches, steps_per_epoch, training_batches
 from tests.processes import run_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -156,6 +156,14 @@ def test_an_epoch_of_fewer_images_than_processes_is_refused(monkeypatch):
     monkeypatch.setattr("odc.loader.world_size", lambda: 4)
     with pytest.raises(UserError, match="3 images for 4 processes"):
         epoch_batches(Numbered(3), Augmentation(), 16, 8, 0, 0)
+
+
+@pytest.mark.parametrize("in_memory, cores, processes, answer", [
+    (True, 64, 1, 0), (False, 64, 1, 4), (False, 64, 8, 4), (False, 2, 1, 2), (False, 2, 2, 1), (False, 1, 4, 1)])
+def test_default_workers(monkeypatch, in_memory, cores, processes, answer):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert default_workers(in_memory) == answer
 
 
 # --- what cannot be read ---------------------------------------------------------------------------------------------
