@@ -45,6 +45,8 @@ def test_an_error_of_one_process_alone_leaves_none_waiting():
     try:
         assert [child.wait(60) for child in children] == [1, 2]
         assert "error: process 1 cannot go on." in children[1].stderr.read()
+        said = children[0].stderr.read()
+        assert "error: another process has stopped" in said and "Traceback" not in said
     finally:
         for child in children:
             child.kill()

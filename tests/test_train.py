@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import odc.run
 import train
 from odc import checkpoint, distributed
 from tests.processes import command, environment, run_script
@@ -295,10 +297,50 @@ def test_a_truncated_checkpoint(folder, finished, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_path, capsys):
-    code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--lr", "1e6", "--checkpoint-interval", "1")
-    assert_one_sentence(capsys, code, "loss", "step", "--lr")
+    code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1", "--lr", "1e6",
+                    "--checkpoint-interval", "1")
+    assert_one_sentence(capsys, code, "The loss is", "step", "--lr")
     state = checkpoint.load(tmp_path / "checkpoint.pth")
-    assert all(torch.isfinite(value).all() for value in state["memory"].values())
+    assert all(torch.isfinite(value).all() for value in [*state["memory"].values(), *state["backbone"].values()])
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, capsys, monkeypatch):
+    """The loss tells only in the next step."""
+    after_step = odc.run.Run.after_step
+
+    def spoil(run, epoch, step, *rest):
+        if step == 2:
+            next(run.network.parameters()).data.fill_(float("inf"))
+        after_step(run, epoch, step, *rest)
+
+    monkeypatch.setattr(odc.run.Run, "after_step", spoil)
+    code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1", "--checkpoint-interval", "1")
+    assert_one_sentence(capsys, code, "The weights are no longer finite after step 3", "--lr")
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["global_step"] == 2
+
+
+def test_a_checkpoint_of_another_program(folder, finished, tmp_path, capsys):
+    """With a right checksum, as eval_linear.py writes them."""
+    checkpoint.save(tmp_path / "checkpoint.pth", {**checkpoint.load(finished / "checkpoint.pth"), "program": "another"})
+    code = run_main("--data", folder, "--output", tmp_path, *SMALL)
+    assert_one_sentence(capsys, code, tmp_path / "checkpoint.pth", "not a checkpoint of train.py")
+
+
+def test_images_that_break_while_the_run_trains(folder, tmp_path, capsys, monkeypatch):
+    """After the first extraction, which would count them as well."""
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    begin_epoch = odc.run.Run.begin_epoch
+
+    def break_and_begin(run, epoch):
+        for path in sorted(data.glob("*/*"))[:20]:
+            path.write_bytes(b"no image")
+        begin_epoch(run, epoch)
+
+    monkeypatch.setattr(odc.run.Run, "begin_epoch", break_and_begin)
+    with pytest.warns(UserWarning):
+        code = run_main("--data", data, "--output", tmp_path / "out", *SMALL, "--epochs", "1")
+    assert_one_sentence(capsys, code, "of 150", "more than 1%")
 
 
 def test_a_corrupt_image_is_named_and_replaced_and_many_stop_the_run(folder, tmp_path, capsys):
