@@ -13,7 +13,7 @@ from odc import checkpoint, distributed, loader
 from odc.arguments import Parser, whole
 from odc.augment import evaluation_transform
 from odc.checkpoint import write_atomically
-from odc.datasets import open_dataset
+from odc.datasets import check_same_images, open_dataset
 from odc.distributed import UserError, print_main
 from odc.features import extract
 from odc.knn import nearest_neighbours
@@ -113,6 +113,7 @@ def main(arguments=None):
                 raise UserError(f"--neighbours {args.neighbours}: the run has only {len(train)} images.")
         if not os.access(os.path.dirname(os.path.abspath(args.output)), os.W_OK):
             raise UserError(f"--output {args.output}: its folder is missing or not writable; choose another.")
+    check_same_images(dataset, *([train] if train else []))
     settings, workers = state["settings"], args.workers
     if workers is None:
         workers = loader.default_workers(dataset.pixels is not None)

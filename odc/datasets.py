@@ -16,11 +16,11 @@ import re
 
 import torch
 
-from odc import arrays, lists, shapes
+from odc import arrays, distributed, lists, shapes
 from odc.distributed import UserError
 from odc.images import BadImage, ImageSet, Names
 
-__all__ = ["BadImage", "ImageSet", "open_dataset"]
+__all__ = ["BadImage", "ImageSet", "check_same_images", "open_dataset"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
               ".pbm")
@@ -50,6 +50,13 @@ def open_dataset(data, split="train"):
     if len(opened) == 0:
         raise UserError(f"{opened.root}: no images found; the names of images end in {' '.join(EXTENSIONS)}.")
     return opened
+
+
+def check_same_images(*image_sets):
+    """Raise UserError if the processes do not all have the same images. A collective."""
+    for images in image_sets:
+        if not distributed.same_everywhere((len(images), images.fingerprint)):
+            raise UserError(f"{images.root}: the processes see different images there; give all machines the same files.")
 
 
 def _open_folder(root, split):

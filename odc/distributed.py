@@ -9,6 +9,7 @@ the group is gloo for CPU tensors and, on a CUDA device, NCCL for CUDA tensors.
 
 import contextlib
 import datetime
+import multiprocessing
 import os
 import re
 import signal
@@ -56,8 +57,12 @@ def init(device="auto"):
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         global _store
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"The environment has WORLD_SIZE, but not {' and '.join(missing)}: start with torchrun, or unset "
+                            "WORLD_SIZE.")
         store, rank, world_size = next(dist.rendezvous("env://"))
         _store = _unused_part(store, rank, world_size)
+        _check_device(device, rank)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=rank, world_size=world_size,
                                 timeout=GROUP_TIMEOUT)
@@ -86,6 +91,16 @@ def _unused_part(store, rank, world_size):
             return dist.PrefixStore(name, store)
         time.sleep(0.02)
     raise UserError(f"Process {rank} found no process 0 in {GROUP_TIMEOUT}: start as many as --nproc_per_node says.")
+
+
+def _check_device(device, rank):
+    """Refuse a mixture of CPUs and GPUs, such as a machine whose driver does not work, before it waits for ever."""
+    if rank == 0:
+        _store.set("device", device.type)
+    expected = _store.get("device").decode()
+    if device.type != expected:
+        raise UserError(f"Process {rank} would run on {device.type} and process 0 on {expected}: give --device cpu, or look "
+                        "why the devices of a machine are not seen.")
 
 
 def _auto_device():
@@ -311,6 +326,25 @@ def _is_lost_peer(error):
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def dead_worker(error):
+    """The UserError for a loader worker that the system has killed, or that could not do its work."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # the first may be a traceback's
+    return UserError(f"a loader worker has died ({reason}); if memory or shared memory has run out, use fewer --workers or a "
+                     "smaller --batch-size.")
+
+
+def _kill_workers():
+    """End what loader workers an error has left: they are deaf to the SIGTERM with which Python would, and wait, at exit."""
+    if children := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+        for child in children:
+            child.kill()
+
+
 def run(main, *arguments):
     """Run a script's main function and exit.
 
@@ -321,20 +355,27 @@ def run(main, *arguments):
     try:
         main(*arguments)
     except (UserError, RuntimeError, OSError) as error:
-        message, code = str(error), 2
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in message:  # which torch raises wherever it is
+        message, reason, code = str(error), "", 2
+        if isinstance(error, torch.OutOfMemoryError):
+            message = f"the device has too little memory ({_first_line(error)}); lower --batch-size."
+        elif isinstance(error, RuntimeError) and "DataLoader worker" in message:  # torch raises it wherever it is
+            message = str(dead_worker(error))
+        elif isinstance(error, RuntimeError):
             if not _is_lost_peer(error):
                 raise
-            message, code = "another process has stopped, for a reason that it says itself, so this one stops, too.", 1
+            message, reason, code = "another process has stopped, or cannot be reached", f" ({_first_line(error)})", 1
         if _first_to_say(message):
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            print(f"error: {message}{reason}", file=sys.stderr, flush=True)
         if world_size() > 1:
             sys.stdout.flush()
+            _kill_workers()
             os._exit(code)  # the others may be anywhere: leaving the group in good order could wait for ever
     except Interrupted:
         code = 128 + (_signal_received or signal.SIGTERM)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    finally:
+        _kill_workers()
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

@@ -9,7 +9,7 @@ import torch
 from odc import distributed, loader
 from odc.arguments import whole
 from odc.augment import evaluation_transform
-from odc.datasets import ImageSet, open_dataset
+from odc.datasets import ImageSet, check_same_images, open_dataset
 from odc.distributed import UserError, print_main
 from odc.features import Cache, weights_fingerprint
 from odc.model import ARCHS, ResNet
@@ -122,6 +122,7 @@ def prepare(args):
             raise UserError(f"--output {args.output}: its folder is missing or not writable; choose another.")
         size = args.image_size or NATIVE_SIZES.get(train.name, 224)
         backbone, description = load_backbone(args.weights, args.arch, size, args.seed)
+    check_same_images(train, val)
     print_main(description)
     backbone = backbone.to(device, memory_format=torch.channels_last).requires_grad_(False)
     workers = args.workers if args.workers is not None else loader.default_workers(train.pixels is not None)

@@ -17,13 +17,11 @@ def save_all(run):
     """
     similarity = similarities(run.memory)
     features = distributed.gather_rows(run.memory.features) if run.args.export_features else None
-    unreadable = torch.tensor(sorted(run.failed.union(run.dataset.unreadable)), dtype=torch.int64)
-    unreadable = set(distributed.all_gather_rows(unreadable).tolist())
     with distributed.together():
         if distributed.is_main():
             save_backbone(run.output / "backbone.pth", run.network.backbone)
             save_array(run.output / "labels.npy", run.memory.labels)
-            save_clusters(run.output / "clusters.csv", run.dataset, run.memory.labels, similarity, unreadable)
+            save_clusters(run.output / "clusters.csv", run.dataset, run.memory.labels, similarity, run.failed)
             if features is not None:
                 save_array(run.output / "features.npy", features)
             save_gallery(run, similarity)

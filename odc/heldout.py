@@ -22,6 +22,8 @@ def open_held_out(data, train):
             val = open_dataset(data, "val")
         except UserError as error:
             reason = str(error)
+    if not distributed.same_everywhere(val and (len(val), val.fingerprint)):
+        raise UserError(f"{data}: the processes see different val splits there; give all machines the same files.")
     if val is not None and (val.labels is None or val.classes != train.classes):
         val, reason = None, f"the val split of {data} does not have the same labels."
     if val is None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from odc import augment
-from odc.distributed import SIGNALS, UserError, rank, shard, world_size
+from odc.distributed import SIGNALS, UserError, dead_worker, rank, shard, world_size
 from odc.images import BadImage
 
 TRIES = 100  # so many unreadable images in a row, drawn at random, are not bad luck
@@ -201,9 +201,7 @@ def _watched(loader):
             # How it shows depends on what the worker was doing: a message of torch's, or a connection that broke.
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"a loader worker has died ({reason}); if memory or shared memory has run out, use fewer "
-                            "--workers or a smaller --batch-size.") from None
+            raise dead_worker(error) from None
         yield item
 
 

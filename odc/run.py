@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from odc import augment, checkpoint, curves, distributed, export, heldout, loader, metrics, settings, weights
 from odc.augment import Augmentation
-from odc.datasets import open_dataset
+from odc.datasets import check_same_images, open_dataset
 from odc.distributed import UserError, print_main
 from odc.features import extract_rows
 from odc.kmeans import kmeans
@@ -73,10 +73,11 @@ class Run:
         return checkpoint.load(path) if path.exists() else None
 
     def check_same_files(self):
-        """Every process must have found the same images and the same checkpoint."""
-        if not distributed.same_everywhere((len(self.dataset), self.dataset.fingerprint)):
-            raise UserError(f"--data {self.args.data}: the processes see different images there; give all machines the "
-                            "same files.")
+        """Every process must have the same arguments, and have found the same images and the same checkpoint."""
+        check_same_images(self.dataset)
+        arguments = {name: value for name, value in vars(self.args).items() if name not in ("data", "output", "workers")}
+        if not distributed.same_everywhere(arguments):
+            raise UserError("The processes have different arguments: start all machines with the same command.")
         if not distributed.same_everywhere(self.state and (self.state.get("global_step"), self.state.get("log_position"))):
             raise UserError(f"--output {self.output}: the processes see different checkpoints there; it must be a folder "
                             "that all machines share.")
@@ -122,19 +123,22 @@ class Run:
     def cluster_everything(self, epoch):
         """Before an epoch, usually only the first: features of all images, k-means, both memories, a new head."""
         args, before, began = self.args, self.memory.labels.cpu().clone(), time.monotonic()
+        self.share_buffers()
         self.network.eval()
         with self.autocast():
             features = extract_rows(
                 lambda images: self.network.neck(self.network.backbone(images)[-1]), self.dataset,
                 augment.evaluation_transform(args.image_size), args.feature_dim, device=self.device,
                 batch_size=args.batch_size, workers=args.workers)
+        unreadable = torch.tensor(sorted(self.dataset.unreadable), dtype=torch.int64)
+        self.failed.update(distributed.all_gather_rows(unreadable).tolist())
         features = F.normalize(features)
         labels, _ = kmeans(features, args.num_clusters, args.kmeans_iterations, args.seed + epoch)
         self.memory.initialize(features, distributed.all_gather_rows(labels))
         if epoch == 0:
             self.log_agreement(epoch, "initial k-means")
             if args.knn_interval:
-                self.log_knn(epoch)
+                self.log_knn(epoch, self.knn_accuracy())
         else:
             agreement = metrics.nmi(self.memory.labels.cpu(), before)
             self.log_agreement(epoch, f"k-means after epoch {epoch}", nmi_previous=agreement)
@@ -143,6 +147,11 @@ class Run:
         self.epoch, self.first_step, self.clustered = epoch, 0, epoch
         self.save()
         self.last_logged += time.monotonic() - began  # no training time
+
+    def share_buffers(self):
+        """Give all processes the main one's batch norm statistics, which DDP shares before a step, not after."""
+        for buffer in self.network.buffers():
+            distributed.broadcast(buffer)
 
     def open_log(self, position=0):
         with distributed.together():
@@ -157,7 +166,8 @@ class Run:
         self.memory.load_state_dict(state["memory"])
         self.epoch, self.global_step, self.clustered = state["epoch"], state["global_step"], state["clustered"]
         # With another number of processes a step has another size; go on at the nearest whole one.
-        self.first_step = min(round(state["step"] * state["global_batch"] / self.global_batch), self.steps)
+        done = state["step"] * state["global_batch"]
+        self.first_step = self.steps if done >= len(self.dataset) else round(done / self.global_batch)
         self.failed, self.interval = set(state["failed"]), dict(state["interval"])
         self.open_log(state["log_position"])
         print_main(f"Continuing {self.output} at epoch {self.epoch + 1}, step {self.first_step}.")
@@ -256,13 +266,16 @@ class Run:
         if more:
             self.log.write(epoch=epoch, step=self.global_step, **more)
 
-    def log_knn(self, epoch):
+    def knn_accuracy(self):
         """Nearest-neighbour accuracy of the backbone on held-out images."""
         args = self.args
+        self.share_buffers()
         self.network.eval()
         with self.autocast():
-            accuracy = heldout.knn_accuracy(self.network.backbone, self.dataset, self.held_out, args.image_size,
-                                            self.device, args.batch_size, args.workers)
+            return heldout.knn_accuracy(self.network.backbone, self.dataset, self.held_out, args.image_size, self.device,
+                                        args.batch_size, args.workers)
+
+    def log_knn(self, epoch, accuracy):
         self.log.write(epoch=epoch, step=self.global_step, knn_accuracy=accuracy)
         print_main(f"{f'epoch {epoch}' if epoch else 'before training'}: nearest-neighbour accuracy {accuracy:.1%}")
 
@@ -291,9 +304,18 @@ class Run:
     def end_epoch(self, epoch):
         """Log and save, and keep copies and draw pictures at their intervals."""
         args, began = self.args, time.monotonic()
+        with_knn = is_due(args.knn_interval, epoch)
+        if with_knn:
+            try:
+                accuracy = self.knn_accuracy()
+            except distributed.Interrupted:  # all steps of the epoch are done; this end of it is for the next start
+                self.epoch, self.first_step = epoch - 1, self.steps
+                self.save()
+                print_main(f"Stopped at the end of epoch {epoch}, as a signal asked; the same command continues.")
+                raise
         self.log_agreement(epoch, f"epoch {epoch}")
-        if is_due(args.knn_interval, epoch):
-            self.log_knn(epoch)
+        if with_knn:
+            self.log_knn(epoch, accuracy)
         self.epoch, self.first_step = epoch, 0
         with_gallery = is_due(args.gallery_interval, epoch)
         similarity = export.similarities(self.memory) if with_gallery else None

@@ -25,6 +25,32 @@ def test_auto_takes_cuda_if_each_process_has_a_device(monkeypatch, capsys, devic
             distributed._cuda_device("cuda")
 
 
+def test_processes_on_different_devices(monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(distributed, "_store", store)
+    distributed._check_device(torch.device("cuda:0"), rank=0)
+    distributed._check_device(torch.device("cuda:1"), rank=1)
+    with pytest.raises(distributed.UserError, match="Process 2 would run on cpu and process 0 on cuda"):
+        distributed._check_device(torch.device("cpu"), rank=2)
+
+
+def test_half_of_a_group_in_the_environment(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(distributed.UserError, match="not RANK and MASTER_ADDR and MASTER_PORT: start with torchrun"):
+        distributed.init("cpu")
+
+
+def test_too_little_memory_on_the_device(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    with pytest.raises(SystemExit) as stopped:
+        distributed.run(main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("lower --batch-size") == 1
+
+
 LEAVE = """
 import time, torch
 from odc import distributed
@@ -46,7 +72,7 @@ def test_an_error_of_one_process_alone_leaves_none_waiting():
         assert [child.wait(60) for child in children] == [1, 2]
         assert "error: process 1 cannot go on." in children[1].stderr.read()
         said = children[0].stderr.read()
-        assert "error: another process has stopped" in said and "Traceback" not in said
+        assert "error: another process has stopped, or cannot be reached (" in said and "Traceback" not in said
     finally:
         for child in children:
             child.kill()

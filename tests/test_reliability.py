@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import odc.checkpoint
+import odc.heldout
 import odc.run
 import train
 from odc import checkpoint, distributed
@@ -208,6 +209,8 @@ def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number): 
         return original(*arguments, **options)
 
     monkeypatch.setattr(module, phase, interrupted)
+    if phase == "extract_rows":
+        monkeypatch.setattr(odc.run, "kmeans", lambda *_: pytest.fail("extraction has not seen the signal"))
     assert run_main(*arguments_for(folder, tmp_path)) == 128 + number
     path = tmp_path / "checkpoint.pth"
     assert path.exists() == (phase == "save")  # before that there is nothing worth saving
@@ -217,6 +220,28 @@ def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number): 
     monkeypatch.setattr(distributed, "_signal_received", None)
     assert run_main(*arguments_for(folder, tmp_path)) == 0
     assert [record["epoch"] for record in log_of(tmp_path) if "nmi" in record] == [0, 1, 2, 3]
+
+
+def test_a_signal_during_the_measurement_at_an_epochs_end(folder, tmp_path, monkeypatch):  # noqa: F811
+    """The steps of the epoch are not lost, and its end comes once more."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    arguments = ["--knn-interval", "1", "--checkpoint-interval", "1000"]
+    assert run_main(*arguments_for(folder, whole, *arguments)) == 0
+    knn_accuracy = odc.heldout.knn_accuracy
+
+    def interrupted(*rest):
+        if (stopped / "log.jsonl").read_text().count("loss") == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return knn_accuracy(*rest)
+
+    monkeypatch.setattr(distributed, "_signal_received", None)
+    monkeypatch.setattr(odc.heldout, "knn_accuracy", interrupted)
+    assert run_main(*arguments_for(folder, stopped, *arguments)) == 128 + signal.SIGTERM
+    assert checkpoint.load(stopped / "checkpoint.pth")["global_step"] == 20
+    monkeypatch.undo()
+    monkeypatch.setattr(distributed, "_signal_received", None)
+    assert run_main(*arguments_for(folder, stopped, *arguments)) == 0
+    assert_same_run(whole, stopped)
 
 
 def train_with_a_signal_on_one_process(folder, output):
@@ -299,6 +324,42 @@ def test_a_full_disk_stops_every_process(folder, tmp_path):  # noqa: F811
                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     assert result.returncode != 0 and result.stderr.count("error: ") == 1
     assert "could not be written" in result.stderr
+
+
+# --- lost workers, and machines that are not alike ---------------------------------------------------------------
+
+
+def test_a_killed_worker_ends_the_run(folder, tmp_path):  # noqa: F811
+    """With a sentence, and without waiting for the worker that is left."""
+    script = tmp_path / "killed.py"
+    script.write_text("""
+import multiprocessing, os, signal, sys
+import odc.run, train
+from odc import distributed
+agree = odc.run.Run.agree
+def kill_and_agree(run, epoch, step, *rest):
+    if step == 1:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    return agree(run, epoch, step, *rest)
+odc.run.Run.agree = kill_and_agree
+distributed.run(train.main, sys.argv[1:])
+""")
+    line = [sys.executable, script, *arguments_for(folder, tmp_path / "out", "--workers", "2")]
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and "error: a loader worker has died" in result.stderr, result.stderr
+
+
+def train_with_another_rate_on_one_process(folder, output):
+    rate = ["--lr", "0.01"] if distributed.rank() == 1 else []
+    try:
+        train.main([str(a) for a in arguments_for(folder, output, *rate)])
+    except distributed.UserError as error:
+        return str(error)
+
+
+def test_processes_with_different_arguments(folder, tmp_path):  # noqa: F811
+    said = run_processes(train_with_another_rate_on_one_process, 2, folder, tmp_path)
+    assert all("different arguments" in words for words in said)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -69,15 +69,20 @@ def knn_accuracy(output, data):
 
 
 def nmi_by_epoch(records):
-    """[(epoch, NMI against the classes)], the last record of an epoch counts."""
-    return list({record["epoch"]: record["nmi"] for record in records if "nmi" in record}.items())
+    """[(epoch, NMI against the classes)], the last record of an epoch counts: alternating clusters are then new.
+
+    Without the last epoch, after which they are not made anew.
+    """
+    return list({record["epoch"]: record["nmi"] for record in records if "nmi" in record}.items())[:-1]
 
 
-def stability(output):
-    """[(epoch, NMI of the epoch's labels against those of the epoch before)]."""
+def stability(output, way):
+    """[(epoch, NMI of the labels after this epoch against those after the epoch before)], for the same epochs."""
     epochs = sorted(int(path.stem.split("_")[-1]) for path in output.glob("labels_epoch_*.npy"))
     labels = {epoch: torch.from_numpy(np.load(output / f"labels_epoch_{epoch}.npy")) for epoch in epochs}
-    return [(epoch, metrics.nmi(labels[epoch], labels[epoch - 1])) for epoch in epochs[1:]]
+    lag = way == "alternating"  # there the labels at an epoch's end are those of its start
+    return [(epoch - lag, metrics.nmi(labels[epoch], labels[epoch - 1])) for epoch in epochs[1:]
+            if 2 <= epoch - lag < epochs[-1]]
 
 
 def mean(curves_of_seeds):
@@ -119,14 +124,14 @@ def main():
                     output = args.output / f"{name}-{way}-{seed}".lower()
                     jobs[name, way, seed] = output, pool.submit(train, output, [*arguments, *more, "--seed", str(seed)])
     results = {}
-    print("| images | clusters | NMI after the initial k-means | NMI at the end | NMI, labels of consecutive epochs | kNN, % |")
+    print("| images | clusters | NMI after the initial k-means | NMI after the last but one epoch | NMI, labels of consecutive epochs | kNN, % |")
     print("|---|---|---|---|---|---|")
     for name in sets:
         results[name] = {}
         for way in WAYS:
             runs = [jobs[name, way, seed] for seed in range(args.seeds)]
             nmi = [nmi_by_epoch(job.result()) for _, job in runs]
-            stable = [stability(output) for output, _ in runs]
+            stable = [stability(output, way) for output, _ in runs]
             results[name][way] = {"nmi": nmi, "stability": stable}
             cells = [" ".join(f"{value:.3f}" for value in values)
                      for values in ([c[0][1] for c in nmi], [c[-1][1] for c in nmi], [c[-1][1] for c in stable])]

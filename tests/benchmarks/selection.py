@@ -3,7 +3,7 @@
     python -m tests.benchmarks.selection --output selection
 
 The drawn images are the same for every seed, so that the labels of two runs can be compared with each other. The agreement
-with the forms, which the runs log as well, is neither read nor shown.
+with the forms, which the runs log as well, is neither read nor shown. All candidates have the same number of epochs.
 """
 
 import argparse
