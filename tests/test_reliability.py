@@ -333,15 +333,15 @@ def test_a_killed_worker_ends_the_run(folder, tmp_path):  # noqa: F811
     """With a sentence, and without waiting for the worker that is left."""
     script = tmp_path / "killed.py"
     script.write_text("""
-import multiprocessing, os, signal, sys
-import odc.run, train
+import os, signal, sys
+import odc.loader, torch, train
 from odc import distributed
-agree = odc.run.Run.agree
-def kill_and_agree(run, epoch, step, *rest):
-    if step == 1:
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    return agree(run, epoch, step, *rest)
-odc.run.Run.agree = kill_and_agree
+augmented = odc.loader._augmented
+def die(image, generator, **options):
+    if torch.utils.data.get_worker_info().id == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return augmented(image, generator, **options)
+odc.loader._augmented = die
 distributed.run(train.main, sys.argv[1:])
 """)
     line = [sys.executable, script, *arguments_for(folder, tmp_path / "out", "--workers", "2")]
