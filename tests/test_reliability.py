@@ -291,13 +291,16 @@ distributed.run(train.main, sys.argv[1:])
 """)
     child = subprocess.Popen([sys.executable, script, *map(str, arguments_for(folder, tmp_path / "out"))],
                              env=environment(), stdout=subprocess.PIPE, text=True)
-    while "stuck" not in child.stdout.readline():
-        assert child.poll() is None
-    child.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        child.wait(1.5)  # it waits for its step to end
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 128 + signal.SIGTERM
+    try:
+        while "stuck" not in child.stdout.readline():
+            assert child.poll() is None
+        child.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(1.5)  # it waits for its step to end
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 128 + signal.SIGTERM
+    finally:
+        child.kill()
 
 
 # --- disk ------------------------------------------------------------------------------------------------------------
