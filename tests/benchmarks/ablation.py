@@ -51,12 +51,11 @@ def use_test_images_for_training(fashion, folder):
 
 
 def train(output, arguments):
-    """One run with one thread, unless it has been run; its log's records."""
+    """One run with one thread, unless it has been run."""
     if not (output / "clusters.png").exists():
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, ROOT / "train.py", *arguments, "--output", output, "--save-interval", "1",
                         "--knn-interval", "0"], check=True, stdout=subprocess.DEVNULL, env=environment)
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
 def knn_accuracy(output, data):
@@ -68,11 +67,12 @@ def knn_accuracy(output, data):
     return json.loads(path.read_text())["results"]["k=20"]["top1"]
 
 
-def nmi_by_epoch(records):
+def nmi_by_epoch(output):
     """[(epoch, NMI against the classes)], the last record of an epoch counts: alternating clusters are then new.
 
     Without the last epoch, after which they are not made anew.
     """
+    records = map(json.loads, (output / "log.jsonl").read_text().splitlines())
     return list({record["epoch"]: record["nmi"] for record in records if "nmi" in record}.items())[:-1]
 
 
@@ -123,19 +123,22 @@ def main():
                 for way, more in WAYS.items():
                     output = args.output / f"{name}-{way}-{seed}".lower()
                     jobs[name, way, seed] = output, pool.submit(train, output, [*arguments, *more, "--seed", str(seed)])
+    for _, job in jobs.values():
+        job.result()  # raises what the run raised
     results = {}
-    print("| images | clusters | NMI after the initial k-means | NMI after the last but one epoch | NMI, labels of consecutive epochs | kNN, % |")
+    print("| images | clusters | NMI after the initial k-means | NMI after the last but one epoch | "
+          "NMI, labels of consecutive epochs | kNN, % |")
     print("|---|---|---|---|---|---|")
     for name in sets:
         results[name] = {}
         for way in WAYS:
-            runs = [jobs[name, way, seed] for seed in range(args.seeds)]
-            nmi = [nmi_by_epoch(job.result()) for _, job in runs]
-            stable = [stability(output, way) for output, _ in runs]
+            outputs = [jobs[name, way, seed][0] for seed in range(args.seeds)]
+            nmi = [nmi_by_epoch(output) for output in outputs]
+            stable = [stability(output, way) for output in outputs]
             results[name][way] = {"nmi": nmi, "stability": stable}
             cells = [" ".join(f"{value:.3f}" for value in values)
                      for values in ([c[0][1] for c in nmi], [c[-1][1] for c in nmi], [c[-1][1] for c in stable])]
-            cells.append(" ".join(f"{knn_accuracy(output, evaluated[name]):.1f}" for output, _ in runs))
+            cells.append(" ".join(f"{knn_accuracy(output, evaluated[name]):.1f}" for output in outputs))
             print(f"| {name} | {way} | " + " | ".join(cells) + " |")
     draw(results, Path(__file__).with_suffix(".svg"))
 

@@ -11,27 +11,22 @@ import concurrent.futures
 import itertools
 import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from odc import metrics
-from tests.benchmarks.ablation import ROOT
+from tests.benchmarks.ablation import train
 
 CANDIDATES = {f"batch {batch}, {hue}": ["--batch-size", str(batch), *jitter]
               for batch in (64, 128)
               for hue, jitter in (("the recipe's jitter", []), ("no hue jitter", ["--jitter", "0.4", "0.4", "1.0", "0"]))}
 
 
-def train(output, arguments):
-    """One run with one thread, unless it has been run; the clusters [N] that it found."""
-    if not (output / "clusters.png").exists():
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, ROOT / "train.py", "--data", "shapes", *arguments, "--output", output,
-                        "--save-interval", "1", "--knn-interval", "0"], check=True, stdout=subprocess.DEVNULL, env=environment)
+def clusters_of(output, arguments):
+    """The clusters [N] that a run finds."""
+    train(output, ["--data", "shapes", *arguments])
     return torch.from_numpy(np.load(output / "labels.npy"))
 
 
@@ -45,7 +40,7 @@ def main():
         for seed in range(args.seeds):
             for name, arguments in CANDIDATES.items():
                 output = args.output / f"{name}, seed {seed}".replace(" ", "-").replace(",", "").replace("'", "")
-                jobs[name, seed] = pool.submit(train, output, [*arguments, "--seed", str(seed)])
+                jobs[name, seed] = pool.submit(clusters_of, output, [*arguments, "--seed", str(seed)])
     print("| settings | agreement of two seeds, NMI: mean | each pair |")
     print("|---|---|---|")
     for name in CANDIDATES:
