@@ -236,7 +236,7 @@ def assert_one_sentence(capsys, code, *words):
     (["--lr", "-1"], ["--lr"]),
     (["--memory-momentum", "1.5"], ["--memory-momentum", "1.5"]),
     (["--batch-size", "many"], ["--batch-size", "many"]),
-    (["--num-clusters", "200", "--min-cluster-size", "0"], ["--num-clusters 200", "150"]),
+    (["--num-clusters", "200", "--min-cluster-size", "0"], ["--num-clusters 200", "there are only 150 images"]),
     (["--min-cluster-size", "100"], ["--min-cluster-size 100", "800", "150"]),
     (["--amp", "fp16"], ["--amp fp16", "bf16"]),
     (["--device", "cuda:77"], ["--device cuda:77"]),
