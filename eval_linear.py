@@ -111,6 +111,8 @@ def main():
     if changed:
         print_main("not the recipe's: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
     path = Path(args.output).with_suffix(".checkpoint.pth") if args.output else None
+    if path is None:
+        print_main("No --output: no checkpoint, so that a run that is stopped begins anew.")
     training = Training(frozen, protocols, args.seed, path, args.checkpoint_interval)
     training.run()
 

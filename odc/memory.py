@@ -130,24 +130,32 @@ class ODCMemory:
     def split_small_clusters(self):
         """Dissolve the small clusters and refill each with half of a large one; returns how many were refilled.
 
-        (Paper, "Handling Clustering Distribution".) Nothing happens while every cluster is small. Afterwards no
-        cluster is small as long as the largest one at each split has at least 2 x min_cluster_size images, which
-        N >= 2 K min_cluster_size guarantees.
+        (Paper, "Handling Clustering Distribution".) Nothing happens while every cluster is small. A cluster of fewer
+        than 2 x min_cluster_size images is not split, as half of it would be dissolved again in the next step: the
+        clusters that are left then stay empty. N >= 2 K min_cluster_size guarantees that none is.
         """
         is_small = self.cluster_sizes < self.min_cluster_size
         small = is_small.nonzero()[:, 0].tolist()
         if not small or len(small) == len(is_small):
             return 0
-        self._dissolve(is_small)
+        if self.cluster_sizes[is_small].any():
+            self._dissolve(is_small)
 
         # Only the len(small) largest clusters (and their equals) can be split: one look at all labels finds their images.
-        candidates = self.cluster_sizes >= self.cluster_sizes.topk(len(small)).values[-1]
-        rows = candidates[self.labels[self.rows]].nonzero()[:, 0]
+        sizes = self.cluster_sizes
+        candidates = (sizes >= sizes.topk(len(small)).values[-1].clamp(min=2 * self.min_cluster_size)).nonzero()[:, 0]
+        if len(candidates) == 0:
+            return 0
+        is_candidate = torch.zeros_like(is_small)
+        is_candidate[candidates] = True
+        images = is_candidate[self.labels].nonzero()[:, 0]
+        images = images[self.labels[images].argsort(stable=True)]
+        members = dict(zip(candidates.tolist(), images.split(sizes[candidates].tolist())))
         for refilled, empty in enumerate(small):
             largest = int(self.cluster_sizes.argmax())
-            if self.cluster_sizes[largest] < 2:
+            if largest not in members or len(members[largest]) < 2 * self.min_cluster_size:
                 return refilled
-            self._split(largest, empty, rows)
+            members[largest], members[empty] = self._split(members[largest], largest, empty)
         return len(small)
 
     def _dissolve(self, is_small):
@@ -160,23 +168,24 @@ class ODCMemory:
         self._add(labels, features, sign=1)
         self._relabel(distributed.all_gather_rows(rows + self.rows.start), distributed.all_gather_rows(labels))
 
-    def _split(self, largest, empty, rows):
-        """Give half of the cluster `largest`, whose images here are among `rows`, to the cluster `empty`."""
-        rows = rows[self.labels[rows + self.rows.start] == largest]
-        own = self.features[rows].float()
-        indices = distributed.all_gather_rows(rows + self.rows.start)
-        members = distributed.all_gather_rows(own)
+    def _split(self, images, largest, empty):
+        """Give half of the cluster `largest`, which has these images, to the cluster `empty`; returns both halves."""
+        here = (images >= self.rows.start) & (images < self.rows.stop)
+        own = self.features[images[here] - self.rows.start].float()
+        features = distributed.all_gather_rows(own)  # images ascend and shards are contiguous: the order is the same
         # All split the same matrix; the main process decides for all, should their hardware round differently.
-        moves = two_means(members, at_least=self.min_cluster_size, seed=empty)
+        moves = two_means(features, at_least=self.min_cluster_size, seed=empty)
         moves = distributed.broadcast(moves.byte()).bool()
 
-        moves_here = moves[(indices >= self.rows.start) & (indices < self.rows.stop)]
-        moved, labels = own[moves_here], torch.full_like(rows[moves_here], empty)
+        stays, goes = images[~moves], images[moves]
+        moved = own[moves[here]]
+        labels = torch.full((len(moved),), empty, device=moved.device)
         self._add(torch.full_like(labels, largest), moved, sign=-1)
         self._add(labels, moved, sign=1)
-        self._relabel(indices[moves], torch.full_like(indices[moves], empty))
-        for cluster, half in ((largest, members[~moves]), (empty, members[moves])):
+        self._relabel(goes, torch.full_like(goes, empty))
+        for cluster, half in ((largest, features[~moves]), (empty, features[moves])):
             self._set_centroids(cluster, self._mean(self._fixed(half).sum(dim=0), self.cluster_sizes[cluster]))
+        return stays, goes
 
     def loss_weights(self, power=0.5):
         """w_c proportional to N_c^-power, summing to 1: [K] float32 (an empty cluster counts as one image)."""

@@ -35,7 +35,7 @@ def check(args, dataset, device, output, state):
                    f"{args.batch_size * distributed.world_size()}.")
     if N < 2 * args.min_cluster_size * args.num_clusters:
         print_main(f"{N} images are fewer than 2 x {args.num_clusters} clusters x --min-cluster-size "
-                   f"{args.min_cluster_size}: halves of a split may be small again, in every step.")
+                   f"{args.min_cluster_size}: some clusters may stay empty.")
     if not state:
         return
     where = f"{output} holds a run"

@@ -48,8 +48,10 @@ class SimpleMemory:
             return 0
         for i in [i for i in range(len(self.y)) if int(self.y[i]) in small]:
             self.y[i] = max(large, key=lambda c: float(self.C[c] @ self.F[i]))
-        for empty in small:
+        for refilled, empty in enumerate(small):
             largest = int(self.sizes().argmax())
+            if self.sizes()[largest] < 2 * self.min_cluster_size:
+                return refilled
             members = (self.y == largest).nonzero()[:, 0]
             half = two_means(self.F[members].float(), at_least=self.min_cluster_size, seed=empty)
             self.y[members[half]] = empty
@@ -80,8 +82,9 @@ def step(memory, number, indices, z):
     return changed, memory.split_small_clusters()
 
 
-def test_every_rule_against_the_simple_form():
-    N, d, K = 400, 16, 12
+@pytest.mark.parametrize("K", [12, 24])  # the second is more than N / (2 x 15): some clusters stay empty
+def test_every_rule_against_the_simple_form(K):
+    N, d = 400, 16
     features, labels, generator = draw(N, d, K)
     memory = ODCMemory(N, d, K, momentum=0.5, min_cluster_size=15)
     memory.initialize(features, labels)
@@ -95,9 +98,10 @@ def test_every_rule_against_the_simple_form():
         assert torch.equal(memory.cluster_sizes, simple.sizes())
         assert (memory.features - simple.F).abs().max() < 1e-5
         assert (memory.centroids - simple.C).abs().max() < 1e-5
-        N_c = simple.sizes().double()
+        N_c = simple.sizes().double().clamp(min=1)
         assert torch.allclose(memory.loss_weights().double(), N_c**-0.5 / (N_c**-0.5).sum(), rtol=1e-5)
     assert refilled > 5  # otherwise this has not tested the splits
+    assert (K == 24) == bool((simple.sizes() == 0).any())
 
 
 def test_centroids_are_not_normalised_and_empty_ones_stay():
@@ -202,6 +206,8 @@ def test_properties(num_clusters, dim, min_cluster_size, steps, data):
         memory.split_small_clusters()
         sizes = memory.cluster_sizes
         assert torch.equal(sizes, memory.labels.bincount(minlength=num_clusters)) and sizes.sum() == N
+        if sizes.max() >= min_cluster_size:  # else nothing is done
+            assert ((sizes >= min_cluster_size) | (sizes == 0)).all()
         if N >= 2 * num_clusters * min_cluster_size:
             assert sizes.min() >= min_cluster_size
         weights = memory.loss_weights()
