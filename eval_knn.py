@@ -65,7 +65,7 @@ def main():
     protocol = f"weighted k-nearest neighbours, temperature {args.temperature:g}"
     row = frozen.label(args)
     report.show(
-        f"{'ImageNet' if train.name == 'imagenet' else train.name} nearest neighbour (%), {protocol}", list(results),
+        f"{'ImageNet' if published else train.name} nearest neighbour (%), {protocol}", list(results),
         {f"{row}, top-1": {k: r["top1"] for k, r in results.items()},
          f"{row}, top-5": {k: r["top5"] for k, r in results.items()}}, published)
     report.write_json(args.output, dict(

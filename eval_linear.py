@@ -48,15 +48,16 @@ def make_parser():
     protocol.add_argument("--protocol", choices=list(PROTOCOLS), metavar="NAME",
                           help=f"{', '.join(PROTOCOLS)} (default: the data's own, else a short form of the first)")
     protocol.add_argument("--with-avgpool", action="store_true",
-                          help="train the AvgPool column, too, with the lr schedule of imagenet-avgpool")
+                          help="train the AvgPool column, too, with the lr of imagenet-avgpool but the other columns' "
+                          "epochs and augmentation")
     protocol.add_argument("--num-classes", metavar="N", type=whole(2),
                           help="classes, where the data is not the published set")
     protocol.add_argument("--epochs", metavar="N", type=whole(1, 10**6), help="epochs in all")
     protocol.add_argument("--batch-size", metavar="N", type=whole(1, 2**20),
                           help="images in a batch, of all processes together")
     protocol.add_argument("--lr", metavar="LR", type=number(0, 1e6), help="learning rate")
-    protocol.add_argument("--avgpool-lr", metavar="LR", type=number(0, 1e6), default=PROTOCOLS["imagenet-avgpool"].lr,
-                          help="learning rate of --with-avgpool")
+    protocol.add_argument("--avgpool-lr", metavar="LR", type=number(0, 1e6),
+                          help=f"learning rate of --with-avgpool (default: {PROTOCOLS['imagenet-avgpool'].lr:g})")
     protocol.add_argument("--lr-steps", metavar="EPOCH", type=whole(0), nargs="*", help="epochs at which it drops")
     protocol.add_argument("--lr-gamma", metavar="G", type=number(0, 1), help="what it drops by")
     protocol.add_argument("--momentum", metavar="M", type=number(0, 1), help="momentum of SGD")
@@ -88,10 +89,21 @@ def choose_protocol(args, dataset):
     settings = ("batch_size", "lr", "lr_steps", "lr_gamma", "momentum", "weight_decay", "train_transform", "report")
     given = {setting: getattr(args, setting) for setting in settings if getattr(args, setting) is not None}
     if "lr_steps" in given:
-        given["lr_steps"] = tuple(given["lr_steps"])
+        given["lr_steps"] = tuple(sorted(given["lr_steps"]))
     protocol = dataclasses.replace(protocol, **given)
     before = dataclasses.asdict(recipe)
     return name, protocol, {k: v for k, v in dataclasses.asdict(protocol).items() if v != before[k]}
+
+
+def published_table(name, changed, frozen):
+    """The published rows that a run of this protocol may stand beside, or None.
+
+    The AvgPool column was made by a protocol of its own: beside another one it stays empty.
+    """
+    table = TABLES.get(name)
+    if not table or changed or not table.is_comparable(frozen.train, frozen.val, frozen.backbone, frozen.image_size):
+        return None
+    return table if name == "imagenet-avgpool" else table.without(AVGPOOL)
 
 
 def main():
@@ -101,37 +113,43 @@ def main():
         raise UserError(f"{frozen.train.name} has several classes an image, and these classifiers choose one: use "
                         "eval_svm.py.")
     name, protocol, changed = choose_protocol(args, frozen.train)
-    protocols = [protocol]
+    protocols, avgpool = [protocol], None
     if args.with_avgpool and AVGPOOL not in protocol.columns:
         avgpool = PROTOCOLS["imagenet-avgpool"].shortened(protocol.epochs)
-        protocols.append(dataclasses.replace(avgpool, classes=protocol.classes, lr=args.avgpool_lr))
+        avgpool = dataclasses.replace(avgpool, classes=protocol.classes, train_transform=protocol.train_transform,
+                                      batch_size=protocol.batch_size, lr=avgpool.lr if args.avgpool_lr is None else
+                                      args.avgpool_lr)
+        protocols.append(avgpool)
+    elif args.avgpool_lr is not None:
+        raise UserError(f"--avgpool-lr {args.avgpool_lr:g} is of --with-avgpool beside another protocol: give that, too, or "
+                        "--lr instead.")
     steps = " ".join(map(str, protocol.lr_steps))
     print_main(f"protocol {name} ({protocol.recipe}): {protocol.epochs} epochs, batch {protocol.batch_size}, "
                f"lr {protocol.lr:g} x {protocol.lr_gamma:g} after epochs {steps}, {protocol.train_transform} augmentation")
     if changed:
         print_main("not the recipe's: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
-    path = Path(args.output).with_suffix(".checkpoint.pth") if args.output else None
+    path = Path(args.output.removesuffix(".json") + ".checkpoint.pth") if args.output else None
     if path is None:
         print_main("No --output: no checkpoint, so that a run that is stopped begins anew.")
     training = Training(frozen, protocols, args.seed, path, args.checkpoint_interval)
     training.run()
 
     results = training.results()
-    table = TABLES.get(name)
-    published = None
-    if table and not changed and table.is_comparable(frozen.train, frozen.val, frozen.backbone, frozen.image_size):
-        published = table
-    title = table.title.removesuffix(" (top-1)") if table else f"{frozen.train.name} linear"
+    published = published_table(name, changed, frozen)
+    title = published.title.removesuffix(" (top-1)") if published else f"{frozen.train.name} linear"
     row = frozen.label(args)
     report.show(
         f"{title} (%), protocol {name}", training.columns,
         {f"{row}, top-1": {column: r["top1"] for column, r in results.items()},
          f"{row}, top-5": {column: r["top5"] for column, r in results.items()}}, published)
-    if len(protocols) > 1:
-        print_main(f"AvgPool: lr, schedule and best epoch as in {protocols[1].recipe}, but {protocol.epochs} epochs "
-                   "and the other columns' augmentation.")
+    if avgpool:
+        steps = " ".join(map(str, avgpool.lr_steps))
+        print_main(f"AvgPool here: lr {avgpool.lr:g} x {avgpool.lr_gamma:g} after epochs {steps} of {avgpool.epochs}, "
+                   f"{avgpool.train_transform} augmentation, best epoch. Its published protocol is --protocol "
+                   "imagenet-avgpool, a run of its own.")
     report.write_json(args.output, dict(
         script="eval_linear", protocol=name, settings=dataclasses.asdict(protocol), not_the_recipes=changed,
+        settings_of_avgpool=avgpool and dataclasses.asdict(avgpool),
         **frozen.description(), results=results, history=training.history, published=report.published_rows(published)))
 
 

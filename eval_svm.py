@@ -18,7 +18,7 @@ from odc.arguments import Parser, whole
 from odc.augment import evaluation_transform, resize_exact
 from odc.distributed import UserError, print_main
 from odc.features import MAP_NAMES, extract, map_pools, map_shapes, pooled_shapes
-from odc.voc import NEGATIVES, SAMPLES, SHOTS, draw_low_shot_targets, full_svm, low_shot, read_low_shot_targets
+from odc.voc import FOLDS, NEGATIVES, SAMPLES, SHOTS, draw_low_shot_targets, full_svm, low_shot, read_low_shot_targets
 
 PROTOCOLS = {"voc07": "VOC07 SVM and low-shot SVM", "other": "VOC07 SVM and low-shot SVM, each class against the rest"}
 OTHER_TRAIN_IMAGES = 2100  # of other data than VOC07; enough for k = 96 in 10 classes, and quick
@@ -29,7 +29,7 @@ def make_parser():
     groups = evaluation.add_arguments(parser)
     groups["data"].add_argument("--train-images", metavar="N", type=whole(2), default=None,
                                 help="train on so many images, drawn from --seed, of all classes alike (default: all "
-                                f"of VOC07, at most {OTHER_TRAIN_IMAGES} of other data)")
+                                f"of VOC07, else at most {OTHER_TRAIN_IMAGES}, or {FOLDS} of each class)")
     method = parser.add_argument_group("support vector machines")
     method.add_argument("--maps", choices=MAP_NAMES, nargs="+", metavar="MAP",
                         help="feature maps to judge, of feature1 to feature5 (default: all)")
@@ -74,7 +74,7 @@ def possible_shots(targets, shots):
 def choose_shots(args, targets):
     """{k: [targets [N, classes] of each sample]}: published, or drawn. Raises UserError."""
     if args.low_shot_targets:
-        return read_low_shot_targets(args.low_shot_targets, *targets.shape, args.shots or SHOTS)
+        return read_low_shot_targets(args.low_shot_targets, *targets.shape, SHOTS if args.shots is None else args.shots)
     if args.shots is not None:
         return draw_low_shot_targets(targets, args.seed, args.shots)
     shots = possible_shots(targets, SHOTS)
@@ -84,17 +84,34 @@ def choose_shots(args, targets):
     return draw_low_shot_targets(targets, args.seed, shots)
 
 
+def check_targets(targets, classes, root):
+    """Raise UserError for a class with too few positives or negatives for the cross-validation."""
+    for label, present in zip(classes, (targets == 1).T):
+        fewest = min(int(present.sum()), int((~present).sum()))
+        if fewest < FOLDS:
+            raise UserError(f"class {label!r} of {root} has {int(present.sum())} of the {len(targets)} images to train on, and "
+                            f"the {FOLDS}-fold cross-validation needs {FOLDS} with it and {FOLDS} without: give a larger "
+                            "--train-images, or other --data.")
+
+
 def main():
     args = make_parser().parse_args()
     frozen = evaluation.prepare(args)
     is_voc = frozen.train.name == "voc07"
     protocol = PROTOCOLS["voc07" if is_voc else "other"]
-    count = min(len(frozen.train), args.train_images or (len(frozen.train) if is_voc else OTHER_TRAIN_IMAGES))
+    if args.train_images and args.train_images > len(frozen.train):
+        raise UserError(f"--train-images {args.train_images}: {frozen.train.root} has only {len(frozen.train)}.")
+    enough = len(frozen.train) if is_voc else max(OTHER_TRAIN_IMAGES, FOLDS * len(frozen.train.classes))
+    count = min(len(frozen.train), args.train_images or enough)
     images = draw_images(frozen.train, count, args.seed)
     val_images = torch.arange(len(frozen.val))
     targets, val_targets = one_vs_rest(frozen.train, images), one_vs_rest(frozen.val, val_images)
     with distributed.together():
+        check_targets(targets, frozen.train.classes, frozen.train.root)
         samples = choose_shots(args, targets)
+    for label, positives in zip(frozen.val.classes, (val_targets == 1).sum(0).tolist()):
+        if positives == 0:
+            print_main(f"{frozen.val.root} has no image of class {label!r}: its average precision counts as 0")
 
     shapes = map_shapes(frozen.backbone, frozen.image_size)
     pools = map_pools(shapes)
@@ -141,7 +158,7 @@ def main():
     row = {"Best Layer": best, "SVM": 100 * full[best].mean_average_precision}
     row |= {f"k={result.k}": 100 * result.mean_average_precision for result in shots}
     table = report.VOC07_SVM
-    comparable = count == len(frozen.train) and table.is_comparable(
+    comparable = count == len(frozen.train) and len(chosen) == len(MAP_NAMES) and table.is_comparable(
         frozen.train, frozen.val, frozen.backbone, frozen.image_size)
     published = table if comparable else None
     report.show(f"{protocol} on {frozen.train.name} (mAP, %)", list(row), {frozen.label(args): row}, published)

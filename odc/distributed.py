@@ -354,10 +354,10 @@ def run(main, *arguments):
     code = 0
     try:
         main(*arguments)
-    except (UserError, RuntimeError, OSError) as error:
+    except (UserError, RuntimeError, OSError, MemoryError) as error:
         message, reason, code = str(error), "", 2
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"the device has too little memory ({_first_line(error)}); lower --batch-size."
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in message:
+            message = f"there is too little memory ({_first_line(error)}); lower --batch-size or --image-size."
         elif isinstance(error, RuntimeError) and "DataLoader worker" in message:  # torch raises it wherever it is
             message = str(dead_worker(error))
         elif isinstance(error, RuntimeError):
@@ -370,7 +370,8 @@ def run(main, *arguments):
             sys.stdout.flush()
             _kill_workers()
             os._exit(code)  # the others may be anywhere: leaving the group in good order could wait for ever
-    except Interrupted:
+    except Interrupted as stop:
+        print_main(str(stop) or "Stopped, as a signal asked.")
         code = 128 + (_signal_received or signal.SIGTERM)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT

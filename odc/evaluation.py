@@ -74,14 +74,17 @@ class Frozen:
         return evaluation_transform(self.image_size)
 
     def cache(self, folder, dataset, transform, *kind):
-        """The `Cache` for one split's features under a transform, or None without a folder.
+        """The `Cache` for one split's features under a transform, or None without a folder. A collective.
 
         kind: what is made of the maps, and of which images, as far as the arguments of `Frozen` do not say it.
         """
         if not folder:
             return None
+        # One look at the files by one process: on a shared disk, a million of them take a while.
+        stamp = torch.tensor(dataset.content_stamp() if distributed.is_main() else 0)
         return Cache(folder, *kind, self.amp, weights_fingerprint(self.backbone), os.path.realpath(dataset.root),
-                     dataset.fingerprint, transform.func.__name__, sorted(transform.keywords.items()))
+                     dataset.fingerprint, int(distributed.broadcast(stamp)), transform.func.__name__,
+                     sorted(transform.keywords.items()))
 
     def description(self):
         """What was judged on what, for the JSON file."""
@@ -93,13 +96,15 @@ class Frozen:
 
     def label(self, args):
         """Our row's name in a table."""
-        return f"this run, {self.backbone.arch}, {args.weights}"
+        amp = "" if self.amp == "off" else f", {self.amp}"
+        return f"this run, {self.backbone.arch}, {args.weights}{amp}"
 
 
 def prepare(args):
     """Open the two splits and load the backbone that the arguments name; joins the process group.
 
-    Returns Frozen. Raises UserError for data without labels or without a val split, and for unfit weights.
+    Returns Frozen. Raises UserError for data without labels or without a val split, for unfit weights, and for processes
+    that were not started alike.
     """
     device = distributed.init(args.device)
     distributed.catch_signals()
@@ -114,15 +119,23 @@ def prepare(args):
         for opened in (train, val):
             if opened.labels is None and opened.targets is None:
                 raise UserError(f"{opened.root} has no labels, and an evaluation needs them: give a folder with "
-                                "train/CLASS/IMAGE and val/CLASS/IMAGE, or another known layout.")
-        if len(train.classes) != len(val.classes):
+                                "train/CLASS/IMAGE and val/CLASS/IMAGE, of two classes or more and without images beside "
+                                "the class folders, or another known layout.")
+        if train.classes != val.classes:
+            only = sorted(set(train.classes) ^ set(val.classes))
             raise UserError(f"{data}: the train split has {len(train.classes)} classes and the val split has "
-                            f"{len(val.classes)}; they must have the same.")
+                            f"{len(val.classes)}; they must have the same, but {only[0]!r} is only in one.")
+        if args.output and (os.path.isdir(args.output) or not os.path.basename(args.output)):
+            raise UserError(f"--output {args.output}: it must be a file, not a folder; add a name such as results.json.")
         if args.output and not os.access(os.path.dirname(os.path.abspath(args.output)), os.W_OK):
             raise UserError(f"--output {args.output}: its folder is missing or not writable; choose another.")
         size = args.image_size or NATIVE_SIZES.get(train.name, 224)
         backbone, description = load_backbone(args.weights, args.arch, size, args.seed)
     check_same_images(train, val)
+    arguments = {k: v for k, v in vars(args).items() if k not in ("data", "weights", "output", "workers", "features_cache")}
+    if not distributed.same_everywhere((arguments, weights_fingerprint(backbone))):
+        raise UserError("The processes have different arguments or weights: start all machines with the same command, and "
+                        "give them the same files.")
     print_main(description)
     backbone = backbone.to(device, memory_format=torch.channels_last).requires_grad_(False)
     workers = args.workers if args.workers is not None else loader.default_workers(train.pixels is not None)

@@ -1,9 +1,13 @@
 """Features of a frozen network: one matrix row for every image, and the pooled maps that the benchmarks use."""
 
+import contextlib
+import glob
 import hashlib
 import os
 import shutil
 import sys
+import time
+import uuid
 
 import numpy as np
 import torch
@@ -152,8 +156,8 @@ class Cache:
         with distributed.together():
             try:
                 arrays = [np.load(_file(self.path, i), mmap_mode="c") for i in range(len(_as_list(dims)))]
-            except ValueError as error:
-                raise UserError(f"{self.path} is damaged; delete it.") from error
+            except (ValueError, EOFError, OSError) as error:
+                raise UserError(f"--features-cache: {self.path} is damaged; delete it.") from error
         return [torch.from_numpy(array) for array in arrays]
 
     def writing(self, num_rows, dims):
@@ -174,7 +178,7 @@ class _Writer:
     def __init__(self, path, num_rows, dims):
         self.path, self.num_rows, self.dims = path, num_rows, dims
         # A name of this run's own, as two runs may make the same features at the same time.
-        self.partial = f"{path}.partial-{int(distributed.broadcast(torch.tensor(os.getpid())))}"
+        self.partial = f"{path}.partial-{int(distributed.broadcast(torch.tensor(uuid.uuid4().int >> 65))):016x}"
         self.files = []
 
     def __enter__(self):
@@ -185,13 +189,25 @@ class _Writer:
             raise
         return self.write
 
+    @contextlib.contextmanager
+    def _naming_the_folder(self):
+        """Errors of the disk become sentences that name the cache and the remedy."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"--features-cache: {os.path.dirname(self.path)} cannot be written ({error.strerror or error}); "
+                            "make room, or choose another folder.") from None
+
     def _open(self):
-        with distributed.together():
+        with distributed.together(), self._naming_the_folder():
             if distributed.is_main():
+                for left in glob.glob(f"{glob.escape(self.path)}.partial-*"):  # of a run that was killed, if it is old
+                    if time.time() - max(map(os.path.getmtime, [left, *glob.glob(f"{glob.escape(left)}/*")])) > 86400:
+                        shutil.rmtree(left, ignore_errors=True)
                 os.makedirs(self.partial, exist_ok=True)
                 for i, dim in enumerate(self.dims):
                     np.lib.format.open_memmap(_file(self.partial, i), "w+", np.float32, (self.num_rows, dim))
-        with distributed.together():
+        with distributed.together(), self._naming_the_folder():
             first = distributed.shard(self.num_rows).start
             for i, dim in enumerate(self.dims):
                 offset = np.load(_file(self.partial, i), mmap_mode="r").offset
@@ -199,16 +215,20 @@ class _Writer:
                 self.files[-1].seek(offset + first * dim * 4)
 
     def write(self, start, features):
-        for file, part in zip(self.files, features):
-            file.write(part.cpu().contiguous().numpy().data)
+        with self._naming_the_folder():
+            for file, part in zip(self.files, features):
+                file.write(part.cpu().contiguous().numpy().data)
 
     def __exit__(self, kind, error, traceback):
         try:
-            with distributed.together():
+            with distributed.together(), self._naming_the_folder():
                 for file in self.files:
+                    if kind is None:
+                        file.flush()
+                        os.fsync(file.fileno())
                     file.close()
             if kind is None:
-                with distributed.together():
+                with distributed.together(), self._naming_the_folder():
                     # Another run may have been faster, with the same numbers.
                     if distributed.is_main() and not os.path.isdir(self.path):
                         os.rename(self.partial, self.path)

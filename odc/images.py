@@ -95,6 +95,30 @@ class ImageSet:
             digest.update(self.labels.numpy())
         return digest.hexdigest()
 
+    @functools.cached_property
+    def labelled_fingerprint(self):
+        """As `fingerprint`, but it changes with labels and targets, too."""
+        digest = hashlib.blake2b(self.fingerprint.encode(), digest_size=8)
+        for values in (self.labels, self.targets):
+            digest.update(b"none" if values is None else values.numpy())
+        return digest.hexdigest()
+
+    def content_stamp(self):
+        """A number of 63 bits that changes with the pixels in memory, or with any file's size or time of change."""
+        digest = hashlib.blake2b(digest_size=8)
+        if self.pixels is not None:
+            digest.update(np.ascontiguousarray(self.pixels))
+        else:
+            stamps = np.empty((len(self), 2), np.int64)
+            for i in range(len(self)):
+                try:
+                    status = os.stat(os.path.join(self.root, self.names[i]))
+                    stamps[i] = status.st_size, status.st_mtime_ns
+                except OSError:  # not there: the loader will say so
+                    stamps[i] = -1
+            digest.update(stamps)
+        return int.from_bytes(digest.digest(), "little") >> 1
+
     def load(self, i):
         """Image i as an RGB `PIL.Image`. Raises BadImage."""
         i = int(i)

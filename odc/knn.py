@@ -14,9 +14,10 @@ def knn_predict(queries, bank, labels, num_classes, ks=(10, 20, 100, 200), tempe
 
     queries: [Q, D] float, L2-normalised, the same on every process. bank: [n, D], L2-normalised, and labels: [n] int64
     in 0..num_classes-1: this process's rows; in rank order they make up the bank.
-    Returns {k: [Q, min(5, num_classes)] int64}: the classes with the most votes, best first. Of equally similar rows
-    those with the lowest bank index count, of classes with equal votes the lowest wins.
-    Raises UserError if a k is larger than the bank or a feature is not finite. A collective.
+    Returns {k: [Q, min(5, num_classes)] int64}: the classes with the most votes, best first, -1 where no neighbour voted
+    for another one. Of equally similar rows those with the lowest bank index count, of classes with equal votes the
+    lowest wins.
+    Raises UserError if a k is larger than the bank or a feature is not finite, Interrupted on a signal. A collective.
     """
     similarities, neighbour_labels = nearest_neighbours(queries, bank, labels, max(ks))
     predictions = {k: [] for k in ks}
@@ -28,7 +29,8 @@ def knn_predict(queries, bank, labels, num_classes, ks=(10, 20, 100, 200), tempe
             votes.scatter_add_(1, y[:, done:k], weights[:, done:k])
             done = k
             keys = _keys(votes.float(), torch.arange(num_classes, device=votes.device))
-            predictions[k].append(_indices(keys.topk(min(5, num_classes)).values))
+            keys = keys.topk(min(5, num_classes)).values
+            predictions[k].append(torch.where(_values(keys) > 0, _indices(keys), -1))
     return {k: torch.cat(blocks) if blocks else _indices(queries.new_zeros(0, min(5, num_classes), dtype=torch.int64))
             for k, blocks in predictions.items()}
 
@@ -47,7 +49,8 @@ def nearest_neighbours(queries, bank, labels, k):
     # A key holds a similarity and a bank index in one integer: the largest keys are the neighbours, no two are equal.
     best = torch.full((len(queries), k), NONE, device=queries.device)
     products = queries.new_empty(QUERY_BLOCK, BANK_BLOCK, dtype=torch.float32)
-    for start in range(0, len(bank), BANK_BLOCK):
+    for start in range(0, int(shards.max()), BANK_BLOCK):
+        distributed.check_signals()
         rows = bank[start : start + BANK_BLOCK].float()
         finite = finite and bool(torch.isfinite(rows.sum()))
         for first in range(0, len(queries), QUERY_BLOCK):

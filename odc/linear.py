@@ -140,9 +140,9 @@ class Training:
         self.path, self.checkpoint_interval = path, checkpoint_interval
         self.columns = [column for protocol in protocols for column in protocol.columns]
         self.batch_size, uneven = divmod(self.protocol.batch_size, distributed.world_size())
-        if uneven:
+        if uneven or self.batch_size < min(2, distributed.world_size()):
             raise UserError(f"a batch of {self.protocol.batch_size} images cannot be split evenly over "
-                            f"{distributed.world_size()} processes: choose a --batch-size that can.")
+                            f"{distributed.world_size()} processes, at least 2 each: choose a --batch-size that can.")
         shapes = map_shapes(frozen.backbone, frozen.image_size)
         self.classifiers = Classifiers(self.columns, shapes, self.protocol.classes, seed).to(frozen.device)
         self.optimizer = torch.optim.SGD([
@@ -190,9 +190,8 @@ class Training:
                 if stop or self.step % self.checkpoint_interval == 0:
                     self.save()
                 if stop:
-                    print_main(f"Stopped in {name} at step {self.step}, as a signal asked"
-                               + ("; the same command continues." if self.path else "."))
-                    raise distributed.Interrupted
+                    raise distributed.Interrupted(f"Stopped in {name} at step {self.step}, as a signal asked"
+                                                  + ("; the same command continues." if self.path else "."))
         failed = int(distributed.all_reduce(torch.tensor(failed)))
         if failed > 0.01 * len(frozen.train):
             raise UserError(f"{frozen.train.root}: {failed} of {len(frozen.train)} images cannot be read, over 1%; "
@@ -238,8 +237,8 @@ class Training:
         """What must be the same for a run to be continued."""
         frozen = self.frozen
         settings = dict(seed=self.seed, image_size=frozen.image_size, amp=frozen.amp,
-                        weights=weights_fingerprint(frozen.backbone)[:16], train_images=frozen.train.fingerprint,
-                        val_images=frozen.val.fingerprint)
+                        weights=weights_fingerprint(frozen.backbone)[:16],
+                        train_images=frozen.train.labelled_fingerprint, val_images=frozen.val.labelled_fingerprint)
         for protocol in self.protocols:
             for name, value in dataclasses.asdict(protocol).items():
                 settings[f"{name} of {' '.join(protocol.columns)}"] = str(value)

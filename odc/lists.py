@@ -14,6 +14,7 @@ import torch
 from odc.distributed import UserError
 from odc.images import ImageSet, Names
 
+MAX_LABEL = 1_000_000
 VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
                "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
 
@@ -56,7 +57,7 @@ def _read_list(path):
 
     def names():
         nonlocal labelled
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
                 line = line.strip()
                 if not line:
@@ -68,6 +69,9 @@ def _read_list(path):
                     raise UserError(f"{path}, line {number}: {line[:80]!r} should be a path"
                                     f"{' and a label' if labelled else ' alone'}, as the lines before it.")
                 if has_label:
+                    if int(rest[0]) > MAX_LABEL:
+                        raise UserError(f"{path}, line {number}: the label {rest[0]} is larger than {MAX_LABEL:,}; labels "
+                                        "count classes from 0.")
                     labels.append(int(rest[0]))
                 yield name if has_label else line
 
@@ -148,5 +152,5 @@ def _voc_lines(folder, stem, split):
     path = os.path.join(folder, "ImageSets", "Main", f"{stem}.txt")
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing: the {split} split needs it.")
-    with open(path) as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         return [line.strip() for line in file if line.strip()]

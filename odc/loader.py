@@ -79,20 +79,22 @@ def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, fi
                   pin_memory=False):
     """This process's batches of one epoch in which every image comes once, in a seeded order, from first_step on.
 
-    A last global batch of fewer than W * B images is kept and split evenly; one of fewer than W images is joined to the
-    batch before, so that every process has the same number of steps and a row in each. Raises UserError if N < W.
+    A last global batch of at least W * B / 2 images is kept and split evenly, a smaller one is joined to the batch
+    before: no step sees statistics of a handful of images, and the steps are the same for any W that leaves B >= 2.
+    Every process has a row in each. Raises UserError if N < W.
     """
     if len(dataset) < world_size():
         raise UserError(f"{dataset.root} has {len(dataset)} images for {world_size()} processes: start fewer with "
                         "--nproc_per_node.")
     generator = torch.Generator().manual_seed(_number("permutation", seed, epoch))
     order = torch.randperm(len(dataset), generator=generator)
-    whole, rest = divmod(len(dataset), world_size() * batch_size)
-    steps = max(1, whole + (rest >= world_size()))
+    global_batch = world_size() * batch_size
+    whole, rest = divmod(len(dataset), global_batch)
+    steps = max(1, whole + (rest >= max(global_batch / 2, world_size())))
     positions, ends = [], [0]
     for step in range(first_step, steps):
-        start = step * world_size() * batch_size
-        stop = len(dataset) if step == steps - 1 else start + world_size() * batch_size
+        start = step * global_batch
+        stop = len(dataset) if step == steps - 1 else start + global_batch
         own = shard(stop - start)
         positions.append(torch.arange(start + own.start, start + own.stop))
         ends.append(ends[-1] + len(positions[-1]))

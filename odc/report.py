@@ -1,7 +1,7 @@
 """The benchmark tables: published rows, ours under them where they may be compared, as Markdown and as JSON."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from odc.checkpoint import write_atomically
 from odc.distributed import is_main, print_main, together
@@ -35,6 +35,12 @@ class Table:
             and abs(len(val) - self.num_val) <= self.num_val / 1000
             and (backbone.arch, backbone.small_stem, image_size) == ("resnet50", False, 224)
         )
+
+    def without(self, column):
+        """The same table with nothing in one column."""
+        at = self.columns.index(column) if column in self.columns else len(self.columns)
+        cut = {method: values[:at] + values[at + 1 :] for method, values in self.rows.items()}
+        return replace(self, columns=self.columns[:at] + self.columns[at + 1 :], rows=cut)
 
 
 VOC07_SVM = Table("VOC07 SVM and low-shot SVM (mAP)", "voc07", 5011, 4952, 20, SVM_COLUMNS, {

@@ -229,8 +229,8 @@ class Run:
             self.epoch, self.first_step = epoch, step + 1
             self.save()
         if self.must_stop:
-            print_main(f"Stopped after epoch {epoch + 1}, step {step + 1}, as a signal asked; the same command continues.")
-            raise distributed.Interrupted
+            raise distributed.Interrupted(f"Stopped after epoch {epoch + 1}, step {step + 1}, as a signal asked; the same "
+                                          "command continues.")
 
     def count_failed(self, failed):
         """Remember unreadable images, given the indices that this process met. A collective."""
@@ -311,8 +311,8 @@ class Run:
             except distributed.Interrupted:  # all steps of the epoch are done; this end of it is for the next start
                 self.epoch, self.first_step = epoch - 1, self.steps
                 self.save()
-                print_main(f"Stopped at the end of epoch {epoch}, as a signal asked; the same command continues.")
-                raise
+                raise distributed.Interrupted(f"Stopped at the end of epoch {epoch}, as a signal asked; the same command "
+                                              "continues.") from None
         self.log_agreement(epoch, f"epoch {epoch}")
         if with_knn:
             self.log_knn(epoch, accuracy)

@@ -20,6 +20,7 @@ from odc.model import ARCHS, ResNet, use_small_stem
 CONTAINERS = ("backbone", "", "state_dict", "model", "teacher", "student")
 # A moving-average copy beside the trained network (MoCo's key encoder, BYOL's target) comes second.
 COPY = re.compile(r"encoder_k|momentum|target|ema")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Names that belong to a ResNet's trunk; one of these that our ResNet lacks means another network.
 TRUNK = re.compile(r"(conv|bn|layer|norm|stem)\d*\.")
 
@@ -44,7 +45,8 @@ def load_backbone(weights, arch=None, image_size=224, seed=0):
     candidates = [_match(where, state, prefix, arch) for where, state in states for prefix in _prefixes(state)]
     if not candidates:
         raise UserError(_no_resnet(weights, states))
-    best = min(candidates, key=lambda candidate: len(candidate["problems"]))
+    # The first place decides, and not the one that fits best: a damaged network must not be taken for its copy.
+    best = next((candidate for candidate in candidates if candidate["recognised"] == arch), candidates[0])
     if best["problems"]:
         raise UserError(
             f"{weights}: its weights are not a whole {best['arch']}: {_some(best['problems'], '; ')} "
@@ -163,11 +165,12 @@ def _match(where, state, prefix, arch):
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     place = f"{where}: {prefix}" if where and prefix else where or prefix or "top level"
     small_stem = own["conv1.weight"].shape[2:] == (3, 3)
-    arch = arch or _recognise(own)
+    recognised = _recognise(own)
+    arch = arch or recognised
     if arch is None:
         blocks, kind, width = _structure(own)
         text = f"{kind} blocks {blocks} and a stem of {width} channels are none of {', '.join(ARCHS)}"
-        return dict(arch="known ResNet", place=place, problems=[text], matched={})
+        return dict(arch="known ResNet", recognised=None, place=place, problems=[text], matched={})
     with torch.device("meta"):
         wanted = ResNet(arch, small_stem).state_dict()
     matched, problems = {}, []
@@ -177,13 +180,18 @@ def _match(where, state, prefix, arch):
                 problems.append(f"{key} is missing")
         elif own[key].shape != value.shape:
             problems.append(f"{key} has shape {tuple(own[key].shape)}, not {tuple(value.shape)}")
+        elif own[key].dtype not in FLOATS and not key.endswith("num_batches_tracked"):
+            problems.append(f"{key} has type {str(own[key].dtype).removeprefix('torch.')}, not a float of 16 to 64 bits")
+        elif own[key].layout != torch.strided or own[key].is_meta:
+            problems.append(f"{key} holds no plain numbers")
         elif own[key].is_floating_point() and not own[key].isfinite().all():
             problems.append(f"{key} is not finite")
         else:
             matched[key] = own[key]
     problems += [f"{key} is left over" for key in own if key not in wanted and TRUNK.match(key)]
     left_over = [key for key in state if not key.startswith(prefix) or key.removeprefix(prefix) not in wanted]
-    return dict(arch=arch, small_stem=small_stem, place=place, matched=matched, problems=problems, left_over=left_over)
+    return dict(arch=arch, recognised=recognised, small_stem=small_stem, place=place, matched=matched, problems=problems,
+                left_over=left_over)
 
 
 def _structure(own):

@@ -147,6 +147,12 @@ def test_knn_on_imagenet(tmp_path, weights, call):
     assert results_of(tmp_path / "again.json") == one and len(os.listdir(tmp_path / "cache")) == 2
     call("eval_knn", "--weights", "random", "--arch", "narrow", *arguments[2:], "--features-cache", tmp_path / "cache")
     assert len(os.listdir(tmp_path / "cache")) == 4
+    # An image that changes under its name makes the features of its split anew.
+    Image.new("RGB", (50, 50)).save(f"{data}/val/n00000001/val_3.JPEG")
+    call("eval_knn", *arguments, "--output", tmp_path / "black.json", "--features-cache", tmp_path / "cache")
+    call("eval_knn", *arguments, "--output", tmp_path / "anew.json")
+    assert results_of(tmp_path / "black.json") == results_of(tmp_path / "anew.json")
+    assert len(os.listdir(tmp_path / "cache")) == 5
 
 
 def test_linear_on_imagenet(tmp_path, weights, call):
@@ -159,12 +165,15 @@ def test_linear_on_imagenet(tmp_path, weights, call):
     assert one == two
     assert list(one["results"]) == ["Feature1", "Feature2", "Feature3", "Feature4", "Feature5", "AvgPool"]
     assert one["protocol"] == "imagenet-multihead" and one["not_the_recipes"]["epochs"] == 3
-    assert "protocol imagenet-multihead" in out and "published" not in out
+    assert "protocol imagenet-multihead" in out and "|  published" not in out
+    assert one["settings_of_avgpool"]["lr"] == 0.1 and "AvgPool here: lr 0.1 x 0.1 after epochs 2 2 of 3" in out
     # Started again with the same settings, the finished run is read; with others it is refused.
     call("eval_linear", *arguments, "--output", tmp_path / "one.json")
     assert results_of(tmp_path / "one.json") == one
     with pytest.raises(UserError, match="one.checkpoint.pth holds a run with lr"):
         call("eval_linear", *arguments, "--lr", 0.02, "--output", tmp_path / "one.json")
+    with pytest.raises(UserError, match="--avgpool-lr 0.1 is of --with-avgpool"):
+        call("eval_linear", *[a for a in arguments if a != "--with-avgpool"])
 
 
 @pytest.mark.parametrize("protocol, make, classes", [("places205", put_places, 4), ("inaturalist2018", put_inaturalist, 3)])
@@ -249,12 +258,63 @@ def test_mistakes_of_all_scripts(tmp_path, weights, call, script):
     assert "does not exist" in mistake("--weights", weights, "--data", tmp_path / "absent")
     assert "resnet50" in mistake("--weights", weights, "--data", data, "--arch", "resnet50")
     assert "writable" in mistake("--weights", weights, "--data", data, "--output", tmp_path / "no" / "a.json")
+    for folder in (tmp_path, ".", "/", "results/"):
+        assert "must be a file" in mistake("--weights", weights, "--data", data, "--output", folder)
     assert "CUDA" in mistake("--weights", weights, "--data", data, "--device", "cpu", "--amp", "fp16")
     put_folder(tmp_path / "no_val", "train")
     assert "val" in mistake("--weights", weights, "--data", tmp_path / "no_val")
     for split in ("train", "val"):
         put_folder(tmp_path / "unlabelled", split, labels=False)
     assert "no labels" in mistake("--weights", weights, "--data", tmp_path / "unlabelled")
+    for split, other in (("train", 5), ("val", 4)):  # the same number of classes, but not the same ones
+        names = [f"train_val2018/{split}{i}.jpg" for i in range(4)]
+        for name in names:
+            put_image(f"{tmp_path}/birds/{name}", 0, np.random.default_rng(0))
+        open(f"{tmp_path}/birds/{split}2018.json", "w").write(json.dumps(dict(
+            images=[dict(id=i, file_name=name) for i, name in enumerate(names)],
+            annotations=[dict(image_id=i, category_id=[0, other][i % 2]) for i in range(4)])))
+    assert "'4' is only in one" in mistake("--weights", weights, "--data", tmp_path / "birds")
+
+
+STARTS = """
+import importlib, os, sys
+from odc import distributed
+script, option, values = sys.argv[1], sys.argv[2], sys.argv[3:5]
+sys.argv = [script, *sys.argv[5:], option, values[int(os.environ["RANK"])]]
+distributed.run(importlib.import_module(script).main)
+"""
+
+
+@pytest.mark.parametrize("script, option, values", [
+    ("eval_knn", "--weights", None), ("eval_knn", "--batch-size", ("2", "30")), ("eval_linear", "--seed", ("0", "1"))])
+def test_processes_with_different_arguments_or_weights(tmp_path, weights, script, option, values):
+    """They would end in a number that is nobody's, or wait for each other for ever."""
+    data = put_imagenet(tmp_path / "data")
+    arguments = ["--data", data, *map(str, SMALL)]
+    if option == "--weights":
+        state = torch.load(weights, weights_only=True)
+        torch.save({**state, "conv1.weight": state["conv1.weight"] * 2}, tmp_path / "other.pth")
+        values = (weights, str(tmp_path / "other.pth"))
+    else:
+        arguments += ["--weights", weights]
+    (tmp_path / "starts.py").write_text(STARTS)
+    port = str(free_port())
+    running = [subprocess.Popen([sys.executable, str(tmp_path / "starts.py"), script, option, *values, *arguments],
+                                env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                                                MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
+    errors = "".join(process.communicate(timeout=120)[1] for process in running)
+    assert [process.returncode for process in running] == [2, 2]
+    assert errors.count("error: The processes have different arguments or weights") == 1
+
+
+def test_results_of_two_names_with_dots_do_not_share_a_checkpoint(tmp_path, weights, call):
+    data = put_imagenet(tmp_path / "data", train=4, val=2)
+    for lr in (0.01, 0.05):
+        call("eval_linear", "--weights", weights, "--data", data, *SMALL, "--epochs", 1, "--lr", lr,
+             "--output", tmp_path / f"lr{lr}")
+    assert sorted(path.name for path in tmp_path.glob("lr*")) == [
+        "lr0.01", "lr0.01.checkpoint.pth", "lr0.05", "lr0.05.checkpoint.pth"]
 
 
 def test_mistakes_of_one_script(tmp_path, weights, call):
@@ -267,8 +327,10 @@ def test_mistakes_of_one_script(tmp_path, weights, call):
     os.remove(f"{voc}/VOCdevkit/VOC2007/JPEGImages/test0003.jpg")
     with pytest.raises(UserError, match="test0003.jpg does not exist"):
         call("eval_svm", "--weights", weights, "--data", voc)
-    with pytest.raises(UserError, match="fewer than 3 positive"):
+    with pytest.raises(UserError, match="class 'n00000000' of .*train has 2 of the 6 images.*--train-images"):
         call("eval_svm", "--weights", weights, "--data", imagenet, *SMALL, "--shots")
+    with pytest.raises(UserError, match="--train-images 7: .*train has only 6"):
+        call("eval_svm", "--weights", weights, "--data", imagenet, *SMALL, "--train-images", 7)
     with pytest.raises(UserError, match="--batch-size|not a whole number"):
         call("eval_linear", "--weights", weights, "--data", imagenet, "--batch-size", 0)
 

@@ -32,7 +32,8 @@ def brute_force(queries, bank, labels, num_classes, ks, temperature):
             votes = [0.0] * num_classes
             for i in order[:k]:
                 votes[int(labels[i])] += float(torch.exp(similarity[i].double() / temperature))
-            predictions[k].append(sorted(range(num_classes), key=lambda c: (-votes[c], c))[:5])
+            ranked = sorted(range(num_classes), key=lambda c: (-votes[c], c))[:5]
+            predictions[k].append([c if votes[c] > 0 else -1 for c in ranked])
     return {k: torch.tensor(rows) for k, rows in predictions.items()}
 
 
@@ -80,6 +81,12 @@ def test_neighbours_are_sorted_and_ties_go_to_the_lowest_index(monkeypatch):
 def test_all_features_alike():
     predictions = knn_predict(torch.ones(3, 4), torch.ones(50, 4), torch.arange(50) % 10, 10, (20,))
     assert predictions[20].tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_classes_without_a_vote_are_not_predicted():
+    predictions = knn_predict(torch.eye(4), torch.eye(4), torch.tensor([3, 1, 2, 6]), 8, (1, 2), temperature=1.0)
+    assert predictions[1].tolist() == [[c, -1, -1, -1, -1] for c in (3, 1, 2, 6)]
+    assert predictions[2][0].tolist() == [3, 1, -1, -1, -1]
 
 
 def test_fewer_classes_than_five_and_no_query():

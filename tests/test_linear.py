@@ -1,6 +1,7 @@
 """Linear evaluation: the recipes' values, the arithmetic against plain PyTorch, and runs that continue."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eval_linear import PROTOCOLS, SHORT, choose_protocol, make_parser
+from eval_linear import PROTOCOLS, SHORT, choose_protocol, make_parser, published_table
 from odc import checkpoint, distributed
 from odc.distributed import UserError
 from odc.evaluation import Frozen
@@ -70,6 +71,21 @@ def test_class_counts_must_match():
         with pytest.raises(UserError, match="does not match /data, which has 3.*--num-classes 3"):
             choose("imagenet", 3, *arguments)
     assert choose("imagenet", 3, "--protocol", "imagenet-multihead", "--num-classes", "3")[1].classes == 3
+
+
+def test_published_rows_stand_beside_their_own_protocol_alone():
+    class Images(SimpleNamespace):
+        def __len__(self):
+            return self.count
+
+    splits = {split: Images(name="imagenet", classes=range(1000), count=count)
+              for split, count in (("train", 1281167), ("val", 50000))}
+    frozen = SimpleNamespace(**splits, backbone=SimpleNamespace(arch="resnet50", small_stem=False), image_size=224)
+    beside = published_table("imagenet-multihead", {}, frozen)
+    assert beside.columns == tuple(COLUMNS) and beside.rows["ODC"] == (14.76, 31.82, 42.44, 55.76, 57.70)
+    assert published_table("imagenet-avgpool", {}, frozen).rows["ODC"][-1] == 53.42
+    assert published_table("imagenet-multihead", {"lr": 0.02}, frozen) is None
+    assert published_table("places205", {}, frozen) is None and published_table("short", {}, frozen) is None
 
 
 # --- the arithmetic --------------------------------------------------------------------------------------------------
@@ -167,10 +183,10 @@ PROTOCOL = Protocol("made up", ("Feature2", "Feature5"), 3, epochs=4, lr=0.05, l
                     nesterov=True, train_transform="imagenet-multihead", report="last", batch_size=16)
 
 
-def training(path=None, protocols=(PROTOCOL,), val_seed=1, **options):
+def training(path=None, protocols=(PROTOCOL,), val_seed=1, count=74, **options):
     torch.manual_seed(7)
     backbone = ResNet("narrow", True).eval().requires_grad_(False)
-    frozen = Frozen(backbone, "made up", colours("train", 70, 0), colours("val", 40, val_seed), 16, 0, CPU, "off")
+    frozen = Frozen(backbone, "made up", colours("train", count, 0), colours("val", 40, val_seed), 16, 0, CPU, "off")
     return Training(frozen, list(protocols), seed=0, path=path, **options)
 
 
@@ -193,7 +209,7 @@ def test_learning_rate_schedule(monkeypatch):
         rates.append([group["lr"] for group in optimizer.param_groups]), torch.zeros(3))[1])
     avgpool = dataclasses.replace(PROTOCOL, columns=(AVGPOOL,), lr=30.0, lr_steps=(1,))
     training(protocols=(PROTOCOL, avgpool)).run()
-    per_epoch = rates[::5]  # 70 images in batches of 16
+    per_epoch = rates[::5]  # 74 images in batches of 16
     assert per_epoch == [pytest.approx(r) for r in ([0.05, 30], [0.05, 3], [0.005, 3], [0.0005, 3])]
 
 
@@ -262,6 +278,10 @@ def test_other_run_is_refused(tmp_path):
         training(path, [dataclasses.replace(PROTOCOL, lr=0.06)])
     with pytest.raises(UserError, match="val images"):
         training(path, val_seed=2)
+    run = training()
+    run.frozen.val.labels = run.frozen.val.labels.flip(0)
+    with pytest.raises(UserError, match="val images"):
+        Training(run.frozen, [PROTOCOL], seed=0, path=path)
     checkpoint.save(path, {"program": "odc train"})
     with pytest.raises(UserError, match="not a checkpoint of eval_linear.py"):
         training(path)
@@ -288,15 +308,16 @@ def test_last_or_best_epoch():
     assert run.results()[AVGPOOL] == dict(top1=70.0, top5=99.0, epoch=2)
 
 
-def whole_run():
-    run = training()
+def whole_run(count):
+    run = training(count=count)
     run.run()
     return run.history, run.losses, {k: v.clone() for k, v in run.classifiers.state_dict().items()}
 
 
-def test_two_processes_give_the_same_numbers():
-    history, _, state = whole_run()
-    for other_history, _, other in run_processes(whole_run, 2):
+@pytest.mark.parametrize("count", [74, 65])  # the last batch has 10 images, or would have 1
+def test_two_processes_give_the_same_numbers(count):
+    history, _, state = whole_run(count)
+    for other_history, _, other in run_processes(whole_run, 2, count):
         assert other_history == history
         for key in state:
             torch.testing.assert_close(other[key], state[key], rtol=1e-3, atol=1e-5)

@@ -145,11 +145,21 @@ def test_an_epoch_has_every_image_once_and_no_idle_process(monkeypatch, count, b
         assert distributed.rank() == rank
         batches = epoch_batches(Numbered(count), Augmentation(), 16, batch_size, 0, 0)
         rows = batches.ends.diff()
-        assert rows.min() >= 1 and rows.max() <= batch_size + 1
+        assert rows.min() >= 1 and rows.max() <= max(batch_size * 1.5, batch_size + 1) + 1
         indices.append(batches.indices)
         steps.append(len(batches))
     assert len(set(steps)) == 1
     assert torch.equal(torch.cat(indices).sort().values, torch.arange(count))
+
+
+@pytest.mark.parametrize("count", [127, 128, 129, 131, 159, 160, 161, 191])
+def test_the_steps_of_an_epoch_do_not_depend_on_the_number_of_processes(monkeypatch, count):
+    steps = set()
+    for world_size in (1, 2, 4, 32):
+        monkeypatch.setattr("odc.loader.world_size", lambda: world_size)
+        monkeypatch.setattr("odc.distributed.world_size", lambda: world_size)
+        steps.add(len(epoch_batches(Numbered(count), Augmentation(), 16, 64 // world_size, 0, 0)))
+    assert steps == {2 if count < 160 else 3}
 
 
 def test_an_epoch_of_fewer_images_than_processes_is_refused(monkeypatch):

@@ -207,9 +207,28 @@ def test_partial_match_names_the_keys(tmp_path, resnet18):
         {**resnet18, "layer1.0.bn1.bias": torch.full((64,), torch.nan)}, path)
     assert "resnet34" in _refused(resnet18, path, "resnet34")
     assert "choose one of" in _refused(resnet18, path, "resnet19")
+    for value in ((resnet18["conv1.weight"] * 100).to(torch.int8), resnet18["conv1.weight"].to(torch.complex64),
+                  resnet18["conv1.weight"].to(torch.float8_e4m3fn)):
+        assert "conv1.weight has type" in _refused({**resnet18, "conv1.weight": value}, path)
+    assert "conv1.weight holds no plain numbers" in _refused(
+        {**resnet18, "conv1.weight": resnet18["conv1.weight"].to_sparse()}, path)
     wide = torchvision.models.wide_resnet50_2().state_dict()
     assert "layer1.0.conv1.weight has shape" in _refused(wide, path)
     assert "(3, 8, 36, 3)" in _refused(torchvision.models.resnet152().state_dict(), path)
+
+
+def test_a_damaged_network_is_not_taken_for_its_copy(tmp_path, resnet18):
+    moco = {**_prefixed(resnet18, "module.encoder_q."), **_prefixed(resnet18, "module.encoder_k.")}
+    del moco["module.encoder_q.layer4.1.bn2.weight"]
+    assert "layer4.1.bn2.weight is missing" in _refused({"state_dict": moco}, tmp_path / "w.pth")
+    broken = {**resnet18, "bn1.bias": torch.full((64,), torch.nan)}
+    assert "bn1.bias is not finite" in _refused({"teacher": broken, "student": resnet18}, tmp_path / "w.pth")
+
+
+def test_two_networks_in_one_file_are_told_apart_by_arch(tmp_path, resnet18):
+    torch.save({"model": torchvision.models.resnet34().state_dict(), "student": resnet18}, tmp_path / "w.pth")
+    assert load_backbone(str(tmp_path / "w.pth"))[0].arch == "resnet34"
+    assert load_backbone(str(tmp_path / "w.pth"), "resnet18")[0].arch == "resnet18"
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
