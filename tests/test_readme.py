@@ -1,6 +1,8 @@
 """The README's links into the code point at the lines that they name, and its commands exist."""
 
+import importlib
 import re
+import shlex
 
 import pytest
 
@@ -25,6 +27,20 @@ def test_files_and_tests_that_are_named_exist():
         assert (ROOT / path).exists(), path
     for name in re.findall(r"`(test_\w+)`", README):
         assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")), name
+
+
+def commands():
+    """(script or module, its arguments) of every command with options, in a block, a table or a sentence."""
+    code = [*re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE), *re.findall(r"`([^`\n]+)`", README)]
+    for line in "\n".join(code).replace("\\\n", " ").splitlines():
+        if found := re.search(r"(?:\b(train|eval_\w+)\.py|-m (odc\.\w+)|\bodc\.sh) +(--.*)$", line):
+            yield found[1] or found[2] or "train", found[3]
+
+
+def test_every_command_has_arguments_that_its_script_takes():
+    seen = [script for script, arguments in commands()
+            if importlib.import_module(script).make_parser().parse_args(shlex.split(arguments))]
+    assert seen.count("train") >= 5 and seen.count("eval_linear") >= 6 and "odc.assign" in seen, seen
 
 
 def test_the_two_commands_that_ci_runs_are_there():
