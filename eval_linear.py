@@ -98,12 +98,12 @@ def choose_protocol(args, dataset):
 def published_table(name, changed, frozen):
     """The published rows that a run of this protocol may stand beside, or None.
 
-    The AvgPool column was made by a protocol of its own: beside another one it stays empty.
+    The AvgPool column was made by a protocol of its own, and stays empty beside another one.
     """
     table = TABLES.get(name)
     if not table or changed or not table.is_comparable(frozen.train, frozen.val, frozen.backbone, frozen.image_size):
         return None
-    return table if name == "imagenet-avgpool" else table.without(AVGPOOL)
+    return table.only((AVGPOOL,) if name == "imagenet-avgpool" else COLUMNS)
 
 
 def main():

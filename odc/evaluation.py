@@ -122,9 +122,8 @@ def prepare(args):
                                 "train/CLASS/IMAGE and val/CLASS/IMAGE, of two classes or more and without images beside "
                                 "the class folders, or another known layout.")
         if train.classes != val.classes:
-            only = sorted(set(train.classes) ^ set(val.classes))
-            raise UserError(f"{data}: the train split has {len(train.classes)} classes and the val split has "
-                            f"{len(val.classes)}; they must have the same, but {only[0]!r} is only in one.")
+            raise UserError(f"{data}: {_difference(train.classes, val.classes)}; both splits must have the same classes, in "
+                            "the same order.")
         if args.output and (os.path.isdir(args.output) or not os.path.basename(args.output)):
             raise UserError(f"--output {args.output}: it must be a file, not a folder; add a name such as results.json.")
         if args.output and not os.access(os.path.dirname(os.path.abspath(args.output)), os.W_OK):
@@ -133,6 +132,8 @@ def prepare(args):
         backbone, description = load_backbone(args.weights, args.arch, size, args.seed)
     check_same_images(train, val)
     arguments = {k: v for k, v in vars(args).items() if k not in ("data", "weights", "output", "workers", "features_cache")}
+    # Paths may differ between machines, but not whether there is one: all write, or read, together.
+    arguments |= {k: bool(getattr(args, k, None)) for k in ("output", "features_cache")}
     if not distributed.same_everywhere((arguments, weights_fingerprint(backbone))):
         raise UserError("The processes have different arguments or weights: start all machines with the same command, and "
                         "give them the same files.")
@@ -142,3 +143,12 @@ def prepare(args):
     print_main(f"{train.name}: {len(train):,} train and {len(val):,} val images of {len(val.classes)} classes, "
                f"{size} pixels")
     return Frozen(backbone, description, train, val, size, workers, device, args.amp)
+
+
+def _difference(train, val):
+    """How two lists of class names differ, in a few words."""
+    for only, split in ((sorted(set(train) - set(val)), "train"), (sorted(set(val) - set(train)), "val")):
+        if only:
+            return f"the train split has {len(train)} classes and the val split has {len(val)}, {only[0]!r} only {split}"
+    first, second = next((a, b) for a, b in zip(train, val) if a != b)
+    return f"the train split has class {first!r} where the val split has {second!r}"

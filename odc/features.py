@@ -156,7 +156,7 @@ class Cache:
         with distributed.together():
             try:
                 arrays = [np.load(_file(self.path, i), mmap_mode="c") for i in range(len(_as_list(dims)))]
-            except (ValueError, EOFError, OSError) as error:
+            except (ValueError, EOFError, FileNotFoundError) as error:
                 raise UserError(f"--features-cache: {self.path} is damaged; delete it.") from error
         return [torch.from_numpy(array) for array in arrays]
 
@@ -202,8 +202,9 @@ class _Writer:
         with distributed.together(), self._naming_the_folder():
             if distributed.is_main():
                 for left in glob.glob(f"{glob.escape(self.path)}.partial-*"):  # of a run that was killed, if it is old
-                    if time.time() - max(map(os.path.getmtime, [left, *glob.glob(f"{glob.escape(left)}/*")])) > 86400:
-                        shutil.rmtree(left, ignore_errors=True)
+                    with contextlib.suppress(OSError):  # its owner may be done with it at this moment
+                        if time.time() - max(map(os.path.getmtime, [left, *glob.glob(f"{glob.escape(left)}/*")])) > 86400:
+                            shutil.rmtree(left, ignore_errors=True)
                 os.makedirs(self.partial, exist_ok=True)
                 for i, dim in enumerate(self.dims):
                     np.lib.format.open_memmap(_file(self.partial, i), "w+", np.float32, (self.num_rows, dim))

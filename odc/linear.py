@@ -161,7 +161,10 @@ class Training:
         """Train to the end; `history` is complete afterwards."""
         while self.epoch < self.protocol.epochs:
             self.train_epoch()
-            self.history.append(self.evaluate())
+            try:
+                self.history.append(self.evaluate())
+            except distributed.Interrupted:
+                raise self.interrupted() from None
             self.epoch, self.step = self.epoch + 1, 0
             self.losses.zero_()
             self.save()
@@ -190,13 +193,17 @@ class Training:
                 if stop or self.step % self.checkpoint_interval == 0:
                     self.save()
                 if stop:
-                    raise distributed.Interrupted(f"Stopped in {name} at step {self.step}, as a signal asked"
-                                                  + ("; the same command continues." if self.path else "."))
+                    raise self.interrupted()
         failed = int(distributed.all_reduce(torch.tensor(failed)))
         if failed > 0.01 * len(frozen.train):
             raise UserError(f"{frozen.train.root}: {failed} of {len(frozen.train)} images cannot be read, over 1%; "
                             "repair or remove them.")
         self.save()
+
+    def interrupted(self):
+        """The exception for a stop at this step, which has been saved if it can be."""
+        return distributed.Interrupted(f"Stopped in epoch {self.epoch + 1} after step {self.step}, as a signal asked"
+                                       + ("; the same command continues." if self.path else "."))
 
     def evaluate(self):
         """Accuracy on the val split, in percent: {column: [top-1, top-5]}."""

@@ -81,7 +81,7 @@ def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, fi
 
     A last global batch of at least W * B / 2 images is kept and split evenly, a smaller one is joined to the batch
     before: no step sees statistics of a handful of images, and the steps are the same for any W that leaves B >= 2.
-    Every process has a row in each. Raises UserError if N < W.
+    So the last batch may be half as large again. Every process has a row in each. Raises UserError if N < W.
     """
     if len(dataset) < world_size():
         raise UserError(f"{dataset.root} has {len(dataset)} images for {world_size()} processes: start fewer with "

@@ -36,11 +36,11 @@ class Table:
             and (backbone.arch, backbone.small_stem, image_size) == ("resnet50", False, 224)
         )
 
-    def without(self, column):
-        """The same table with nothing in one column."""
-        at = self.columns.index(column) if column in self.columns else len(self.columns)
-        cut = {method: values[:at] + values[at + 1 :] for method, values in self.rows.items()}
-        return replace(self, columns=self.columns[:at] + self.columns[at + 1 :], rows=cut)
+    def only(self, columns):
+        """The same table, of some of its columns."""
+        at = [i for i, column in enumerate(self.columns) if column in columns]
+        rows = {method: tuple(values[i] for i in at) for method, values in self.rows.items()}
+        return replace(self, columns=tuple(self.columns[i] for i in at), rows=rows)
 
 
 VOC07_SVM = Table("VOC07 SVM and low-shot SVM (mAP)", "voc07", 5011, 4952, 20, SVM_COLUMNS, {

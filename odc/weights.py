@@ -45,8 +45,9 @@ def load_backbone(weights, arch=None, image_size=224, seed=0):
     candidates = [_match(where, state, prefix, arch) for where, state in states for prefix in _prefixes(state)]
     if not candidates:
         raise UserError(_no_resnet(weights, states))
-    # The first place decides, and not the one that fits best: a damaged network must not be taken for its copy.
-    best = next((candidate for candidate in candidates if candidate["recognised"] == arch), candidates[0])
+    # The first fit place decides, not the one that fits best: a damaged network must not be taken for its copy.
+    fit = [candidate for candidate in candidates if candidate["recognised"] in (ARCHS if arch is None else [arch])]
+    best = (fit or candidates)[0]
     if best["problems"]:
         raise UserError(
             f"{weights}: its weights are not a whole {best['arch']}: {_some(best['problems'], '; ')} "

@@ -273,20 +273,29 @@ def test_mistakes_of_all_scripts(tmp_path, weights, call, script):
         open(f"{tmp_path}/birds/{split}2018.json", "w").write(json.dumps(dict(
             images=[dict(id=i, file_name=name) for i, name in enumerate(names)],
             annotations=[dict(image_id=i, category_id=[0, other][i % 2]) for i in range(4)])))
-    assert "'4' is only in one" in mistake("--weights", weights, "--data", tmp_path / "birds")
+    assert "'5' only train" in mistake("--weights", weights, "--data", tmp_path / "birds")
+    for split, order in (("train", "ab"), ("val", "ba")):
+        path = tmp_path / "birds" / f"{split}2018.json"
+        content = json.loads(path.read_text()) | dict(categories=[dict(id=i, name=n) for i, n in zip((0, 4), order)])
+        for note in content["annotations"]:
+            note["category_id"] = min(note["category_id"], 4)
+        path.write_text(json.dumps(content))
+    assert "class 'a' where the val split has 'b'" in mistake("--weights", weights, "--data", tmp_path / "birds")
 
 
 STARTS = """
 import importlib, os, sys
 from odc import distributed
 script, option, values = sys.argv[1], sys.argv[2], sys.argv[3:5]
-sys.argv = [script, *sys.argv[5:], option, values[int(os.environ["RANK"])]]
+value = values[int(os.environ["RANK"])]
+sys.argv = [script, *sys.argv[5:]] + [option, value] * (value != "none")
 distributed.run(importlib.import_module(script).main)
 """
 
 
 @pytest.mark.parametrize("script, option, values", [
-    ("eval_knn", "--weights", None), ("eval_knn", "--batch-size", ("2", "30")), ("eval_linear", "--seed", ("0", "1"))])
+    ("eval_knn", "--weights", None), ("eval_knn", "--batch-size", ("2", "30")), ("eval_linear", "--seed", ("0", "1")),
+    ("eval_linear", "--output", ("o.json", "none")), ("eval_knn", "--features-cache", ("none", "cache"))])
 def test_processes_with_different_arguments_or_weights(tmp_path, weights, script, option, values):
     """They would end in a number that is nobody's, or wait for each other for ever."""
     data = put_imagenet(tmp_path / "data")
@@ -302,10 +311,15 @@ def test_processes_with_different_arguments_or_weights(tmp_path, weights, script
     running = [subprocess.Popen([sys.executable, str(tmp_path / "starts.py"), script, option, *values, *arguments],
                                 env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                                                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
-    errors = "".join(process.communicate(timeout=120)[1] for process in running)
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+               for rank in range(2)]
+    try:
+        errors = "".join(process.communicate(timeout=120)[1] for process in running)
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [2, 2]
-    assert errors.count("error: The processes have different arguments or weights") == 1
+    assert "error: The processes have different arguments or weights" in errors
 
 
 def test_results_of_two_names_with_dots_do_not_share_a_checkpoint(tmp_path, weights, call):

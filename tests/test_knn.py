@@ -69,6 +69,29 @@ def test_any_number_of_processes_and_any_blocks(world_size):
             assert torch.equal(found[k], expected[k])
 
 
+def uneven_shards(sizes, signal_on=None):
+    """Neighbours of three queries in a bank of rows that point ever less their way, a part of it on each process."""
+    knn.BANK_BLOCK = 8
+    if distributed.rank() == signal_on:
+        distributed._signal_received = 15
+    size, rank = sum(sizes), distributed.rank()
+    bank = torch.stack([torch.linspace(1, 0.1, size), torch.zeros(size)], dim=1)
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    try:
+        return nearest_neighbours(torch.tensor([[1.0, 0.0]] * 3), bank[rows], torch.arange(size)[rows], 4)[1].tolist()
+    except distributed.Interrupted:
+        return "interrupted"
+
+
+@pytest.mark.parametrize("sizes", [(9, 8), (8, 9), (0, 9), (17, 0)])
+def test_shards_of_unlike_numbers_of_blocks(sizes):
+    assert run_processes(uneven_shards, 2, sizes, timeout=60) == [[[0, 1, 2, 3]] * 3] * 2
+
+
+def test_a_signal_on_one_process_stops_the_search_on_all():
+    assert run_processes(uneven_shards, 2, (20, 20), 1, timeout=60) == ["interrupted"] * 2
+
+
 def test_neighbours_are_sorted_and_ties_go_to_the_lowest_index(monkeypatch):
     monkeypatch.setattr(knn, "BANK_BLOCK", 16)
     bank = F.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 1], [-1, 0]])).repeat(10, 1)  # rows i and i + 4 are equal

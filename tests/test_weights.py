@@ -229,6 +229,9 @@ def test_two_networks_in_one_file_are_told_apart_by_arch(tmp_path, resnet18):
     torch.save({"model": torchvision.models.resnet34().state_dict(), "student": resnet18}, tmp_path / "w.pth")
     assert load_backbone(str(tmp_path / "w.pth"))[0].arch == "resnet34"
     assert load_backbone(str(tmp_path / "w.pth"), "resnet18")[0].arch == "resnet18"
+    for known, unknown in (("model", "teacher"), ("student", "teacher")):  # whichever comes first
+        torch.save({known: resnet18, unknown: torchvision.models.resnet152().state_dict()}, tmp_path / "w.pth")
+        assert load_backbone(str(tmp_path / "w.pth"))[0].arch == "resnet18"
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
