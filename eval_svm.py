@@ -9,7 +9,6 @@ the same is done for each class against the rest.
 """
 
 import functools
-import sys
 
 import torch
 
@@ -149,8 +148,7 @@ def main():
     distributed.check_signals()
     shots = []
     if samples:
-        shots = low_shot(train[at].to(frozen.device), samples, val[at].to(frozen.device), val_targets,
-                         progress=sys.stderr.isatty())
+        shots = low_shot(train[at].to(frozen.device), samples, val[at].to(frozen.device), val_targets)
     for result in shots:
         if result.unconverged:
             print_main(f"k = {result.k}{unconverged(result)}")

@@ -261,7 +261,8 @@ def low_shot(train_features, samples_by_shot, test_features, test_targets, costs
 
 
 def _bar(words, total, progress):
-    return tqdm(total=total, desc=words, unit="fit", disable=not progress or not distributed.is_main())
+    # None shows the bar on a terminal alone.
+    return tqdm(total=total, desc=words, unit="fit", disable=None if progress and distributed.is_main() else True)
 
 
 def _check_finite(*features):
