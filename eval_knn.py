@@ -9,11 +9,15 @@ evaluates it: the k training images of largest cosine similarity s vote for thei
 
 import torch.nn.functional as F
 
-from odc import distributed, evaluation, report
-from odc.arguments import Parser, number, whole
-from odc.distributed import UserError, print_main
+from odc.runtime import program
+from odc import distributed
+from odc.evaluation import frozen as evaluation
+from odc.evaluation import tables as report
+from odc.runtime.arguments import Parser, number, whole
+from odc.distributed import print_main
+from odc.errors import UserError
 from odc.features import extract, extract_rows
-from odc.knn import knn_predict
+from odc.evaluation.knn import knn_predict
 
 
 def make_parser():
@@ -74,4 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    program.run_program(main)

@@ -10,11 +10,14 @@ can be given as an argument.
 import dataclasses
 from pathlib import Path
 
-from odc import distributed, evaluation, report
-from odc.arguments import Parser, number, whole
-from odc.augment import LINEAR_AUGMENTATIONS
-from odc.distributed import UserError, print_main
-from odc.linear import AVGPOOL, COLUMNS, Protocol, Training
+from odc.runtime import program
+from odc.evaluation import frozen as evaluation
+from odc.evaluation import tables as report
+from odc.runtime.arguments import Parser, number, whole
+from odc.data.augmentation import LINEAR_AUGMENTATIONS
+from odc.distributed import print_main
+from odc.errors import UserError
+from odc.evaluation.linear import AVGPOOL, COLUMNS, Protocol, Training
 
 MULTIHEAD = Protocol(
     "mhead_linear-8xb32-steplr-90e", tuple(COLUMNS), 1000, epochs=90, lr=0.01, lr_steps=(30, 60), weight_decay=1e-4,
@@ -154,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    program.run_program(main)

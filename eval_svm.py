@@ -12,12 +12,16 @@ import functools
 
 import torch
 
-from odc import distributed, evaluation, report
-from odc.arguments import Parser, whole
-from odc.augment import evaluation_transform, resize_exact
-from odc.distributed import UserError, print_main
+from odc.runtime import program
+from odc import distributed
+from odc.evaluation import frozen as evaluation
+from odc.evaluation import tables as report
+from odc.runtime.arguments import Parser, whole
+from odc.data.augmentation import evaluation_transform, resize_exact
+from odc.distributed import print_main
+from odc.errors import UserError
 from odc.features import MAP_NAMES, extract, map_pools, map_shapes, pooled_shapes
-from odc.voc import FOLDS, NEGATIVES, SAMPLES, SHOTS, draw_low_shot_targets, full_svm, low_shot, read_low_shot_targets
+from odc.evaluation.voc import FOLDS, NEGATIVES, SAMPLES, SHOTS, draw_low_shot_targets, full_svm, low_shot, read_low_shot_targets
 
 PROTOCOLS = {"voc07": "VOC07 SVM and low-shot SVM", "other": "VOC07 SVM and low-shot SVM, each class against the rest"}
 OTHER_TRAIN_IMAGES = 2100  # of other data than VOC07; enough for k = 96 in 10 classes, and quick
@@ -139,13 +143,13 @@ def main():
 
     full = {}
     for i, train_rows, val_rows in zip(chosen, train, val):
-        distributed.check_signals()
+        program.check_signals()
         result = full_svm(train_rows.to(frozen.device), targets, val_rows.to(frozen.device), val_targets)
         full[MAP_NAMES[i]] = result
         print_main(f"{MAP_NAMES[i]}: mAP {100 * result.mean_average_precision:.2f}{unconverged(result)}")
     best = max(full, key=lambda name: full[name].mean_average_precision)
     at = list(full).index(best)
-    distributed.check_signals()
+    program.check_signals()
     shots = []
     if samples:
         shots = low_shot(train[at].to(frozen.device), samples, val[at].to(frozen.device), val_targets)
@@ -178,4 +182,4 @@ def unconverged(result):
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    program.run_program(main)

@@ -11,13 +11,15 @@ import os
 
 import torch.nn.functional as F
 
-from odc import distributed, export
-from odc.arguments import Parser, number, whole
+from odc.runtime import program
+from odc import distributed
+from odc.outputs import export
+from odc.runtime.arguments import Parser, number, whole
 from odc.distributed import print_main
-from odc.loader import default_workers
+from odc.data.loader import default_workers
 from odc.model import ARCHS
 from odc.run import Run
-from odc.runlog import print_settings
+from odc.runtime.log import print_settings
 
 # The built-in demonstration (--data shapes): a small network and settings that suit 5,000 small images, chosen without
 # their labels (tests/benchmarks/selection.py).
@@ -152,7 +154,7 @@ def parse(arguments=None):
 def main(arguments=None):
     args, banner = parse(arguments)
     device = distributed.init(args.device)
-    distributed.catch_signals()
+    program.catch_signals()
     if banner:
         print_main(f"{banner}\n")
     print_settings(vars(args))
@@ -166,4 +168,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    program.run_program(main)

@@ -9,14 +9,18 @@ import os
 import torch
 import torch.nn.functional as F
 
-from odc import checkpoint, distributed, loader
-from odc.arguments import Parser, whole
-from odc.augment import evaluation_transform
-from odc.checkpoint import write_atomically
-from odc.datasets import check_same_images, open_dataset
-from odc.distributed import UserError, print_main
+from odc.runtime import program
+from odc import distributed
+from odc.runtime import checkpoint
+from odc.data import loader
+from odc.runtime.arguments import Parser, whole
+from odc.data.augmentation import evaluation_transform
+from odc.runtime.checkpoint import write_atomically
+from odc.data.layouts import check_same_images, open_dataset
+from odc.distributed import print_main
+from odc.errors import UserError
 from odc.features import extract
-from odc.knn import nearest_neighbours
+from odc.evaluation.knn import nearest_neighbours
 from odc.model import Neck, ResNet
 from odc.nearest import assign
 
@@ -102,7 +106,7 @@ def write_table(path, dataset, unreadable, labels, similarity, neighbours=None, 
 def main(arguments=None):
     args = make_parser().parse_args(arguments)
     device = distributed.init(args.device)
-    distributed.catch_signals()
+    program.catch_signals()
     train = None
     with distributed.together():
         state = load_run(args.checkpoint)
@@ -131,7 +135,7 @@ def main(arguments=None):
         rows = distributed.shard(len(train))
         bank = F.normalize(state["memory"]["features"][rows].float()).to(device)
         found = nearest_neighbours(features, bank, torch.arange(len(train))[rows], args.neighbours)
-    unreadable = set(distributed.all_gather_rows(torch.tensor(list(dataset.unreadable), dtype=torch.int64)).tolist())
+    unreadable = set(distributed.all_gather_uneven_rows(torch.tensor(list(dataset.unreadable), dtype=torch.int64)).tolist())
     with distributed.together():
         if distributed.is_main():
             write_table(args.output, dataset, unreadable, labels, similarity, found[1], found[0], train)
@@ -139,4 +143,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    program.run_program(main)

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from odc.runtime import program
 from odc import distributed
-from odc.augment import normalise
-from odc.distributed import UserError
-from odc.loader import evaluation_batches
+from odc.data.augmentation import normalise
+from odc.errors import UserError
+from odc.data.loader import evaluation_batches
 
 # --- pooled maps, about 9000 numbers each (recipes of the linear and SVM benchmarks) ---------------------------------
 
@@ -94,7 +95,7 @@ def extract(forward, dataset, transform, dims, device, batch_size=64, workers=0,
     if cache is not None:
         matrices = cache.read(dims)
     else:
-        matrices = [distributed.all_gather_rows(part).cpu() for part in ([rows] if isinstance(dims, int) else rows)]
+        matrices = [distributed.all_gather_uneven_rows(part).cpu() for part in ([rows] if isinstance(dims, int) else rows)]
     return matrices[0] if isinstance(dims, int) else matrices
 
 
@@ -115,7 +116,7 @@ def _fill(forward, dataset, images, transform, device, batch_size, workers, name
     bar = tqdm(total=len(rows), desc=name, unit="img", leave=False,
                disable=not (distributed.is_main() and sys.stderr.isatty()))
     for _ in range(-(-longest // batch_size)):
-        distributed.check_signals()
+        program.check_signals()
         with distributed.together():
             batch = next(batches, None)
             if batch is None:

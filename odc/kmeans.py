@@ -5,6 +5,9 @@ import math
 import torch
 from tqdm import tqdm
 
+from odc.runtime import program
+from odc.errors import UserError
+
 from odc import distributed
 from odc.nearest import assign
 
@@ -23,13 +26,13 @@ def kmeans(features, num_clusters, iterations=20, seed=0, progress=True, initial
     """
     K, d = num_clusters, features.shape[1]
     largest = features.abs().max().double() if len(features) else torch.zeros((), dtype=torch.float64)
-    shards = distributed.all_gather_rows(torch.tensor([[len(features), float(largest)]], dtype=torch.float64))
+    shards = distributed.all_gather_uneven_rows(torch.tensor([[len(features), float(largest)]], dtype=torch.float64))
     num_rows, largest = int(shards[:, 0].sum()), float(shards[:, 1].max())
     if not 1 <= K <= num_rows:
-        raise distributed.UserError(f"--num-clusters {K}: there are {num_rows} images to cluster; choose between 1 and "
+        raise UserError(f"--num-clusters {K}: there are {num_rows} images to cluster; choose between 1 and "
                                     f"{num_rows}.")
     if not math.isfinite(float(shards[:, 1].sum())):
-        raise distributed.UserError("The features to cluster are not finite: start from other weights.")
+        raise UserError("The features to cluster are not finite: start from other weights.")
     if initial_centroids is None:
         first = int(shards[: distributed.rank(), 0].sum())
         centroids = _draw_rows(features, first, num_rows, K, seed)
@@ -44,7 +47,7 @@ def kmeans(features, num_clusters, iterations=20, seed=0, progress=True, initial
 
     bar = tqdm(range(iterations), desc="k-means", disable=None if progress and distributed.is_main() else True)
     for _ in bar:
-        distributed.check_signals()
+        program.check_signals()
         new_labels = assign(features, centroids)
         changed = _relabel(features, labels, new_labels, sums, one)
         counts = torch.cat([torch.bincount(labels, minlength=K), labels.new_tensor([changed])])
@@ -112,7 +115,7 @@ def _fill_empty(features, labels, sums, sizes, one):
         total = distributed.all_reduce(sums[donor].clone())
         centroid = (total / (one * (sizes[donor] + sizes[empty]))).float()
         moves = assign(features[mine], _apart(centroid)) == 1
-        counts = distributed.all_gather_rows(torch.tensor([[len(mine), int(moves.sum())]]))
+        counts = distributed.all_gather_uneven_rows(torch.tensor([[len(mine), int(moves.sum())]]))
         num_rows, num_moving = counts.sum(0).tolist()
         if num_moving in (0, num_rows):  # rows that are alike: the later half
             position = torch.arange(len(mine), device=mine.device) + int(counts[: distributed.rank(), 0].sum())

@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from odc.errors import UserError
 from odc import distributed
 from odc.nearest import NearestCentroid, assign
 
@@ -56,7 +57,7 @@ class ODCMemory:
         if labels.min() < 0 or labels.max() >= num_clusters:
             raise ValueError(f"labels must lie in 0..{num_clusters - 1}")
         if distributed.any_process(not torch.isfinite(features).all()):
-            raise distributed.UserError("The network's features are not finite: start from other weights.")
+            raise UserError("The network's features are not finite: start from other weights.")
         self.features.copy_(F.normalize(features.float()))
         self.labels.copy_(labels)
         self._count()
@@ -72,10 +73,10 @@ class ODCMemory:
         order. The change ratio is the share of the batch's images whose label changed. Raises UserError if a feature
         is not finite; the memory is then as it was.
         """
-        indices = distributed.all_gather_rows(indices.to(self.labels.device))
-        z = distributed.all_gather_rows(F.normalize(features.detach().to(self.labels.device).float()))
+        indices = distributed.all_gather_uneven_rows(indices.to(self.labels.device))
+        z = distributed.all_gather_uneven_rows(F.normalize(features.detach().to(self.labels.device).float()))
         if not torch.isfinite(z).all():
-            raise distributed.UserError("The network's features are not finite: lower --lr or switch --amp off.")
+            raise UserError("The network's features are not finite: lower --lr or switch --amp off.")
         indices, last = _last_occurrences(indices)
         z = z[last]
 
@@ -92,7 +93,7 @@ class ODCMemory:
         # ... and all learn all new labels: indices ascend and shards are contiguous, so rank order is index order.
         self._add(self.labels[indices[here]], old, sign=-1)
         self._add(new_labels, new, sign=1)
-        return self._relabel(indices, distributed.all_gather_rows(new_labels))
+        return self._relabel(indices, distributed.all_gather_uneven_rows(new_labels))
 
     def _relabel(self, indices, labels):
         """Set y of distinct images, the same call on every process; the share of them that changed."""
@@ -166,13 +167,13 @@ class ODCMemory:
         labels = large[assign(features, self.centroids[large], inner_product=True)]
         self._add(self.labels[rows + self.rows.start], features, sign=-1)
         self._add(labels, features, sign=1)
-        self._relabel(distributed.all_gather_rows(rows + self.rows.start), distributed.all_gather_rows(labels))
+        self._relabel(distributed.all_gather_uneven_rows(rows + self.rows.start), distributed.all_gather_uneven_rows(labels))
 
     def _split(self, images, largest, empty):
         """Give half of the cluster `largest`, which has these images, to the cluster `empty`; returns both halves."""
         here = (images >= self.rows.start) & (images < self.rows.stop)
         own = self.features[images[here] - self.rows.start].float()
-        features = distributed.all_gather_rows(own)  # images ascend and shards are contiguous: the order is the same
+        features = distributed.all_gather_uneven_rows(own)  # images ascend and shards are contiguous: the order is the same
         # All split the same matrix; the main process decides for all, should their hardware round differently.
         moves = two_means(features, at_least=self.min_cluster_size, seed=empty)
         moves = distributed.broadcast(moves.byte()).bool()

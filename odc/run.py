@@ -10,15 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from odc import augment, checkpoint, curves, distributed, export, heldout, loader, metrics, settings, weights
-from odc.augment import Augmentation
-from odc.datasets import check_same_images, open_dataset
-from odc.distributed import UserError, print_main
+from odc.runtime import program
+from odc import distributed
+from odc.data import augmentation as augment
+from odc.runtime import checkpoint
+from odc.outputs import report as curves
+from odc.outputs import export
+from odc.evaluation import heldout
+from odc.data import loader
+from odc.evaluation import metrics
+from odc.runtime import settings
+from odc.evaluation import weights
+from odc.data.augmentation import Augmentation
+from odc.data.layouts import check_same_images, open_dataset
+from odc.distributed import print_main
+from odc.errors import Interrupted, UserError
 from odc.features import extract_rows
 from odc.kmeans import kmeans
 from odc.memory import ODCMemory
 from odc.model import ODC, use_small_stem
-from odc.runlog import RunLog, plain_line, progress_bar
+from odc.runtime.log import RunLog, plain_line, progress_bar
 
 
 class Run:
@@ -131,10 +142,10 @@ class Run:
                 augment.evaluation_transform(args.image_size), args.feature_dim, device=self.device,
                 batch_size=args.batch_size, workers=args.workers)
         unreadable = torch.tensor(sorted(self.dataset.unreadable), dtype=torch.int64)
-        self.failed.update(distributed.all_gather_rows(unreadable).tolist())
+        self.failed.update(distributed.all_gather_uneven_rows(unreadable).tolist())
         features = F.normalize(features)
         labels, _ = kmeans(features, args.num_clusters, args.kmeans_iterations, args.seed + epoch)
-        self.memory.initialize(features, distributed.all_gather_rows(labels))
+        self.memory.initialize(features, distributed.all_gather_uneven_rows(labels))
         if epoch == 0:
             self.log_agreement(epoch, "initial k-means")
             if args.knn_interval:
@@ -205,7 +216,7 @@ class Run:
         """The mean loss over the processes, which also learn here whether one met a bad image or cannot go on."""
         failed, error = failed[failed >= 0], self.error or self.log.error
         totals = torch.tensor([float(loss.detach()) / distributed.world_size(), len(failed),
-                               distributed.signal_is_pending(), error is not None], dtype=torch.float64)
+                               program.signal_is_pending(), error is not None], dtype=torch.float64)
         loss, num_failed, self.must_stop, num_errors = distributed.all_reduce(totals).tolist()
         if num_errors:
             with distributed.together():
@@ -229,12 +240,12 @@ class Run:
             self.epoch, self.first_step = epoch, step + 1
             self.save()
         if self.must_stop:
-            raise distributed.Interrupted(f"Stopped after epoch {epoch + 1}, step {step + 1}, as a signal asked; the same "
+            raise Interrupted(f"Stopped after epoch {epoch + 1}, step {step + 1}, as a signal asked; the same "
                                           "command continues.")
 
     def count_failed(self, failed):
         """Remember unreadable images, given the indices that this process met. A collective."""
-        self.failed.update(distributed.all_gather_rows(failed.cpu()).tolist())
+        self.failed.update(distributed.all_gather_uneven_rows(failed.cpu()).tolist())
         if len(self.failed) > 0.01 * len(self.dataset):
             raise UserError(f"{len(self.failed)} of {len(self.dataset)} images in {self.args.data} cannot be read, more "
                             f"than 1%, among them {self.dataset.name_of(min(self.failed))}: repair or remove them.")
@@ -308,10 +319,10 @@ class Run:
         if with_knn:
             try:
                 accuracy = self.knn_accuracy()
-            except distributed.Interrupted:  # all steps of the epoch are done; this end of it is for the next start
+            except Interrupted:  # all steps of the epoch are done; this end of it is for the next start
                 self.epoch, self.first_step = epoch - 1, self.steps
                 self.save()
-                raise distributed.Interrupted(f"Stopped at the end of epoch {epoch}, as a signal asked; the same command "
+                raise Interrupted(f"Stopped at the end of epoch {epoch}, as a signal asked; the same command "
                                               "continues.") from None
         self.log_agreement(epoch, f"epoch {epoch}")
         if with_knn:

@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from odc.runtime import program
+from odc.errors import UserError
 from odc import distributed
 from tests.processes import environment, free_port
 
@@ -18,26 +20,29 @@ def test_auto_takes_cuda_if_each_process_has_a_device(monkeypatch, capsys, devic
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     for name, value in (("LOCAL_WORLD_SIZE", local), ("WORLD_SIZE", world), ("LOCAL_RANK", 0)):
         monkeypatch.setenv(name, str(value))
-    assert distributed._auto_device() == answer
+    if devices and devices < local < world:  # too few on one of several machines: a mistake
+        with pytest.raises(UserError, match=f"{devices} CUDA device"):
+            distributed.choose_device("auto")
+        return
+    assert distributed.choose_device("auto").type == answer
     assert ("run on the CPU" in capsys.readouterr().out) == (answer == "cpu" and devices > 0)
     if devices and devices < local:
-        with pytest.raises(distributed.UserError, match=f"{devices} CUDA device"):
-            distributed._cuda_device("cuda")
+        with pytest.raises(UserError, match=f"{devices} CUDA device"):
+            distributed.choose_device("cuda")
 
 
-def test_processes_on_different_devices(monkeypatch):
+def test_processes_on_different_devices():
     store = torch.distributed.HashStore()
-    monkeypatch.setattr(distributed, "_store", store)
-    distributed._check_device(torch.device("cuda:0"), rank=0)
-    distributed._check_device(torch.device("cuda:1"), rank=1)
-    with pytest.raises(distributed.UserError, match="Process 2 would run on cpu and process 0 on cuda"):
-        distributed._check_device(torch.device("cpu"), rank=2)
+    distributed.check_same_device(store, 0, "cuda")
+    distributed.check_same_device(store, 1, "cuda")
+    with pytest.raises(UserError, match="Process 2 would run on cpu and process 0 on cuda"):
+        distributed.check_same_device(store, 2, "cpu")
 
 
 def test_half_of_a_group_in_the_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(distributed.UserError, match="not RANK and MASTER_ADDR and MASTER_PORT: start with torchrun"):
+    with pytest.raises(UserError, match="not RANK and MASTER_ADDR and MASTER_PORT: start with torchrun"):
         distributed.init("cpu")
 
 
@@ -46,7 +51,7 @@ def test_too_little_memory_on_the_device(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
 
     with pytest.raises(SystemExit) as stopped:
-        distributed.run(main)
+        program.run_program(main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("lower --batch-size") == 1
 
@@ -54,13 +59,15 @@ def test_too_little_memory_on_the_device(capsys):
 LEAVE = """
 import time, torch
 from odc import distributed
+from odc.errors import UserError
+from odc.runtime import program
 torch.distributed.destroy_process_group = lambda: time.sleep(600)  # as NCCL's may while others wait in a collective
 def main():
     distributed.init("cpu")
     if distributed.rank() == 1:
-        raise distributed.UserError("process 1 cannot go on.")
+        raise UserError("process 1 cannot go on.")
     distributed.all_reduce(torch.ones(1))
-distributed.run(main)
+program.run_program(main)
 """
 
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from odc import distributed
-from odc.augment import normalise, resize_center_crop
-from odc.datasets import open_dataset
-from odc.distributed import UserError
+from odc.data.augmentation import normalise, resize_center_crop
+from odc.data.layouts import open_dataset
+from odc.errors import UserError
 from odc.features import (
     Cache, extract, extract_rows, map_pools, map_shapes, pooled_shapes, weights_fingerprint,
 )

@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from odc.runtime import program
+from odc.errors import UserError
+from odc.errors import Interrupted
 from odc import distributed
 from odc.kmeans import kmeans
 from tests.processes import run_processes
@@ -78,7 +81,7 @@ def test_any_number_of_processes_gives_the_same_bits():
 def refused(num_rows, num_clusters):
     try:
         kmeans_shard(unit_features(num_rows, 8), num_clusters, 3, 0)
-    except distributed.UserError as error:
+    except UserError as error:
         return str(error)
 
 
@@ -132,13 +135,13 @@ def test_more_clusters_than_rows():
 def test_a_feature_that_is_not_finite(value):
     features = unit_features(100, 8)
     features[50, 3] = value
-    with pytest.raises(distributed.UserError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         kmeans(features, 5, progress=False)
 
 
 def test_a_signal_is_asked_for_every_iteration_and_standing_still_stops(monkeypatch):
     asked = []
-    monkeypatch.setattr(distributed, "check_signals", lambda: asked.append(1))
+    monkeypatch.setattr(program, "check_signals", lambda: asked.append(1))
     features = unit_features(500, 16)
     kmeans(features, 20, 4, progress=False)
     assert len(asked) == 4
@@ -147,8 +150,8 @@ def test_a_signal_is_asked_for_every_iteration_and_standing_still_stops(monkeypa
     assert len(asked) < 1000
 
     def stop():
-        raise distributed.Interrupted
+        raise Interrupted
 
-    monkeypatch.setattr(distributed, "check_signals", stop)
-    with pytest.raises(distributed.Interrupted):
+    monkeypatch.setattr(program, "check_signals", stop)
+    with pytest.raises(Interrupted):
         kmeans(features, 20, 4, progress=False)

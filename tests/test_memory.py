@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from odc.errors import UserError
 from odc import distributed
 from odc.memory import ODCMemory, two_means
 from tests.processes import run_processes
@@ -134,10 +135,10 @@ def test_a_feature_that_is_not_finite_changes_nothing():
     memory = ODCMemory(4, 3, 2, min_cluster_size=0)
     features = F.normalize(torch.rand(4, 3))
     memory.initialize(features, torch.tensor([0, 0, 1, 1]))
-    with pytest.raises(distributed.UserError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         memory.update_samples(torch.tensor([0, 1]), torch.tensor([[1.0, 0, 0], [math.nan, 0, 0]]))
     assert torch.allclose(memory.features, features) and memory.labels.tolist() == [0, 0, 1, 1]
-    with pytest.raises(distributed.UserError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         memory.initialize(torch.full((4, 3), math.inf), torch.tensor([0, 0, 1, 1]))
 
 

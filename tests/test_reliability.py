@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-import odc.checkpoint
-import odc.heldout
+from odc.runtime import program
+from odc.errors import UserError
+import odc.runtime.checkpoint
+import odc.evaluation.heldout
 import odc.run
 import train
-from odc import checkpoint, distributed
+from odc import distributed
+from odc.runtime import checkpoint
 from odc.memory import ODCMemory
 from tests.processes import command, environment, run_processes, run_script
 from tests.test_train import (SMALL, assert_equal_state, assert_one_sentence, assert_same_run, folder, log_of,  # noqa: F401
@@ -141,13 +144,14 @@ def test_an_error_on_one_process_stops_the_other_and_is_shown(folder, tmp_path):
 import sys
 import odc.run, train
 from odc import distributed
+from odc.runtime import program
 after_step = odc.run.Run.after_step
 def broken(run, epoch, step, *rest):
     if distributed.rank() == 1 and step == 2:
         raise RuntimeError("the disk is on fire")
     after_step(run, epoch, step, *rest)
 odc.run.Run.after_step = broken
-distributed.run(train.main, sys.argv[1:])
+program.run_program(train.main, sys.argv[1:])
 """)
     line = command(script, *arguments_for(folder, tmp_path / "out"), processes=2)
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
@@ -179,7 +183,7 @@ def test_another_number_of_processes_within_an_epoch(folder, tmp_path, monkeypat
         return agree(run, epoch, step, *rest)
 
     arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1"]
-    monkeypatch.setattr(distributed, "_signal_received", None)
+    monkeypatch.setattr(program, "_signal_received", None)
     monkeypatch.setattr(odc.run.Run, "agree", agree_and_stop)
     assert run_main(*arguments) == 128 + signal.SIGTERM
     result = run_script("train.py", *arguments, processes=2)
@@ -200,8 +204,8 @@ def restore(state):
 @pytest.mark.parametrize("phase", ["extract_rows", "kmeans", "save"])
 def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number):  # noqa: F811
     """In a step: test_train.test_a_signal_saves_and_stops."""
-    monkeypatch.setattr(distributed, "_signal_received", None)
-    module = odc.checkpoint if phase == "save" else odc.run
+    monkeypatch.setattr(program, "_signal_received", None)
+    module = odc.runtime.checkpoint if phase == "save" else odc.run
     original = getattr(module, phase)
 
     def interrupted(*arguments, **options):
@@ -217,7 +221,7 @@ def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number): 
     if path.exists():
         assert checkpoint.load(path)["global_step"] <= 1
     monkeypatch.undo()
-    monkeypatch.setattr(distributed, "_signal_received", None)
+    monkeypatch.setattr(program, "_signal_received", None)
     assert run_main(*arguments_for(folder, tmp_path)) == 0
     assert [record["epoch"] for record in log_of(tmp_path) if "nmi" in record] == [0, 1, 2, 3]
 
@@ -227,19 +231,19 @@ def test_a_signal_during_the_measurement_at_an_epochs_end(folder, tmp_path, monk
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     arguments = ["--knn-interval", "1", "--checkpoint-interval", "1000"]
     assert run_main(*arguments_for(folder, whole, *arguments)) == 0
-    knn_accuracy = odc.heldout.knn_accuracy
+    knn_accuracy = odc.evaluation.heldout.knn_accuracy
 
     def interrupted(*rest):
         if (stopped / "log.jsonl").read_text().count("loss") == 20:
             os.kill(os.getpid(), signal.SIGTERM)
         return knn_accuracy(*rest)
 
-    monkeypatch.setattr(distributed, "_signal_received", None)
-    monkeypatch.setattr(odc.heldout, "knn_accuracy", interrupted)
+    monkeypatch.setattr(program, "_signal_received", None)
+    monkeypatch.setattr(odc.evaluation.heldout, "knn_accuracy", interrupted)
     assert run_main(*arguments_for(folder, stopped, *arguments)) == 128 + signal.SIGTERM
     assert checkpoint.load(stopped / "checkpoint.pth")["global_step"] == 20
     monkeypatch.undo()
-    monkeypatch.setattr(distributed, "_signal_received", None)
+    monkeypatch.setattr(program, "_signal_received", None)
     assert run_main(*arguments_for(folder, stopped, *arguments)) == 0
     assert_same_run(whole, stopped)
 
@@ -255,7 +259,7 @@ def train_with_a_signal_on_one_process(folder, output):
 
         odc.run.Run.agree = agree
     try:
-        distributed.run(train.main, [str(a) for a in arguments_for(folder, output)])
+        program.run_program(train.main, [str(a) for a in arguments_for(folder, output)])
     except SystemExit as stopped:
         return stopped.code
 
@@ -282,12 +286,13 @@ def test_a_second_signal_exits_at_once(folder, tmp_path):  # noqa: F811
 import sys, time
 import odc.run, train
 from odc import distributed
+from odc.runtime import program
 def stuck(run, *arguments):
     print("stuck", flush=True)
     while True:
         time.sleep(0.01)
 odc.run.Run.agree = stuck
-distributed.run(train.main, sys.argv[1:])
+program.run_program(train.main, sys.argv[1:])
 """)
     child = subprocess.Popen([sys.executable, script, *map(str, arguments_for(folder, tmp_path / "out"))],
                              env=environment(), stdout=subprocess.PIPE, text=True)
@@ -337,15 +342,15 @@ def test_a_killed_worker_ends_the_run(folder, tmp_path):  # noqa: F811
     script = tmp_path / "killed.py"
     script.write_text("""
 import os, signal, sys
-import odc.loader, torch, train
-from odc import distributed
-augmented = odc.loader._augmented
+import odc.data.loader, torch, train
+from odc.runtime import program
+augmented = odc.data.loader._augmented
 def die(image, generator, **options):
     if torch.utils.data.get_worker_info().id == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return augmented(image, generator, **options)
-odc.loader._augmented = die
-distributed.run(train.main, sys.argv[1:])
+odc.data.loader._augmented = die
+program.run_program(train.main, sys.argv[1:])
 """)
     line = [sys.executable, script, *arguments_for(folder, tmp_path / "out", "--workers", "2")]
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
@@ -356,7 +361,7 @@ def train_with_another_rate_on_one_process(folder, output):
     rate = ["--lr", "0.01"] if distributed.rank() == 1 else []
     try:
         train.main([str(a) for a in arguments_for(folder, output, *rate)])
-    except distributed.UserError as error:
+    except UserError as error:
         return str(error)
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import train
-from odc import checkpoint, heldout
-from odc.augment import evaluation_transform, normalise
-from odc.datasets import open_dataset
-from odc.distributed import UserError
+from odc.runtime import checkpoint
+from odc.evaluation import heldout
+from odc.data.augmentation import evaluation_transform, normalise
+from odc.data.layouts import open_dataset
+from odc.errors import UserError
 from odc.memory import ODCMemory
 from odc.model import ResNet
 from odc.run import Run

@@ -13,9 +13,10 @@ import torch
 import torchvision
 from PIL import Image
 
+from odc.runtime import program
 import odc.run
 import train
-from odc import checkpoint, distributed
+from odc.runtime import checkpoint
 from tests.processes import command, environment, run_script
 
 SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min-cluster-size", "5", "--batch-size", "16",
@@ -40,7 +41,7 @@ def run_main(*arguments):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         with pytest.raises(SystemExit) as stopped:
-            distributed.run(train.main, list(map(str, arguments)))
+            program.run_program(train.main, list(map(str, arguments)))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from odc import curves, metrics
+from odc.outputs import report as curves
+from odc.evaluation import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 WAYS = {"online": [], "alternating": ["--recluster-interval", "1"]}

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from odc import augment
-from odc.augment import Augmentation
-from odc.datasets import open_dataset
-from odc.loader import training_batches
+from odc.data import augmentation as augment
+from odc.data.augmentation import Augmentation
+from odc.data.layouts import open_dataset
+from odc.data.loader import training_batches
 from tests.benchmarks import timing
 
 IMAGES = 64

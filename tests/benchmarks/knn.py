@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from odc.knn import BANK_BLOCK, QUERY_BLOCK, knn_predict
+from odc.evaluation.knn import BANK_BLOCK, QUERY_BLOCK, knn_predict
 from tests.benchmarks.timing import interleave, table
 
 

@@ -13,7 +13,8 @@ import time
 import numpy as np
 import torch
 
-from odc import svm, voc
+from odc.evaluation import svm
+from odc.evaluation import voc
 from tests.benchmarks.svm import clock, linear_svc, made_up_features, objective, report
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from odc import metrics
+from odc.evaluation import metrics
 from tests.benchmarks.ablation import train
 
 CANDIDATES = {f"batch {batch}, {hue}": ["--batch-size", str(batch), *jitter]

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import train
-from odc.augment import Augmentation, draw
-from odc.loader import Batch
+from odc.data.augmentation import Augmentation, draw
+from odc.data.loader import Batch
 from odc.memory import ODCMemory
 from odc.model import ODC
 from odc.run import Run

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from sklearn.svm import LinearSVC
 
-from odc import svm, voc
+from odc.evaluation import svm
+from odc.evaluation import voc
 from tests.benchmarks.timing import machine
 
 # Images of each class in VOC2007 trainval, in alphabetical order, about.

@@ -1,0 +1,66 @@
+"""Command lines: a parser whose mistakes are one sentence, number types with limits, and a help that fits 80 columns."""
+
+import argparse
+import math
+
+import odc
+from odc.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with grouped help in 80 columns, defaults shown, `--version`, and UserError for every mistake."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False, add_help=False)
+
+    def parse_args(self, arguments=None):
+        group = self.add_argument_group("about")
+        group.add_argument("-h", "--help", action="help", help="show this and exit")
+        group.add_argument("--version", action="version", version=f"odc {odc.__version__}")
+        return super().parse_args(arguments)
+
+    def error(self, message):
+        message = message.removeprefix("argument ")
+        raise UserError(message[:1].upper() + message[1:].rstrip(".") + " (see --help).")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=80)
+
+    def _get_help_string(self, action):
+        # "(default: None)" and "(default: False)" tell a reader nothing.
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def whole(minimum, maximum=2**31 - 1):
+    """An argparse type: an int from minimum to maximum."""
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} to {maximum}")
+        return value
+
+    return parse
+
+
+def number(minimum, maximum=1e9, above=False):
+    """An argparse type: a finite float from minimum (or, with above, from anything above it) to maximum."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (minimum < value if above else minimum <= value) or not value <= maximum:
+            least = f"above {minimum:g}" if above else f"from {minimum:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {least} to {maximum:g}")
+        return value
+
+    return parse

@@ -1,0 +1,125 @@
+"""Every way in which a data set can be missing, incomplete or damaged gives one sentence with the path."""
+
+import gzip
+import os
+import pickle
+
+import pytest
+
+from odc.data.layouts import open_dataset
+from odc.errors import UserError
+from tests.layouts import (made_up, put_cifar10, put_class_folders, put_fashion_mnist, put_image, put_imagenet_lists,
+                           put_inaturalist, put_places, put_stl10, put_text, put_voc)
+
+
+def expect(sentence, data, split):
+    with pytest.raises(UserError, match=sentence) as caught:
+        open_dataset(str(data), split)
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".") and str(data) in text
+
+
+@pytest.mark.parametrize("files, split, sentence", [
+    ([], "train", "no images found"),
+    (["notes.txt"], "train", "no images found; the names of images end in .jpg"),
+    (["train/"], "train", "train: no images found"),
+    (["train/cat/", "train/dog/"], "train", "train: no images found"),
+    (["train/cat/a.jpg", "train/dog/b.jpg"], "val", "has no val split: the folder .*val is missing"),
+    (["val/cat/a.jpg", "val/dog/b.jpg"], "train", "has no train split: the folder .*train is missing"),
+    (["train/cat/a.jpg", "train/dog/b.jpg", "val/"], "val", "val: no images found"),
+    (["a.jpg", "b.jpg"], "val", "has no val split: give a folder that holds train/ and val/"),
+])
+def test_folders(tmp_path, files, split, sentence):
+    for name in files:
+        if name.endswith("/"):
+            (tmp_path / name).mkdir(parents=True)
+        elif name.endswith(".txt"):
+            put_text(tmp_path / name, "not an image")
+        else:
+            put_image(tmp_path / name)
+    expect(sentence, tmp_path, split)
+
+
+class Malicious:
+    """Unpickled without care, this makes a file."""
+
+    def __reduce__(self):
+        return os.system, ("touch odc-was-here",)
+
+
+BATCH = "cifar-10-batches-py/test_batch"
+LABELS = "train-labels-idx1-ubyte.gz"
+PIXELS = "train-images-idx3-ubyte.gz"
+MAIN = "VOCdevkit/VOC2007/ImageSets/Main"
+
+# The layout, the file that is changed, to which bytes (None: taken away; a number: cut there), the split, the sentence.
+DAMAGED = [
+    (put_imagenet_lists, "meta/val.txt", None, "val", "val.txt is missing: the val split needs it"),
+    (put_imagenet_lists, "meta/train.txt", b"\n", "train", "train.txt is empty"),
+    (put_imagenet_lists, "meta/train.txt", b"a.jpg 0\n\nb.jpg\n", "train",
+     "train.txt, line 3: 'b.jpg' should be a path and a label"),
+    (put_imagenet_lists, "meta/train.txt", b"a.jpg\nb.jpg 1\n", "train", "line 2: 'b.jpg 1' should be a path alone"),
+    (put_imagenet_lists, "meta/val.txt", b"p.jpg 1\nq.jpg 0\n", "val", "val/p.jpg does not exist, though .*val.txt"),
+    (put_places, "trainvalsplit_places205/val_places205.csv", None, "val", "val_places205.csv is missing"),
+    (put_places, "trainvalsplit_places205/train_places205.csv", b"b/beach/x.jpg 1\n", "train",
+     "beach/x.jpg does not exist"),
+    (put_inaturalist, "val2018.json", None, "val", "val2018.json is missing"),
+    (put_inaturalist, "train2018.json", 50, "train", "train2018.json is not a whole list of iNaturalist"),
+    (put_inaturalist, "train2018.json", b'{"images": []}', "train", "KeyError: 'annotations'"),
+    (put_inaturalist, "train2018.json", b'{"images": [], "annotations": []}', "train", "train2018.json is empty"),
+    (put_voc, f"{MAIN}/test.txt", None, "val", "test.txt is missing: the val split needs it"),
+    (put_voc, f"{MAIN}/sofa_test.txt", None, "val", "sofa_test.txt is missing"),
+    (put_voc, f"{MAIN}/cat_trainval.txt", b"000005 1\n000008 1\n", "train",
+     "'000008 1' is not an image of trainval.txt"),
+    (put_voc, f"{MAIN}/cat_trainval.txt", b"000005 1\n000007 1\n", "train", "names 2 of the 3 images of trainval.txt"),
+    (put_voc, f"{MAIN}/dog_test.txt", b"000001 2\n", "val", "'000001 2' is not an image of test.txt and 1, -1 or 0"),
+    (put_voc, "VOCdevkit/VOC2007/JPEGImages/000007.jpg", None, "train",
+     "000007.jpg does not exist.* .1 of 3 are missing"),
+    (put_cifar10, "cifar-10-batches-py/data_batch_3", None, "train", "data_batch_3 is missing"),
+    (put_cifar10, "cifar-10-batches-py/data_batch_3", 99, "train", "data_batch_3 is damaged"),
+    (put_cifar10, BATCH, pickle.dumps({"data": made_up(3, 100), "labels": [0]}), "val", "does not hold the images"),
+    (put_cifar10, BATCH, pickle.dumps({"data": made_up(1, 3072), "labels": [10]}), "val", "not among the 10 classes"),
+    (put_cifar10, BATCH, pickle.dumps({"data": made_up(2, 3072), "labels": [1]}), "val", "2 images, but .* 1 labels"),
+    (put_cifar10, BATCH, pickle.dumps(Malicious()), "val", "test_batch is damaged .*system is not an array"),
+    (put_stl10, "stl10_binary/train_X.bin", 1000, "train", "train_X.bin is damaged"),
+    (put_stl10, "stl10_binary/test_X.bin", None, "val", "test_X.bin is missing"),
+    (put_stl10, "stl10_binary/train_y.bin", 1, "train", "5 images, but its label file 1 labels"),
+    (put_fashion_mnist, PIXELS, 900, "train", "ubyte.gz is damaged: it cannot be decompressed"),
+    (put_fashion_mnist, PIXELS, b"<html>", "train", "ubyte.gz is damaged: it cannot be decompressed"),
+    (put_fashion_mnist, PIXELS, gzip.compress(b"abc"), "train", "ubyte.gz is damaged: it is not a whole IDX file"),
+    (put_fashion_mnist, LABELS, None, "train", "labels-idx1-ubyte.gz is missing"),
+    (put_fashion_mnist, LABELS, gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 4, 5])), "train",
+     "7 images, but .* 2 labels"),
+]
+
+
+@pytest.mark.parametrize("put, path, content, split, sentence", DAMAGED, ids=[f"{row[1]}-{row[4]}" for row in DAMAGED])
+def test_damaged_files(tmp_path, monkeypatch, put, path, content, split, sentence):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path)
+    if isinstance(content, int):
+        content = (tmp_path / path).read_bytes()[:content]
+    (tmp_path / path).unlink()
+    if content is not None:
+        (tmp_path / path).write_bytes(content)
+    expect(sentence, tmp_path, split)
+    assert not os.path.exists("odc-was-here")
+
+
+def test_path_that_is_not_a_folder(tmp_path):
+    expect("nowhere does not exist: --data takes a folder", tmp_path / "nowhere", "train")
+    put_image(tmp_path / "a.jpg")
+    expect("a.jpg is not a folder", tmp_path / "a.jpg", "train")
+
+
+def test_folder_without_permission(tmp_path, monkeypatch):
+    put_class_folders(tmp_path, ["cat", "dog"])
+    real = os.scandir
+
+    def denied(path):  # the super-user, who may run this, is never denied
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    expect("dog: Permission denied; --data must be readable", tmp_path, "train")

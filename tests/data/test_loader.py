@@ -1,0 +1,271 @@
+"""Which image comes when: the same with any number of workers, from any step on, and on any number of processes."""
+
+import os
+import signal
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from odc import distributed
+from odc.data import augmentation as augment
+from odc.data.augmentation import LINEAR_AUGMENTATIONS, Augmentation, Parameters
+from odc.errors import UserError
+from odc.data.images import BadImage, ImageSet
+from odc.data.loader import default_workers, epoch_batches, evaluation_batches, steps_per_epoch, training_batches
+from tests.processes import run_processes
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+class Numbered(ImageSet):
+    """N images of different sizes; image i is all of colour (i % 256, i // 256, 7). Some may be unreadable."""
+
+    def __init__(self, count, bad=()):
+        super().__init__("folder", "train", "made up", pixels=np.zeros((count, 1, 1), np.uint8))
+        self.bad = set(bad)
+
+    def load(self, i):
+        if i in self.bad:
+            raise BadImage(self.name_of(i), "made so")
+        return Image.new("RGB", (20 + i % 13, 20 + i % 7), (i % 256, i // 256, 7))
+
+
+def shown(batch):
+    """Which image each row of a batch really shows: [B]."""
+    return batch.images[:, 0, 0, 0].long() + 256 * batch.images[:, 1, 0, 0].long()
+
+
+def noise(count=60):
+    """N images that differ in every pixel."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)
+    return ImageSet("folder", "train", "made up", pixels=pixels)
+
+
+def same(batches, others):
+    return len(batches) == len(others) and all(
+        torch.equal(a, b) for batch, other in zip(batches, others) for a, b in zip(batch, other))
+
+
+def train(dataset, seed=0, epoch=0, batch_size=8, **options):
+    return list(training_batches(dataset, Augmentation(), 16, batch_size, seed, epoch, **options))
+
+
+def make(kind, **options):
+    if kind == "training":
+        return training_batches(noise(), Augmentation(), 16, 8, 0, 3, **options)
+    if kind == "epoch":
+        return epoch_batches(noise(), LINEAR_AUGMENTATIONS["imagenet-multihead"], 16, 8, 0, 3, **options)
+    return evaluation_batches(noise(), slice(2, 50), augment.evaluation_transform(16), 8, **options)
+
+
+@pytest.mark.parametrize("kind", ["training", "epoch", "evaluation"])
+def test_number_of_workers_changes_nothing(kind):
+    alone = list(make(kind))
+    for workers in (1, 3):
+        assert same(alone, list(make(kind, workers=workers)))
+
+
+@pytest.mark.parametrize("kind", ["training", "epoch"])
+def test_resumed_epoch_is_the_rest_of_the_whole_one(kind):
+    whole = list(make(kind))
+    for first_step in (0, 1, 5, len(whole)):
+        assert same(whole[first_step:], list(make(kind, first_step=first_step)))
+        assert len(make(kind, first_step=first_step)) == len(whole) - first_step
+    assert same(whole[5:], list(make(kind, first_step=5, workers=2)))
+
+
+def test_seed_and_epoch_decide():
+    dataset = noise()
+    first = train(dataset)
+    assert same(first, train(dataset))
+    for other in (train(dataset, seed=1), train(dataset, epoch=1)):
+        assert not torch.equal(torch.cat([b.indices for b in first]), torch.cat([b.indices for b in other]))
+        assert not torch.equal(torch.cat([b.parameters for b in first]), torch.cat([b.parameters for b in other]))
+
+
+def test_training_draws_with_replacement():
+    """N draws, whole batches; about 1 - 1/e of the images come up; every row shows the image that its index says."""
+    dataset = Numbered(1001)
+    batches = train(dataset, batch_size=16)
+    assert len(batches) == steps_per_epoch(1001, 16) == 63
+    assert all(batch.images.shape == (16, 3, 16, 16) and batch.images.dtype == torch.uint8 for batch in batches)
+    assert all(torch.equal(shown(batch), batch.indices) and (batch.failed == -1).all() for batch in batches)
+    share = len(torch.cat([batch.indices for batch in batches]).unique()) / 1001
+    assert 0.59 < share < 0.67
+
+
+def test_every_item_of_an_epoch_is_augmented_differently():
+    for dataset in (Numbered(1), Numbered(100)):  # even the same image, drawn again
+        angles = torch.cat([batch.parameters[:, Parameters._fields.index("angle")] for batch in train(dataset)])
+        assert len(angles) >= 8 and len(angles.unique()) == len(angles)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 17), torch.tensor([5, 5, 0, 19]), slice(4, 4)])
+def test_evaluation_gives_every_row_once_in_order(rows):
+    dataset = Numbered(20)
+    batches = list(evaluation_batches(dataset, rows, augment.evaluation_transform(16), 6))
+    indices = torch.cat([batch.indices for batch in batches]) if batches else torch.empty(0).long()
+    assert torch.equal(indices, torch.arange(20)[rows])
+    assert all(torch.equal(shown(batch), batch.indices) for batch in batches)
+    assert all(len(batch.images) == 6 for batch in batches[:-1])
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def indices_of(kind, count, batch_size):
+    """On a process of the group: its indices, step by step, and the parameters."""
+    batches_of = {"training": training_batches, "epoch": epoch_batches}[kind]
+    batches = list(batches_of(Numbered(count), Augmentation(), 16, batch_size, 0, 0))
+    return [batch.indices for batch in batches], [batch.parameters for batch in batches]
+
+
+@pytest.mark.parametrize("kind", ["training", "epoch"])
+def test_processes_share_the_draw_of_one(kind):
+    """The rows of two processes, in rank order, are the rows of one process with twice the batch."""
+    (alone, drawn), = run_processes(indices_of, 1, kind, 101, 8)
+    parts = run_processes(indices_of, 2, kind, 101, 4)
+    assert len(alone) == len(parts[0][0]) == len(parts[1][0]) == 13
+    for step in range(13):
+        assert torch.equal(torch.cat([indices[step] for indices, _ in parts]), alone[step])
+        assert torch.equal(torch.cat([parameters[step] for _, parameters in parts]), drawn[step])
+
+
+@pytest.mark.parametrize("count, batch_size, world_size", [
+    (5, 1, 4), (4, 1, 4), (97, 3, 4), (96, 3, 4), (98, 3, 4), (100, 8, 1), (3, 8, 1), (7, 100, 3), (1000, 1, 7)])
+def test_an_epoch_has_every_image_once_and_no_idle_process(monkeypatch, count, batch_size, world_size):
+    indices, steps = [], []
+    monkeypatch.setattr("odc.data.loader.world_size", lambda: world_size)
+    monkeypatch.setattr("odc.distributed.world_size", lambda: world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr("odc.distributed.rank", lambda: rank)
+        assert distributed.rank() == rank
+        batches = epoch_batches(Numbered(count), Augmentation(), 16, batch_size, 0, 0)
+        rows = batches.ends.diff()
+        assert rows.min() >= 1 and rows.max() <= max(batch_size * 1.5, batch_size + 1) + 1
+        indices.append(batches.indices)
+        steps.append(len(batches))
+    assert len(set(steps)) == 1
+    assert torch.equal(torch.cat(indices).sort().values, torch.arange(count))
+
+
+@pytest.mark.parametrize("count", [127, 128, 129, 131, 159, 160, 161, 191])
+def test_the_steps_of_an_epoch_do_not_depend_on_the_number_of_processes(monkeypatch, count):
+    steps = set()
+    for world_size in (1, 2, 4, 32):
+        monkeypatch.setattr("odc.data.loader.world_size", lambda: world_size)
+        monkeypatch.setattr("odc.distributed.world_size", lambda: world_size)
+        steps.add(len(epoch_batches(Numbered(count), Augmentation(), 16, 64 // world_size, 0, 0)))
+    assert steps == {2 if count < 160 else 3}
+
+
+def test_an_epoch_of_fewer_images_than_processes_is_refused(monkeypatch):
+    monkeypatch.setattr("odc.data.loader.world_size", lambda: 4)
+    with pytest.raises(UserError, match="3 images for 4 processes"):
+        epoch_batches(Numbered(3), Augmentation(), 16, 8, 0, 0)
+
+
+@pytest.mark.parametrize("in_memory, cores, processes, answer", [
+    (True, 64, 1, 0), (False, 64, 1, 4), (False, 64, 8, 4), (False, 2, 1, 2), (False, 2, 2, 1), (False, 1, 4, 1)])
+def test_default_workers(monkeypatch, in_memory, cores, processes, answer):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert default_workers(in_memory) == answer
+
+
+# --- what cannot be read ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_is_replaced_by_another_ones_image_and_index(workers):
+    dataset = Numbered(50, bad=(3, 20, 41))
+    with pytest.warns(UserWarning, match="cannot be read") as caught:
+        batches = train(dataset, workers=workers) + train(dataset, workers=workers)
+    named = [str(w.message) for w in caught if "cannot be read" in str(w.message)]
+    failed = torch.cat([batch.failed for batch in batches])
+    assert len(named) == len(set(named)) == len(dataset.unreadable)  # each once, in two epochs
+    assert set(failed.unique().tolist()) - {-1} <= set(dataset.unreadable) <= {3, 20, 41}
+    assert (failed >= 0).any()
+    for batch in batches:
+        assert torch.equal(shown(batch), batch.indices)
+        assert not any(int(i) in dataset.bad for i in batch.indices)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = Numbered(50, bad=(3, 20, 41))
+        assert same(batches[: len(batches) // 2], train(again))  # the replacement is the same every time
+
+
+def test_unreadable_image_keeps_its_row_in_an_evaluation():
+    dataset = Numbered(12, bad=(4,))
+    with pytest.warns(UserWarning, match="'4' cannot be read"):
+        batch, = evaluation_batches(dataset, slice(None), augment.evaluation_transform(16), 12)
+    assert torch.equal(batch.indices, torch.arange(12))
+    assert batch.failed.tolist() == [4 if i == 4 else -1 for i in range(12)]
+    assert shown(batch)[4] != 4 and torch.equal(shown(batch)[5:], torch.arange(5, 12))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable_stops_with_a_sentence(workers):
+    with pytest.raises(UserError, match="images in a row cannot be read.*made so"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(Numbered(9, bad=range(9)), workers=workers)
+
+
+# --- workers and signals ---------------------------------------------------------------------------------------------
+
+
+class Slow(Numbered):
+    """Takes a while to read."""
+
+    def load(self, i):
+        time.sleep(0.01)
+        return super().load(i)
+
+
+CHILDREN = f"/proc/self/task/{os.getpid()}/children"
+needs_proc = pytest.mark.skipif(not os.path.exists(CHILDREN), reason="needs /proc")
+
+
+def children():
+    """Process ids of this process's children."""
+    with open(CHILDREN) as file:
+        return {int(word) for word in file.read().split()}
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_workers_leave_signals_to_the_training_process(number):
+    before = children()
+    batches = iter(training_batches(Slow(64), Augmentation(), 16, 4, 0, 0, workers=2))
+    count = 1
+    next(batches)
+    workers = children() - before
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, number)
+    count += sum(1 for _ in batches)
+    assert count == 16
+
+
+@needs_proc
+def test_a_killed_worker_stops_the_run_with_a_sentence():
+    before = children()
+    batches = iter(training_batches(Slow(400), Augmentation(), 16, 4, 0, 0, workers=1))
+    next(batches)
+    (worker,) = children() - before
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(UserError, match="loader worker has died"):
+        list(batches)
+
+
+@needs_proc
+def test_workers_end_with_the_epoch():
+    before = children()
+    batches = iter(training_batches(noise(), Augmentation(), 16, 4, 0, 0, workers=2))
+    next(batches)
+    del batches  # in the middle of the epoch, as when a run stops
+    assert children() <= before

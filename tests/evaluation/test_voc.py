@@ -1,0 +1,293 @@
+"""The VOC2007 SVM protocols: folds, average precision, low-shot targets, and both tables' numbers by hand."""
+
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import StratifiedKFold
+from sklearn.svm import LinearSVC
+
+from odc.evaluation import svm
+from odc.evaluation import voc
+from odc.errors import UserError
+from tests.processes import run_processes
+
+
+def test_costs():
+    assert voc.COSTS[:4] == (1, 10, 100, 0.0625) and voc.COSTS[-1] == 2**-19 and len(voc.COSTS) == 19
+
+
+# --- folds and average precision -------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.booleans(), min_size=6, max_size=60).filter(lambda labels: 3 <= sum(labels) <= len(labels) - 3))
+def test_folds_are_those_of_scikit_learn(labels):
+    folds = voc.stratified_folds(torch.tensor(labels))
+    signs = np.where(labels, 1, -1)
+    for fold, (_, test) in enumerate(StratifiedKFold(3).split(np.zeros(len(labels)), signs)):
+        assert (folds == fold).nonzero()[:, 0].tolist() == test.tolist()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=2, max_size=40)
+       .filter(lambda rows: any(positive for positive, _ in rows)))
+def test_step_average_precision_is_that_of_scikit_learn(rows):
+    """Few different scores, so that most are tied."""
+    positive, scores = torch.tensor([p for p, _ in rows]), torch.tensor([float(s) for _, s in rows])
+    expected = average_precision_score(positive.numpy(), scores.numpy())
+    assert float(voc.step_average_precision(positive, scores)) == pytest.approx(expected, abs=1e-12)
+    columns = torch.stack([scores, -scores], dim=1)
+    both = voc.step_average_precision(positive, columns)
+    assert float(both[1]) == pytest.approx(average_precision_score(positive.numpy(), -scores.numpy()), abs=1e-12)
+
+
+def test_voc_average_precision_by_hand():
+    # In order of score: present, absent, (difficult), present, absent, absent, present.
+    targets = torch.tensor([1, -1, 0, 1, -1, -1, 1])
+    scores = torch.tensor([0.9, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4])
+    # Precision at the three hits: 1/1, 2/3, 3/6; never smaller further right, so the envelope is the same.
+    assert float(voc.voc_average_precision(targets, scores)) == pytest.approx((1 + 2 / 3 + 1 / 2) / 3)
+    # absent, present, present: precision 1/2 then 2/3, and the envelope lifts the first to 2/3.
+    targets, scores = torch.tensor([-1, 1, 1, 0]), torch.tensor([3.0, 2.0, 1.0, 9.0])
+    assert float(voc.voc_average_precision(targets, scores)) == pytest.approx(2 / 3)
+
+
+def test_voc_average_precision_of_tied_scores_is_independent_of_the_order():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(-1, 2, (60,), generator=generator)
+    scores = torch.randint(0, 5, (60, 3), generator=generator).float()
+    expected = voc.voc_average_precision(targets, scores)
+    for _ in range(5):
+        order = torch.randperm(60, generator=generator)
+        assert torch.equal(voc.voc_average_precision(targets[order], scores[order]), expected)
+    assert float(voc.voc_average_precision(torch.tensor([1, -1]), torch.tensor([0.0, 0.0]))) == 0.5
+
+
+# --- low-shot targets ------------------------------------------------------------------------------------------------
+
+
+def write_targets(folder, images=12, classes=3, seed=0):
+    """Target files as they are published; returns {k: [array]}."""
+    generator = np.random.default_rng(seed)
+    written = {}
+    for k in voc.SHOTS:
+        for sample in range(1, 6):
+            array = generator.integers(-1, 2, (images, classes)).astype(np.int32)
+            np.save(folder / f"train_targets_sample{sample}_k{k}.npy", array)
+            written.setdefault(k, []).append(array)
+    return written
+
+
+@pytest.mark.parametrize("form", ("directory", "zip", "zip with a folder"))
+def test_published_target_files(tmp_path, form):
+    folder = tmp_path / "targets"
+    folder.mkdir()
+    written = write_targets(folder)
+    path = folder
+    if form != "directory":
+        path = tmp_path / "targets.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in folder.iterdir():
+                archive.write(file, f"low_shot/{file.name}" if "folder" in form else file.name)
+    read = voc.read_low_shot_targets(str(path), 12, 3)
+    assert list(read) == [1, 2, 4, 8, 16, 32, 64, 96]
+    for k, arrays in written.items():
+        for array, targets in zip(arrays, read[k], strict=True):
+            assert targets.dtype == torch.int8
+            assert ((targets == 1).numpy() == (array == 1)).all()
+            assert ((targets == -1).numpy() == (array == 0)).all()
+
+
+def test_target_files_that_do_not_fit(tmp_path):
+    write_targets(tmp_path)
+    with pytest.raises(UserError, match="no such directory"):
+        voc.read_low_shot_targets(str(tmp_path / "nothing"), 12, 3)
+    with pytest.raises(UserError, match=r"sample1_k1\.npy is an array of shape \(12, 3\), but there are 13"):
+        voc.read_low_shot_targets(str(tmp_path), 13, 3)
+    broken = tmp_path / "train_targets_sample3_k8.npy"
+    np.save(broken, np.full((12, 3), 7, np.int32))
+    with pytest.raises(UserError, match="sample3_k8.npy has values other than"):
+        voc.read_low_shot_targets(str(tmp_path), 12, 3)
+    broken.write_bytes(b"not an array")
+    with pytest.raises(UserError, match="sample3_k8.npy cannot be read"):
+        voc.read_low_shot_targets(str(tmp_path), 12, 3)
+    np.save(broken, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="sample3_k8.npy cannot be read"):
+        voc.read_low_shot_targets(str(tmp_path), 12, 3)
+    broken.unlink()
+    with pytest.raises(UserError, match="sample3_k8.npy is missing"):
+        voc.read_low_shot_targets(str(tmp_path), 12, 3)
+    other = tmp_path / "other.zip"
+    other.write_bytes(b"PK not a zip")
+    with pytest.raises(UserError, match="cannot be read"):
+        voc.read_low_shot_targets(str(other), 12, 3)
+
+
+def test_drawn_targets():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.where(torch.rand(300, 4, generator=generator) < 0.2, 1, -1)
+    targets[:10] = 0
+    drawn = voc.draw_low_shot_targets(targets, seed=3, shots=(1, 4))
+    for k, samples in drawn.items():
+        assert len(samples) == 5
+        for sample in samples:
+            assert ((sample == 1).sum(0) == k).all() and ((sample == -1).sum(0) == 19 * k).all()
+            assert ((sample == 0) | (sample == targets)).all()
+        assert len({sample.numpy().tobytes() for sample in samples}) == 5
+    again = voc.draw_low_shot_targets(targets, seed=3, shots=(4, 1))
+    assert all(torch.equal(a, b) for k in (1, 4) for a, b in zip(drawn[k], again[k]))
+    other = voc.draw_low_shot_targets(targets, seed=4, shots=(4,))
+    assert not torch.equal(other[4][0], drawn[4][0])
+    with pytest.raises(UserError, match="k = 64"):
+        voc.draw_low_shot_targets(targets, seed=3, shots=(64,))
+
+
+# --- the protocols ---------------------------------------------------------------------------------------------------
+
+
+def made_up(images=180, width=60, classes=3, seed=0):
+    """Train and test features and targets with a difficult image here and there."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.rand(2 * images, width, generator=generator)
+    scores = rows @ torch.randn(width, classes, generator=generator)
+    scores += 0.5 * torch.randn(scores.shape, generator=generator)
+    targets = torch.where(scores > scores.quantile(0.75, dim=0), 1, -1).to(torch.int8)
+    targets[torch.rand(targets.shape, generator=generator) < 0.05] = 0
+    rows /= rows.norm(dim=1, keepdim=True) + 1e-5
+    return rows[:images], targets[:images], rows[images:], targets[images:]
+
+
+def linear_svc(rows, labels, cost):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return LinearSVC(C=cost, class_weight={1: 2, -1: 1}, loss="squared_hinge", dual=True, tol=1e-8,
+                         max_iter=1_000_000).fit(rows, labels)
+
+
+def simple_voc_average_precision(targets, scores):
+    """Recall steps times the best precision at that recall or a higher one."""
+    ranked = [t for _, t in sorted(zip(scores, targets), key=lambda pair: -pair[0]) if t != 0]
+    precisions = [sum(t == 1 for t in ranked[:n]) / n for n in range(1, len(ranked) + 1)]
+    hits = [n for n, t in enumerate(ranked) if t == 1]
+    return sum(max(precisions[n:]) for n in hits) / len(hits)
+
+
+COSTS = (1.0, 10.0, 100.0, 0.0625, 0.5**10, 0.5**19)
+
+
+def test_full_svm_as_the_recipe_does_it():
+    train, train_targets, test, test_targets = made_up()
+    result = voc.full_svm(train, train_targets, test, test_targets, COSTS, progress=False)
+    assert result.unconverged == 0
+    train, test = train.double().numpy(), test.double().numpy()
+    expected = []
+    for c in range(3):
+        labels = np.where(train_targets[:, c].numpy() == 1, 1, -1)
+        means = []
+        for cost in COSTS:
+            scores = []
+            for fit, held_out in StratifiedKFold(3).split(train, labels):
+                values = linear_svc(train[fit], labels[fit], cost).decision_function(train[held_out])
+                scores.append(average_precision_score(labels[held_out] == 1, values))
+            means.append(np.mean(scores))
+        assert result.validation[:, c].tolist() == pytest.approx(means, abs=1e-6)
+        assert result.costs[c] == COSTS[int(np.argmax(means))]
+        values = linear_svc(train, labels, result.costs[c]).decision_function(test)
+        expected.append(simple_voc_average_precision(test_targets[:, c].tolist(), values.tolist()))
+    assert result.average_precision.tolist() == pytest.approx(expected, abs=1e-6)
+    assert result.mean_average_precision == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_low_shot_as_the_recipe_does_it():
+    train, train_targets, test, test_targets = made_up()
+    samples = voc.draw_low_shot_targets(train_targets, seed=0, shots=(1, 3), samples=2)
+    results = voc.low_shot(train, samples, test, test_targets, COSTS, progress=False)
+    assert [result.k for result in results] == [1, 3]
+    for result in results:
+        by_cost = np.zeros((len(COSTS), 2))
+        for j, targets in enumerate(samples[result.k]):
+            for s, cost in enumerate(COSTS):
+                for c in range(3):
+                    used = (targets[:, c] != 0).numpy()
+                    model = linear_svc(train.double().numpy()[used], targets[:, c].numpy()[used], cost)
+                    values = model.decision_function(test.double().numpy()).tolist()
+                    by_cost[s, j] += simple_voc_average_precision(test_targets[:, c].tolist(), values) / 3
+        assert result.by_cost.numpy() == pytest.approx(by_cost, abs=1e-6)
+        means = by_cost.mean(1)
+        assert result.cost == COSTS[int(np.argmax(means))] and result.unconverged == 0
+        assert result.mean_average_precision == pytest.approx(means.max(), abs=1e-6)
+
+
+def test_the_first_of_equally_good_costs_is_chosen():
+    train, train_targets, test, test_targets = made_up()
+    train_targets[train_targets == 0] = -1
+    marked = (train_targets == 1).float()  # features that give the labels away: every cost scores 1
+    result = voc.full_svm(marked, train_targets, marked, train_targets, (0.01, 10.0, 1.0), progress=False)
+    assert result.validation.tolist() == [[1.0] * 3] * 3 and result.costs == [0.01] * 3
+    assert result.mean_average_precision == 1.0
+
+
+def both_protocols():
+    data = made_up(images=90)
+    samples = voc.draw_low_shot_targets(data[1], seed=0, shots=(1, 2), samples=2)
+    full = voc.full_svm(*data, COSTS, progress=False)
+    low = voc.low_shot(data[0], samples, *data[2:], COSTS, progress=False)
+    return (full.average_precision, full.costs, full.validation, full.unconverged,
+            [(result.cost, result.unconverged) for result in low], torch.stack([result.by_cost for result in low]))
+
+
+@pytest.mark.parametrize("world_size", (2, pytest.param(4, marks=pytest.mark.slow)))  # 4 for 3 classes: one has none
+def test_the_number_of_processes_changes_nothing(world_size):
+    alone = both_protocols()
+    for result in run_processes(both_protocols, world_size):
+        for ours, expected in zip(result, alone, strict=True):
+            if isinstance(expected, torch.Tensor):
+                assert torch.allclose(ours, expected, atol=1e-9)
+            else:
+                assert ours == expected
+
+
+def test_fits_that_did_not_converge_are_not_used(monkeypatch):
+    train, train_targets, test, test_targets = made_up()
+    fit, fit_subsets = svm.fit, svm.fit_subsets
+
+    def without_first_cost(*arguments, **options):
+        fits = fit(*arguments, **options)
+        fits.converged[0] = False
+        return fits
+
+    def subsets_without_first_cost(*arguments, **options):
+        coefficients, converged = fit_subsets(*arguments, **options)
+        converged[:, 0] = False
+        return coefficients, converged
+
+    monkeypatch.setattr(svm, "fit", without_first_cost)
+    monkeypatch.setattr(svm, "fit_subsets", subsets_without_first_cost)
+    result = voc.full_svm(train, train_targets, test, test_targets, (1.0, 0.5), progress=False)
+    assert result.costs == [0.5] * 3 and result.validation[0].isnan().all() and result.unconverged == 12
+    with pytest.raises(UserError, match="converged at any cost"):
+        voc.full_svm(train, train_targets, test, test_targets, (1.0,), progress=False)
+    samples = voc.draw_low_shot_targets(train_targets, seed=0, shots=(1,), samples=2)
+    (result,) = voc.low_shot(train, samples, test, test_targets, (1.0, 0.5), progress=False)
+    assert result.cost == 0.5 and result.by_cost[0].isnan().all() and result.unconverged == 6
+    with pytest.raises(UserError, match="converged at any cost"):
+        voc.low_shot(train, samples, test, test_targets, (1.0,), progress=False)
+
+
+def test_features_and_classes_that_cannot_be_used():
+    train, train_targets, test, test_targets = made_up(images=30)
+    spoilt = train.clone()
+    spoilt[3, 4] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        voc.full_svm(spoilt, train_targets, test, test_targets, progress=False)
+    with pytest.raises(UserError, match="not finite"):
+        voc.low_shot(spoilt, {}, test, test_targets, progress=False)
+    train_targets[:, 1] = -1
+    with pytest.raises(UserError, match="Class 1 has fewer than 3"):
+        voc.full_svm(train, train_targets, test, test_targets, progress=False)
