@@ -1,170 +1,377 @@
 """Online Deep Clustering (Zhan et al., CVPR 2020): learn a ResNet from images without labels.
 
     torchrun --nproc_per_node=8 train.py --data /path/to/imagenet     the published recipe
-    torchrun --nproc_per_node=2 train.py                              a demonstration in minutes, nothing to download
+    torchrun --nproc_per_node=2 train.py                              a demonstration in minutes
 
-The method is `train_epoch` below and odc/memory.py; the defaults are the recipe odc_resnet50_8xb64-steplr-440e_in1k.
-Every number between 1. and 7. is a step of the paper's iteration.
+The method is `train_epoch` below and odc/memory.py. `main` sets it up, in the order in which things
+happen. odc/settings.py has the arguments, whose defaults are the published recipe's.
 """
 
+import copy
+import math
 import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from odc.runtime import program
-from odc import distributed
-from odc.outputs import export
-from odc.runtime.arguments import Parser, number, whole
-from odc.distributed import print_main
-from odc.data.loader import default_workers
-from odc.model import ARCHS
-from odc.run import Run
-from odc.runtime.log import print_settings
-
-# The built-in demonstration (--data shapes): a small network and settings that suit 5,000 small images, chosen without
-# their labels (tests/benchmarks/selection.py).
-DEMO = dict(arch="narrow", image_size=32, epochs=20, batch_size=32, lr=0.06, lr_steps=[16], num_clusters=60,
-            crop_scale=0.5, save_interval=0, checkpoint_interval=100, knn_interval=5)
-
-
-def make_parser():
-    parser = Parser(__doc__.splitlines()[0])
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="PATH", help="folder of images, in any known layout, or the word shapes "
-                      "(default: data/imagenet if it is there, else shapes)")
-    data.add_argument("--output", metavar="DIR", default="out", help="where the run writes, and continues from")
-    data.add_argument("--image-size", metavar="PIXELS", type=whole(8, 4096), default=224, help="side of the crops")
-    data.add_argument("--crop-scale", metavar="SHARE", type=number(0, 1, above=True), default=0.08,
-                      help="smallest share of an image that a crop covers")
-    data.add_argument("--jitter", metavar=("B", "C", "S", "H"), type=number(0, 10), nargs=4, default=[0.4, 0.4, 1.0, 0.5],
-                      help="strength of brightness, contrast, saturation and hue jitter")
-    data.add_argument("--workers", metavar="N", type=whole(0, 256), default=None,
-                      help="processes that read images, per training process (default: up to 4; 0 for shapes)")
-
-    network = parser.add_argument_group("network")
-    network.add_argument("--arch", choices=list(ARCHS), default="resnet50", help="backbone; narrow is for small images")
-    network.add_argument("--feature-dim", metavar="D", type=whole(1, 65536), default=256, help="width of the features")
-    network.add_argument("--weights", metavar="FILE", help="start from this pre-trained backbone")
-
-    method = parser.add_argument_group("clusters and memories")
-    method.add_argument("--num-clusters", metavar="K", type=whole(1), default=10000, help="number of clusters")
-    method.add_argument("--min-cluster-size", metavar="N", type=whole(0), default=20,
-                        help="smaller clusters are dissolved and refilled")
-    method.add_argument("--memory-momentum", metavar="M", type=number(0, 1), default=0.5,
-                        help="share of the new feature in the samples memory")
-    method.add_argument("--centroids-interval", metavar="STEPS", type=whole(1), default=10,
-                        help="steps between two updates of the centroids memory")
-    method.add_argument("--reweight-power", metavar="P", type=number(0, 4), default=0.5,
-                        help="a cluster's loss weight is its size to the power of -P")
-    method.add_argument("--kmeans-iterations", metavar="N", type=whole(1), default=20,
-                        help="iterations of the initial k-means")
-    method.add_argument("--recluster-interval", metavar="EPOCHS", type=whole(0), default=0,
-                        help="ablation: instead of online clusters, k-means every so many epochs; 0: never")
-
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", metavar="N", type=whole(1, 10**6), default=440, help="epochs in all")
-    optimisation.add_argument("--batch-size", metavar="N", type=whole(2, 65536), default=64,
-                              help="images in a batch, per process")
-    optimisation.add_argument("--lr", metavar="LR", type=number(0, 1e6), default=0.06, help="learning rate")
-    optimisation.add_argument("--lr-steps", metavar="EPOCH", type=whole(1), nargs="*", default=[400],
-                              help="epochs at which the learning rate drops")
-    optimisation.add_argument("--lr-gamma", metavar="G", type=number(0, 1), default=0.4, help="what it drops by")
-    optimisation.add_argument("--weight-decay", metavar="WD", type=number(0, 1e3), default=1e-5, help="of all parameters")
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", metavar="N", type=whole(0), default=0, help="decides everything random")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
-    run.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision: off, bf16 or fp16")
-    run.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
-    run.add_argument("--save-interval", metavar="EPOCHS", type=whole(0), default=10,
-                     help="epochs between two copies of the backbone and the labels that are kept; 0: none")
-    run.add_argument("--checkpoint-interval", metavar="STEPS", type=whole(1), default=1000,
-                     help="steps between two checkpoints, besides one at the end of each epoch")
-
-    watching = parser.add_argument_group("watching")
-    watching.add_argument("--log-interval", metavar="STEPS", type=whole(1), default=50,
-                          help="steps between two log lines")
-    watching.add_argument("--knn-interval", metavar="EPOCHS", type=whole(0), default=0,
-                          help="epochs between two measurements of the nearest-neighbour accuracy; 0: none")
-    watching.add_argument("--gallery-interval", metavar="EPOCHS", type=whole(0), default=0,
-                          help="epochs between two pictures of the clusters, clusters.png; 0: one at the end")
-    watching.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
-    watching.add_argument("--export-features", action="store_true",
-                          help="write the features of all images at the end, features.npy")
-    return parser
+from odc import distributed, settings
+from odc.data.augmentation import Augmentation, augment_batch, evaluation_transform
+from odc.data.layouts import check_same_images, open_dataset
+from odc.data.loader import check_unreadable, steps_per_epoch, training_batches
+from odc.distributed import all_gather_rows, print_main
+from odc.errors import Interrupted, UserError
+from odc.evaluation import heldout as knn, metrics
+from odc.evaluation.weights import load_pretrained
+from odc.features import extract, unreadable_images
+from odc.kmeans import kmeans
+from odc.memory import ODCMemory
+from odc.model import ODC, use_small_stem
+from odc.outputs import export, report
+from odc.runtime import checkpoint, program
+from odc.runtime.log import Log, print_settings, progress_bar
 
 
-def train_epoch(run, epoch, first_step):
-    """One epoch of the paper's iteration, from first_step on."""
-    args, memory, model, optimizer = run.args, run.memory, run.model, run.optimizer
-    model.train()
+@dataclass
+class Progress:
+    """Where a run stands. A checkpoint holds this, the network, the optimizer and the memory."""
+
+    epoch: int = 0  # epochs that are done
+    step: int = 0  # steps that are done of the epoch after them
+    global_step: int = 0  # steps of all epochs
+    clustered: int = 0  # the epoch before which k-means last made the clusters
+    failed: list = field(default_factory=list)  # images that could not be read, ascending
+    interval: dict = field(default_factory=lambda: dict(  # sums since the last line of the log
+        steps=0, loss=0.0, change_ratio=0.0, splits=0))
+
+
+@dataclass
+class State:
+    """All that learns or remembers, and so all that a checkpoint holds."""
+
+    network: ODC
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    memory: ODCMemory
+    progress: Progress
+
+
+def train_epoch(args, state, model, dataset, log, autocast):
+    """One epoch of the paper's iteration, from step progress.step on."""
+    memory, optimizer, scaler, progress = (
+        state.memory, state.optimizer, state.scaler, state.progress)
+    epoch, device, began, timed = progress.epoch, memory.labels.device, time.monotonic(), 0
+    steps = steps_per_epoch(len(dataset), args.batch_size)
     online = not args.recluster_interval  # else labels stay as the last k-means made them
+    augmentation = Augmentation(min_scale=args.crop_scale, jitter=tuple(args.jitter))
+    batches = iter(training_batches(
+        dataset, augmentation, args.image_size, args.batch_size, args.seed, epoch, progress.step,
+        args.workers, pin_memory=device.type == "cuda"))
+    model.train()
     for group in optimizer.param_groups:
         group["lr"] = args.lr * args.lr_gamma ** sum(epoch >= drop for drop in args.lr_steps)
     loss_weights = memory.loss_weights(args.reweight_power)
+    bar = progress_bar(steps, f"epoch {epoch + 1}/{args.epochs}", initial=progress.step)
 
-    for step, batch in enumerate(run.batches(epoch, first_step), first_step):
-        distributed.seed_step(args.seed, epoch, step)  # dropout: a resumed run is the same run
-        indices = batch.indices.to(run.device, non_blocking=True)
-        images = run.finish(batch)
-        labels = memory.labels[indices]
+    for step in range(progress.step, steps):
+        with distributed.together():
+            batch = next(batches)  # B images of this process
+        seed_step(args.seed, epoch, step)  # for dropout: a resumed run is the same run
+        images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
+        images = images.contiguous(memory_format=torch.channels_last)  # [B, 3, S, S]
+        labels = memory.labels[batch.indices.to(device, non_blocking=True)]  # [B]
 
-        # 1. Features z and the clusters that the head sees in them.
-        with run.autocast():
+        # 1. Features z [B, d], and logits [B, K] of the clusters that the head sees in them.
+        with autocast:
             z, logits = model(images)
         # 2. Classify into the clusters as they were before this step.
         loss = F.cross_entropy(logits.float(), labels, weight=loss_weights)
-        mean_loss = run.agree(epoch, step, loss, batch.failed)  # stops every process if it is not finite
+        mean_loss, stop = check_step(args, progress, loss, batch.failed, dataset)
         # 3. Samples memory: features move towards z, labels follow (Eq. 1 and 2).
-        change_ratio = memory.update_samples(indices, z) if online else 0.0
-        # 4. Learn.
+        change_ratio, splits = 0.0, 0
+        if online:
+            indices = all_gather_rows(batch.indices)  # [W * B], in rank order, on the CPU
+            z = all_gather_rows(z.detach().float())  # [W * B, d]
+            change_ratio = memory.update_samples(indices, z)
+        # 4. Learn. DDP averages the gradients over the processes.
         optimizer.zero_grad()
-        run.scaler.scale(loss).backward()
-        run.scaler.step(optimizer)
-        run.scaler.update()
-        # 5. Centroids memory.
-        run.global_step += 1
-        if online and run.global_step % args.centroids_interval == 0:
-            memory.update_centroids()
-        # 6. Small clusters.
-        splits = memory.split_small_clusters() if online else 0
-        # 7. Every cluster counts, however large.
-        loss_weights = memory.loss_weights(args.reweight_power)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        progress.global_step += 1
+        if online:
+            # 5. Centroids memory.
+            if progress.global_step % args.centroids_interval == 0:
+                memory.update_centroids()
+            # 6. Small clusters are dissolved and refilled.
+            splits = memory.split_small_clusters()
+            # 7. Loss re-weighting: every cluster counts, however large.
+            loss_weights = memory.loss_weights(args.reweight_power)
 
-        run.after_step(epoch, step, mean_loss, change_ratio, splits)
+        progress.step, timed = step + 1, timed + 1
+        for name, value in dict(steps=1, loss=mean_loss, change_ratio=change_ratio,
+                                splits=splits).items():
+            progress.interval[name] += value
+        bar.update()
+        if progress.global_step % args.log_interval == 0:
+            now = time.monotonic()
+            rate = timed * args.batch_size * distributed.world_size() / (now - began)
+            log.write_steps(progress, steps, memory.cluster_sizes,
+                            optimizer.param_groups[0]["lr"], rate, bar)
+            progress.interval = Progress().interval
+            began, timed = now, 0
+        if stop or (step + 1 < steps and progress.global_step % args.checkpoint_interval == 0):
+            save(args, state, dataset, log)
+        if stop:
+            raise Interrupted(f"Stopped after epoch {epoch + 1}, step {step + 1}, as a signal "
+                              "asked; the same command continues.")
+    bar.close()
 
 
-def parse(arguments=None):
-    """The arguments, with the demonstration's defaults where the data are the built-in shapes, and a banner or None."""
-    args, banner = make_parser().parse_args(arguments), None
-    if args.data is None and os.path.isdir("data/imagenet"):
-        args.data = "data/imagenet"
-    if args.data in (None, "shapes"):
-        if args.data is None:
-            banner = "No --data and no data/imagenet here: this is the built-in demonstration, on drawn shapes."
-        parser = make_parser()
-        parser.set_defaults(**DEMO)
-        args = parser.parse_args(arguments)
-        args.data = "shapes"
-    if args.workers is None:
-        args.workers = default_workers(args.data == "shapes")
-    return args, banner
+def seed_step(seed, epoch, step):
+    """Seed torch's global generators from the place in the run and the process."""
+    place = ((seed * 1_000_003 + epoch) * 1_000_003 + step) * 65_537 + distributed.rank()
+    torch.manual_seed(place % 2**63)
+
+
+def check_step(args, progress, loss, failed, dataset):
+    """Exchange what every process must know of a step: (mean loss, whether a signal asks to stop).
+
+    failed: indices of unreadable images, -1 elsewhere. Raises UserError on every process if the
+    loss is not finite anywhere, or if too many images are unreadable.
+    """
+    failed = failed[failed >= 0]
+    loss, num_failed, stop = distributed.all_reduce(torch.tensor(
+        [float(loss.detach()) / distributed.world_size(), len(failed),
+         program.signal_is_pending()], dtype=torch.float64)).tolist()
+    if not math.isfinite(loss):
+        raise UserError(f"The loss is {loss} at epoch {progress.epoch + 1}, step "
+                        f"{progress.step + 1}; {Path(args.output, 'checkpoint.pth')} is from "
+                        "before that. Start again with a lower --lr or --amp off, in another "
+                        "--output.")
+    if num_failed:
+        failed = distributed.all_gather_uneven_rows(failed.cpu()).tolist()
+        progress.failed = sorted({*progress.failed, *failed})
+        check_unreadable(len(progress.failed), len(dataset), dataset, progress.failed[0])
+    return loss, bool(stop)
+
+
+def cluster_everything(args, state, dataset, autocast):
+    """Features of all images, k-means, both memories, a new head (paper, before the first step)."""
+    network, memory, progress = state.network, state.memory, state.progress
+    device = memory.labels.device
+    share_buffers(network)
+    network.eval()
+    with autocast:
+        features = extract(
+            lambda images: F.normalize(network.neck(network.backbone(images)[-1]).float()),
+            dataset, evaluation_transform(args.image_size), args.feature_dim, device,
+            args.batch_size, args.workers)
+    progress.failed = sorted({*progress.failed, *unreadable_images(dataset).tolist()})
+    labels, _ = kmeans(features, args.num_clusters, args.kmeans_iterations,
+                       args.seed + progress.epoch)
+    memory.initialize(features, distributed.all_gather_uneven_rows(labels))
+    torch.manual_seed(args.seed + progress.epoch + 1)
+    network.reset_head()
+    progress.step, progress.clustered = 0, progress.epoch
+
+
+def share_buffers(network):
+    """Give all processes process 0's batch norm statistics; DDP shares them only before a step."""
+    for buffer in network.buffers():
+        distributed.broadcast(buffer)
+
+
+def end_epoch(args, state, dataset, held_out, log, autocast):
+    """Measure and save after an epoch; keep copies and draw pictures at their intervals."""
+    progress, memory, output = state.progress, state.memory, Path(args.output)
+    epoch, record = progress.epoch + 1, {}
+    if is_due(args.knn_interval, epoch):
+        try:
+            record["knn_accuracy"] = knn_accuracy(args, state, dataset, held_out, autocast)
+        except Interrupted:  # the steps are done, and the next start measures
+            save(args, state, dataset, log)
+            raise Interrupted(f"Stopped at the end of epoch {epoch}, as a signal asked; the same "
+                              "command continues.") from None
+    progress.epoch, progress.step = epoch, 0
+    log_measures(log, state, dataset, f"epoch {epoch}", record)
+    with_gallery = is_due(args.gallery_interval, epoch)
+    similarity = export.similarities(memory) if with_gallery else None
+    with distributed.together():
+        if distributed.is_main():
+            if is_due(args.save_interval, epoch):
+                export.save_backbone(output / f"backbone_epoch_{epoch}.pth", state.network.backbone)
+                export.save_array(output / f"labels_epoch_{epoch}.npy", memory.labels)
+            if with_gallery:
+                export.save_gallery(args, state, dataset, similarity)
+            report.save(output / "report.html", output / "log.jsonl", output.resolve().name)
+    save(args, state, dataset, log)
+
+
+def is_due(interval, epoch):
+    """True if something that happens every `interval` epochs (0: never) happens after this one."""
+    return interval > 0 and epoch % interval == 0
+
+
+def knn_accuracy(args, state, dataset, held_out, autocast):
+    """Nearest-neighbour accuracy of the backbone on held-out images, in 0..1."""
+    share_buffers(state.network)
+    state.network.eval()
+    with autocast:
+        return knn.knn_accuracy(state.network.backbone, dataset, held_out, args.image_size,
+                                state.memory.labels.device, args.batch_size, args.workers)
+
+
+def log_measures(log, state, dataset, when, record):
+    """Log a record, and how well the clusters agree with labels that the training never sees."""
+    if dataset.labels is not None:
+        clusters = state.memory.labels.cpu()
+        record = dict(nmi=metrics.nmi(clusters, dataset.labels),
+                      purity=metrics.purity(clusters, dataset.labels), **record)
+        print_main(f"{when}: clusters against labels: NMI {record['nmi']:.3f}, "
+                   f"purity {record['purity']:.1%}")
+    if "knn_accuracy" in record:
+        print_main(f"{when}: nearest-neighbour accuracy {record['knn_accuracy']:.1%}")
+    if record:
+        log.write(epoch=state.progress.epoch, step=state.progress.global_step, **record)
+
+
+def save(args, state, dataset, log):
+    """Write the checkpoint. A collective."""
+    path, network, progress = Path(args.output, "checkpoint.pth"), state.network, state.progress
+    with distributed.together():
+        if not all(torch.isfinite(value).all() for value in network.parameters()):
+            raise UserError(f"The weights are not finite after step {progress.global_step}; {path} "
+                            "is from before that. Start again with a lower --lr or --amp off, in "
+                            "another --output.")
+    progress.interval = {name: value if isinstance(value, int) else float(value)
+                         for name, value in progress.interval.items()}
+    checkpoint.save_run(path, dict(
+        program="odc train", settings=vars(args),
+        global_batch=args.batch_size * distributed.world_size(),
+        data=dict(num_images=len(dataset), fingerprint=dataset.fingerprint),
+        arch=args.arch, small_stem=network.backbone.small_stem,
+        backbone=network.backbone.state_dict(), neck=network.neck.state_dict(),
+        head=network.head.state_dict(), optimizer=state.optimizer.state_dict(),
+        scaler=state.scaler.state_dict(), memory=state.memory.state_dict(),
+        progress=asdict(progress), log_position=log.position()), state.memory.features,
+        len(dataset))
+
+
+def restore(args, state, saved, dataset):
+    """Continue from the checkpoint `saved`, with any number of processes."""
+    network, memory = state.network, state.memory
+    for name in ("backbone", "neck", "head"):
+        getattr(network, name).load_state_dict(saved[name])
+    state.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # off the mapped file
+    state.scaler.load_state_dict(saved["scaler"])
+    with distributed.together():
+        features = checkpoint.load_rows(Path(args.output, "checkpoint.pth"), saved, memory.rows)
+    memory.load_state_dict(saved["memory"], features)
+    progress = state.progress = Progress(**saved["progress"])
+    # With another number of processes a step has another size: continue at the nearest whole one.
+    done = progress.step * saved["global_batch"]
+    progress.step = steps_per_epoch(len(dataset), args.batch_size)
+    if done < len(dataset):
+        progress.step = round(done / (args.batch_size * distributed.world_size()))
+    print_main(f"Continuing {args.output} at epoch {progress.epoch + 1}, step {progress.step}.")
+
+
+def open_output(output):
+    """The checkpoint in the output folder, or None. The folder is made, and must be writable."""
+    output.mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise UserError(f"--output {output}: the folder is not writable; choose another.")
+    if distributed.is_main():
+        checkpoint.remove_temporary_files(output)
+    path = output / "checkpoint.pth"
+    saved = checkpoint.load(path) if path.exists() else None
+    if saved and saved.get("program") != "odc train":
+        raise UserError(f"{path} is not a checkpoint of train.py; choose another --output.")
+    return saved
 
 
 def main(arguments=None):
-    args, banner = parse(arguments)
-    device = distributed.init(args.device)
+    # Process group and device.
+    args, no_data = settings.parse(arguments)
+    device, output = distributed.init(args.device), Path(args.output)
     program.catch_signals()
-    if banner:
-        print_main(f"{banner}\n")
+    if no_data and args.data == "shapes":
+        print_main("No --data and no data/imagenet: this is the demonstration, on drawn shapes.\n")
     print_settings(vars(args))
-    run = Run(args, device)
-    for epoch in range(run.epoch, args.epochs):
-        run.begin_epoch(epoch)
-        train_epoch(run, epoch, run.first_step)
-        run.end_epoch(epoch + 1)
-    export.save_all(run)
-    print_main(f"Done: backbone.pth, clusters.csv, clusters.png and report.html are in {args.output}.")
+
+    # Data, and the checkpoint of an earlier start.
+    with distributed.together():
+        dataset = open_dataset(args.data, "train")
+        saved = open_output(output)
+    check_same_images(dataset)
+    settings.check(args, dataset, saved, device)
+    held_out = knn.open_held_out(args.data, dataset) if args.knn_interval else None
+
+    # Network and optimizer.
+    torch.manual_seed(args.seed)
+    network = ODC(args.arch, use_small_stem(args.image_size), dim=args.feature_dim,
+                  num_clusters=args.num_clusters)
+    if args.weights and not saved:
+        with distributed.together():
+            description = load_pretrained(network.backbone, args.weights, args.image_size)
+        print_main(description)
+    network.to(device, memory_format=torch.channels_last)
+    if device.type == "cuda" and distributed.world_size() > 1:
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    optimizer = torch.optim.SGD([
+        {"params": [*network.backbone.parameters(), *network.neck.parameters()]},
+        {"params": network.head.parameters(), "momentum": 0.0},
+    ], lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    autocast = torch.autocast(device.type, enabled=args.amp != "off", dtype=(
+        torch.float16 if args.amp == "fp16" else torch.bfloat16))
+
+    # Both memories: from the checkpoint, or from k-means of the first features.
+    memory = ODCMemory(len(dataset), args.feature_dim, args.num_clusters, args.memory_momentum,
+                       args.min_cluster_size, device)
+    state = State(network, optimizer, scaler, memory, Progress())
+    if saved:
+        restore(args, state, saved, dataset)
+    with distributed.together():
+        log = Log(output / "log.jsonl", saved["log_position"] if saved else 0, args.tensorboard,
+                  state.progress.global_step + 1)
+    if not saved:
+        cluster_everything(args, state, dataset, autocast)
+        log_measures(log, state, dataset, "initial k-means", {} if not args.knn_interval else dict(
+            knn_accuracy=knn_accuracy(args, state, dataset, held_out, autocast)))
+        save(args, state, dataset, log)
+    del saved
+
+    # Gradients are averaged over the processes.
+    model = network
+    if distributed.world_size() > 1:
+        model = DistributedDataParallel(
+            network, device_ids=[device.index] if device.type == "cuda" else None)
+        # DDP sorts its buckets by the first backward pass and adds in another order from then on.
+        # Let that happen now: the first step of a resumed run then adds as without the stop.
+        model.eval()
+        z, logits = model(torch.zeros(2, 3, args.image_size, args.image_size, device=device))
+        (z.sum() + logits.sum()).backward()
+        optimizer.zero_grad()
+    if args.compile:
+        model = torch.compile(model)
+
+    while state.progress.epoch < args.epochs:
+        progress = state.progress
+        if is_due(args.recluster_interval, progress.epoch) and progress.clustered != progress.epoch:
+            before = memory.labels.cpu().clone()
+            cluster_everything(args, state, dataset, autocast)
+            log_measures(log, state, dataset, f"k-means after epoch {progress.epoch}",
+                         dict(nmi_previous=metrics.nmi(memory.labels.cpu(), before)))
+            save(args, state, dataset, log)
+        train_epoch(args, state, model, dataset, log, autocast)
+        end_epoch(args, state, dataset, held_out, log, autocast)
+    export.save_all(args, state, dataset)
+    print_main(f"Done: backbone.pth, clusters.csv, clusters.png and report.html are in {output}.")
 
 
 if __name__ == "__main__":

@@ -221,9 +221,8 @@ def together():
         message = str(error)
     except OSError as error:
         message = f"{error.filename or 'a file'}: {error.strerror or error}."
-    failures = [other for other in _all_gather_objects(message) if other is not None]
-    if failures:
-        raise UserError(failures[0])
+    if any_process(message is not None):
+        raise UserError(next(filter(None, _all_gather_objects(message))))
 
 
 def _all_gather_objects(value):
@@ -232,35 +231,3 @@ def _all_gather_objects(value):
         dist.all_gather_object(values, value)
     return values
 
-
-def seed_step(seed, epoch, step):
-    """Seed torch's global generators from the place in the run and the process, whatever came before."""
-    torch.manual_seed((((seed * 1_000_003 + epoch) * 1_000_003 + step) * 65_537 + rank()) % 2**63)
-
-
-def gather_rows(tensor, chunk_rows=65536):
-    """As `all_gather_rows`, but the result exists, in CPU memory, on the main process only; elsewhere None."""
-    if world_size() == 1:
-        return tensor.detach().cpu().clone()
-    own = torch.tensor([len(tensor)])
-    counts = [torch.zeros_like(own) for _ in range(world_size())]
-    dist.all_gather(counts, own)
-    counts = [int(count) for count in counts]
-    result = torch.empty(sum(counts), *tensor.shape[1:], dtype=tensor.dtype) if is_main() else None
-    done = 0
-    for source, count in enumerate(counts):
-        for start in range(0, count, chunk_rows):
-            size = min(chunk_rows, count - start)
-            part = None
-            if rank() == source:
-                part = tensor[start : start + size].detach().cpu().contiguous()
-            if source != 0:
-                if is_main():
-                    part = torch.empty(size, *tensor.shape[1:], dtype=tensor.dtype)
-                    dist.recv(part, src=source)
-                elif rank() == source:
-                    dist.send(part, dst=0)
-            if is_main():
-                result[done : done + size] = part
-                done += size
-    return result

@@ -317,3 +317,6 @@ def _rotate(images, angle):
     # With a black pixel around the image, all that lies outside is black.
     source = (y.add_(1).mul_(size + 2).add_(x).add_(1)).long().view(batch, 1, -1).expand(-1, channels, -1)
     return F.pad(images, (1, 1, 1, 1)).flatten(2).gather(2, source).view_as(images)
+
+
+augment_batch = finish

@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     """
 
     images: torch.Tensor
-    parameters: torch.Tensor
+    draws: torch.Tensor
     indices: torch.Tensor
     failed: torch.Tensor
 
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 def blank_batch(batch_size, image_size):
     """A black Batch of the first image, for a process that has none to give."""
     return Batch(torch.zeros(batch_size, 3, image_size, image_size, dtype=torch.uint8),
-                 torch.zeros(batch_size, len(augment.Parameters._fields)),
+                 torch.zeros(batch_size, 16),
                  torch.zeros(batch_size, dtype=torch.int64), torch.full((batch_size,), -1))
 
 
@@ -222,3 +222,8 @@ def _number(*words):
     """A number for a random generator that no other words give: 0 <= number < 2**63."""
     digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def check_unreadable(count, total, dataset, example=None):
+    if count > 0.01 * total:
+        raise UserError(f"{count} of {total} images in {dataset.root} cannot be read, more than 1%, among them {dataset.name_of(example or 0)}: repair or remove them.")

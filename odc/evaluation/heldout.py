@@ -8,7 +8,7 @@ from odc.data.augmentation import evaluation_transform
 from odc.data.layouts import open_dataset
 from odc.distributed import print_main
 from odc.errors import UserError
-from odc.features import extract, extract_rows
+from odc.features import extract
 from odc.evaluation.knn import knn_predict
 
 K, TEMPERATURE = 20, 0.07  # of the published protocol, see eval_knn.py
@@ -44,13 +44,14 @@ def knn_accuracy(backbone, train, val, image_size, device, batch_size=64, worker
         return F.normalize(backbone(images)[-1].float().mean((2, 3)))
 
     def features(take, dataset, name):
-        return take(pooled, dataset, evaluation_transform(image_size), backbone.out_channels[-1], device, batch_size,
+        rows = extract(pooled, dataset, evaluation_transform(image_size), backbone.out_channels[-1], device, batch_size,
                     workers, name=name).to(device)
+        return distributed.all_gather_uneven_rows(rows) if take else rows
 
-    bank = features(extract_rows, train, "bank")  # [n_local, d]
+    bank = features(0, train, "bank")  # [n_local, d]
     rows = torch.arange(len(train))[distributed.shard(len(train))]
     if val is not None:
-        queries, answers = features(extract, val, "held-out images"), val.labels
+        queries, answers = features(1, val, "held-out images"), val.labels
     else:
         held_out = rows % EVERY == 0
         queries, answers = distributed.all_gather_uneven_rows(bank[held_out.to(device)]), train.labels[::EVERY]

@@ -61,6 +61,20 @@ def load_backbone(weights, arch=None, image_size=224, seed=0):
     return backbone.eval(), text
 
 
+def load_pretrained(backbone, weights, image_size):
+    """Load a weights file into a backbone, as a start for training; returns one line about it.
+
+    Raises UserError as `load_backbone`, and if the file's stem is for images of another size.
+    """
+    loaded, description = load_backbone(weights, backbone.arch, image_size)
+    if loaded.small_stem != backbone.small_stem:
+        side = "up to" if loaded.small_stem else "more than"
+        raise UserError(f"--weights {weights}: its stem is for images of {side} 64 pixels and "
+                        f"--image-size is {image_size}; change it, or take other weights.")
+    backbone.load_state_dict(loaded.state_dict())
+    return description
+
+
 def _describe(backbone):
     return backbone.arch + (" with the small stem" if backbone.small_stem else "")
 

@@ -1,37 +1,39 @@
 """The files of a run that other programs read: backbone.pth, clusters.csv, labels.npy and features.npy."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from odc import distributed
+from odc.features import save_rows
 from odc.outputs import gallery
 from odc.runtime.checkpoint import write_atomically
 
 
-def save_all(run):
+def save_all(args, state, dataset):
     """What a run leaves for other programs and for people; the same files again if it had already come to its end.
 
     A collective. run: an `odc.run.Run`.
     """
-    similarity = similarities(run.memory)
-    features = distributed.gather_rows(run.memory.features) if run.args.export_features else None
+    memory, output = state.memory, Path(args.output)
+    similarity = similarities(memory)
+    if args.export_features:
+        save_rows(output / "features.npy", memory.features, len(dataset), f"--output {output}")
     with distributed.together():
         if distributed.is_main():
-            save_backbone(run.output / "backbone.pth", run.network.backbone)
-            save_array(run.output / "labels.npy", run.memory.labels)
-            save_clusters(run.output / "clusters.csv", run.dataset, run.memory.labels, similarity, run.failed)
-            if features is not None:
-                save_array(run.output / "features.npy", features)
-            save_gallery(run, similarity)
+            save_backbone(output / "backbone.pth", state.network.backbone)
+            save_array(output / "labels.npy", memory.labels)
+            save_clusters(output / "clusters.csv", dataset, memory.labels, similarity, state.progress.failed)
+            save_gallery(args, state, dataset, similarity)
 
 
-def save_gallery(run, similarity):
+def save_gallery(args, state, dataset, similarity):
     """clusters.png as things are; main process only."""
-    gallery.save(run.output / "clusters.png", run.dataset, run.memory.labels.cpu(), similarity, run.args.num_clusters,
-                 f"{run.dataset.name}, epoch {run.epoch}", run.args.seed)
+    gallery.save(Path(args.output) / "clusters.png", dataset, state.memory.labels.cpu(), similarity, args.num_clusters,
+                 f"{dataset.name}, epoch {state.progress.epoch}", args.seed)
 
 
 def save_backbone(path, backbone):
@@ -55,7 +57,7 @@ def similarities(memory):
     labels = memory.labels[memory.rows]
     parts = [F.cosine_similarity(features.float(), memory.centroids[part])
              for features, part in zip(memory.features.split(65536), labels.split(65536))]
-    return distributed.gather_rows(torch.cat(parts))
+    return distributed.all_gather_uneven_rows(torch.cat(parts)).cpu()
 
 
 def save_clusters(path, dataset, labels, similarity, unreadable=()):

@@ -1,4 +1,4 @@
-"""Command lines: a parser whose mistakes are one sentence, number types with limits, and a help that fits 80 columns."""
+"""Command lines: mistakes as one sentence, number types with limits, help in 80 columns."""
 
 import argparse
 import math
@@ -8,10 +8,11 @@ from odc.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with grouped help in 80 columns, defaults shown, `--version`, and UserError for every mistake."""
+    """argparse with help in 80 columns, defaults shown, `--version`, and UserError for mistakes."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False, add_help=False)
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False,
+                         add_help=False)
 
     def parse_args(self, arguments=None):
         group = self.add_argument_group("about")
@@ -44,14 +45,15 @@ def whole(minimum, maximum=2**31 - 1):
         except ValueError:
             value = None
         if value is None or not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} to {maximum}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number from {minimum} to {maximum}")
         return value
 
     return parse
 
 
 def number(minimum, maximum=1e9, above=False):
-    """An argparse type: a finite float from minimum (or, with above, from anything above it) to maximum."""
+    """An argparse type: a finite float from minimum to maximum; above excludes the minimum."""
 
     def parse(text):
         try:

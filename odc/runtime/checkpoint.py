@@ -1,77 +1,32 @@
-"""Checkpoints that are either complete or not there: atomic writes, a checksum, and no code in the file."""
+"""Files that are either whole or not there, and checkpoints made of them.
+
+A checkpoint of a run is a file with everything but the features memory, and a folder `memory`
+beside it, into which every process writes its own rows of the features. The rows of a save get new
+names. The file that names them is replaced last. So a kill at any moment leaves the old checkpoint
+or the new one, and no process ever holds more than its own rows.
+
+All files are torch.save's zip archives, whose checksums are verified before anything is used, and
+which are read without running any code in them.
+"""
 
 import contextlib
 import os
-import struct
+import secrets
 import zipfile
-import zlib
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 
+from odc import distributed
 from odc.errors import UserError
-
-_MAGIC = b"ODC\x01"  # the last 8 bytes of a checkpoint: this, then the CRC-32 of all bytes before
-
-
-def save(path, state):
-    """Write a dict of tensors and plain values so that a kill at any moment leaves the old file or the new one.
-
-    The file is a plain torch.save archive with eight bytes of checksum behind it, which torch.load ignores.
-    Raises UserError if it cannot be written; the file that was there is then untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with open(temporary, "wb") as file:
-            writer = _Checksummed(file)
-            torch.save(state, writer)
-            file.write(_MAGIC + struct.pack("<I", writer.crc))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):  # raised here by chance, from the handler of a signal
-            raise
-        # torch turns an OSError inside its writer into a RuntimeError.
-        cause = error if isinstance(error, OSError) else (error.__context__ or error)
-        temporary.unlink(missing_ok=True)
-        kept = "the one from before is kept" if path.exists() else "there is none from before"
-        raise UserError(f"{path}: could not be written ({getattr(cause, 'strerror', None) or cause}); {kept}. Make room, "
-                        "or make the folder writable, and start the same command again.") from None
-    _sync_folder(path.parent)
-
-
-def load(path):
-    """Read what `save` wrote; tensors stay on disk, memory-mapped, until they are copied.
-
-    Raises UserError for a file that is truncated, damaged, of another program, or that contains code.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    crc = 0
-    with open(path, "rb") as file:
-        for start in range(0, max(size - 8, 0), 1 << 22):
-            crc = zlib.crc32(file.read(min(1 << 22, size - 8 - start)), crc)
-        trailer = file.read(8)
-    if trailer[:4] != _MAGIC:
-        raise UserError(f"{path}: is not a complete checkpoint of this program (truncated, or another program's file); "
-                        "move it away to start anew.")
-    if struct.unpack("<I", trailer[4:])[0] != crc:
-        raise UserError(f"{path}: is damaged, its checksum does not match; restore it from a copy, or move it away to "
-                        "start anew.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, UnpicklingError, zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]}); move it away to start "
-                        "anew.") from None
+from odc.runtime import program
 
 
 def write_atomically(path, write):
-    """Call write(temporary_path), then move the result to path: readers see the old file or the whole new one.
+    """Call write(temporary_path), then move the result to path: all of it or nothing.
 
-    Raises UserError if that fails, leaving the file that was there.
+    Raises UserError if that fails; a file that was there is then untouched.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
@@ -80,38 +35,96 @@ def write_atomically(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # make the new name durable, where a file system can
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:
+        if program.is_dead_worker(error):  # a signal handler of torch raises it anywhere
+            raise
+        # torch turns an OSError inside its writer into a RuntimeError.
+        cause = error if isinstance(error, OSError) else (error.__context__ or error)
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({getattr(error, 'strerror', None) or error}); make room, or make "
-                        "the folder writable.") from None
+        kept = "; the file from before is kept" if path.exists() else ""
+        raise UserError(f"{path}: could not be written ({getattr(cause, 'strerror', None) or cause})"
+                        f"{kept}. Make room, or make the folder writable, and start the same "
+                        "command again.") from None
 
 
 def remove_temporary_files(folder):
-    """Delete what a run that was killed while it wrote has left behind."""
-    for pattern in ("*.pth.partial", "*.npy.partial", "clusters.*.partial", "report.html.partial"):
-        for path in Path(folder).glob(pattern):
-            path.unlink()
+    """Delete what a program that was killed while it wrote has left in a folder."""
+    for path in Path(folder).glob("*.partial"):
+        path.unlink()
 
 
-class _Checksummed:
-    """A binary file to write to that keeps the CRC-32 of what went through."""
+def save(path, state):
+    """Write a dict of tensors and plain values. Raises UserError if it cannot be written."""
 
-    def __init__(self, file):
-        self.file, self.crc = file, 0
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
 
-    def write(self, data):
-        self.crc = zlib.crc32(data, self.crc)
-        return self.file.write(data)
-
-    def flush(self):
-        self.file.flush()
+    write_atomically(path, write)
 
 
-def _sync_folder(folder):
-    """Make the rename itself durable, where the file system knows how to."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def load(path):
+    """Read what `save` wrote. Tensors stay on disk, memory-mapped, until they are copied.
+
+    Raises UserError for a file that is missing, truncated, damaged, or contains code.
+    """
+    remedy = "restore it from a copy, or move it away to start anew."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise UserError(f"{path}: is damaged, a checksum does not match; {remedy}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; {remedy}") from None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise UserError(f"{path}: is not a complete checkpoint (truncated, damaged, or another "
+                        f"program's file: {str(error).splitlines()[0]}); {remedy}") from None
+    except (RuntimeError, UnpicklingError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]}); "
+                        f"{remedy}") from None
+
+
+def save_run(path, state, features, num_rows):
+    """Write the checkpoint of a run: state by process 0, features [n, d] by all. A collective.
+
+    num_rows: N, of all processes together. Raises UserError if a process cannot write.
+    """
+    folder = path.parent / "memory"
+    name = f"{int(distributed.broadcast(torch.tensor(secrets.randbits(62)))):016x}"
+    shards = [distributed.shard(num_rows, r) for r in range(distributed.world_size())]
+    with distributed.together():
+        folder.mkdir(exist_ok=True)
+        save(folder / f"{name}-{distributed.rank()}.pth", {"features": features})
+    parts = [(f"{name}-{r}.pth", rows.start, rows.stop) for r, rows in enumerate(shards)]
+    with distributed.together():
+        if distributed.is_main():
+            save(path, {**state, "memory_parts": parts})
+            for file in folder.iterdir():
+                if not file.name.startswith(name):
+                    file.unlink()
+
+
+def load_rows(path, state, rows):
+    """Features [n, d] of some rows (a slice) from the checkpoint at path, which holds state."""
+    features = []
+    for name, start, stop in state["memory_parts"]:
+        first, last = max(start, rows.start), min(stop, rows.stop)
+        if first < last:
+            part = load(Path(path).parent / "memory" / name)["features"]
+            features.append(part[first - start : last - start])
+    return torch.cat(features) if features else torch.zeros(0, 1)
+
+
+def check_same_settings(where, before, now):
+    """Raise UserError naming the first setting in which a run differs from its checkpoint.
+
+    where: the path of the run. before, now: {name: value}.
+    """
+    for name in {**now, **before}:
+        if before.get(name) != now.get(name):
+            raise UserError(f"{where} holds a run with {name} {before.get(name)}, not "
+                            f"{now.get(name)}: use the same, or another --output.")

@@ -1,0 +1,162 @@
+"""The settings of a training run: arguments, the demonstration's, and what cannot work.
+
+The defaults are the recipe odc_resnet50_8xb64-steplr-440e_in1k.
+"""
+
+import importlib.util
+import os
+
+from odc import distributed
+from odc.data.loader import default_workers
+from odc.distributed import print_main
+from odc.errors import UserError
+from odc.model import ARCHS
+from odc.runtime.arguments import Parser, number, whole
+from odc.runtime.checkpoint import check_same_settings
+
+# The demonstration (--data shapes): a small network, and settings for 5,000 small images that were
+# chosen without their labels (tests/benchmarks/selection.py).
+DEMO = dict(arch="narrow", image_size=32, epochs=20, batch_size=32, lr=0.06, lr_steps=[16],
+            num_clusters=60, crop_scale=0.5, save_interval=0, checkpoint_interval=100,
+            knn_interval=5)
+
+
+def make_parser():
+    parser = Parser("Online Deep Clustering: learn a ResNet from images without labels.")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="PATH", help="folder of images, in any known layout, or the word shapes "
+        "(default: data/imagenet if it exists, else shapes)")
+    add("--output", metavar="DIR", default="out", help="where the run writes, and continues from")
+    add("--image-size", metavar="PIXELS", type=whole(8, 4096), default=224, help="side of a crop")
+    add("--crop-scale", metavar="SHARE", type=number(0, 1, above=True), default=0.08,
+        help="smallest share of an image that a crop covers")
+    add("--jitter", metavar=("B", "C", "S", "H"), type=number(0, 10), nargs=4,
+        default=[0.4, 0.4, 1.0, 0.5], help="brightness, contrast, saturation and hue jitter")
+    add("--workers", metavar="N", type=whole(0, 256), default=None, help="processes that read "
+        "images, per training process (default: up to 4; 0 for shapes)")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--arch", choices=list(ARCHS), default="resnet50", help="backbone; narrow: for small images")
+    add("--feature-dim", metavar="D", type=whole(1, 65536), default=256, help="width of a feature")
+    add("--weights", metavar="FILE", help="start from this pre-trained backbone")
+
+    add = parser.add_argument_group("clusters and memories").add_argument
+    add("--num-clusters", metavar="K", type=whole(1), default=10000, help="number of clusters")
+    add("--min-cluster-size", metavar="N", type=whole(0), default=20,
+        help="smaller clusters are dissolved and refilled")
+    add("--memory-momentum", metavar="M", type=number(0, 1), default=0.5,
+        help="share of the new feature in the samples memory")
+    add("--centroids-interval", metavar="STEPS", type=whole(1), default=10,
+        help="steps between two updates of the centroids memory")
+    add("--reweight-power", metavar="P", type=number(0, 4), default=0.5,
+        help="a cluster's loss weight is its size to the power of -P")
+    add("--kmeans-iterations", metavar="N", type=whole(1), default=20,
+        help="iterations of the initial k-means")
+    add("--recluster-interval", metavar="EPOCHS", type=whole(0), default=0,
+        help="ablation: instead of online clusters, k-means every so many epochs; 0: never")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", metavar="N", type=whole(1, 10**6), default=440, help="epochs in all")
+    add("--batch-size", metavar="N", type=whole(2, 65536), default=64,
+        help="images in a batch, per process")
+    add("--lr", metavar="LR", type=number(0, 1e6), default=0.06, help="learning rate")
+    add("--lr-steps", metavar="EPOCH", type=whole(1), nargs="*", default=[400],
+        help="epochs at which the learning rate drops")
+    add("--lr-gamma", metavar="G", type=number(0, 1), default=0.4, help="what it drops by")
+    add("--weight-decay", metavar="WD", type=number(0, 1e3), default=1e-5, help="of all parameters")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", metavar="N", type=whole(0), default=0, help="decides everything random")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--save-interval", metavar="EPOCHS", type=whole(0), default=10, help="epochs between two "
+        "copies of the backbone and the labels that are kept; 0: none")
+    add("--checkpoint-interval", metavar="STEPS", type=whole(1), default=1000,
+        help="steps between two checkpoints, besides one at the end of each epoch")
+
+    add = parser.add_argument_group("watching").add_argument
+    add("--log-interval", metavar="STEPS", type=whole(1), default=50,
+        help="steps between two log lines")
+    add("--knn-interval", metavar="EPOCHS", type=whole(0), default=0, help="epochs between two "
+        "measurements of the nearest-neighbour accuracy; 0: none")
+    add("--gallery-interval", metavar="EPOCHS", type=whole(0), default=0, help="epochs between two "
+        "pictures of the clusters, clusters.png; 0: one at the end")
+    add("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
+    add("--export-features", action="store_true",
+        help="write the features of all images at the end, features.npy")
+    return parser
+
+
+def parse(arguments=None):
+    """The arguments, with the demonstration's defaults where the data are the drawn shapes."""
+    args = make_parser().parse_args(arguments)
+    no_data = args.data is None
+    if no_data:
+        args.data = "data/imagenet" if os.path.isdir("data/imagenet") else "shapes"
+    if args.data == "shapes":
+        parser = make_parser()
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(arguments)
+        args.data = "shapes"
+    if args.workers is None:
+        args.workers = default_workers(args.data == "shapes")
+    return args, no_data
+
+
+# Settings that may differ when a run is continued.
+MAY_DIFFER = {"data", "output", "epochs", "batch_size", "workers", "device", "weights", "compile",
+              "log_interval", "save_interval", "checkpoint_interval", "gallery_interval",
+              "knn_interval", "tensorboard", "export_features"}
+
+
+def check(args, dataset, saved, device):
+    """Raise UserError for what cannot work, what cannot continue, and processes that differ.
+
+    args: train.py's. dataset: an ImageSet. saved: the checkpoint in --output, or None.
+    A collective.
+    """
+    N, global_batch = len(dataset), args.batch_size * distributed.world_size()
+    arguments = {name: value for name, value in vars(args).items()
+                 if name not in ("data", "output", "workers")}
+    if not distributed.same_everywhere(arguments):
+        raise UserError("The processes have different arguments: start all machines with the same "
+                        "command.")
+    if not distributed.same_everywhere(saved and (saved["progress"], saved["log_position"])):
+        raise UserError(f"--output {args.output}: the processes see different checkpoints; it must "
+                        "be a folder that all machines share.")
+    if args.num_clusters > N:
+        raise UserError(f"--num-clusters {args.num_clusters}: there are only {N} images in "
+                        f"{args.data}; choose fewer.")
+    if (needed := args.min_cluster_size * args.num_clusters) > N:
+        raise UserError(f"--min-cluster-size {args.min_cluster_size}: {args.num_clusters} clusters "
+                        f"of that size need {needed} images and {args.data} has {N}; lower it or "
+                        "--num-clusters.")
+    if args.amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 needs a CUDA device; on the CPU use --amp bf16 or off.")
+    if args.knn_interval and dataset.labels is None:
+        raise UserError(f"--knn-interval {args.knn_interval}: the images in {args.data} have no "
+                        "labels to predict; leave it at 0.")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard, or "
+                        "leave it out.")
+    if args.lr == 0.06 and args.data != "shapes" and global_batch != 512:
+        print_main(f"The recipe's --lr 0.06 is for a global batch of 512; here it is "
+                   f"{global_batch}.")
+    if N < 2 * needed:
+        print_main(f"{N} images are fewer than 2 x {args.num_clusters} clusters x "
+                   f"--min-cluster-size {args.min_cluster_size}: some clusters may stay empty.")
+    if not saved:
+        return
+    before, now = ({"--" + name.replace("_", "-"): value for name, value in settings.items()
+                    if name not in MAY_DIFFER} for settings in (saved["settings"], vars(args)))
+    check_same_settings(args.output, before, now)
+    batch_before = saved["settings"]["batch_size"]
+    if args.batch_size != batch_before and saved["global_batch"] != global_batch:
+        raise UserError(f"{args.output} holds a run with --batch-size {batch_before}, not "
+                        f"{args.batch_size}: use the same, or one that keeps the global batch at "
+                        f"{saved['global_batch']}, or another --output.")
+    if saved["data"] != dict(num_images=N, fingerprint=dataset.fingerprint):
+        raise UserError(f"{args.output} holds a run on {saved['data']['num_images']} images, and "
+                        f"{args.data} has {N}, or other names or another order: the memory's rows "
+                        "belong to images; restore the images, or choose another --output.")
