@@ -1,159 +1,289 @@
-"""Linear classification on frozen feature maps: the published protocols, all classifiers on one forward pass.
+"""Linear classification on frozen feature maps: the published protocols.
 
     python eval_linear.py --weights out/backbone.pth --data shapes
-    torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data /path/to/imagenet --with-avgpool
+    torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data /path/to/imagenet
 
-The protocols are the recipes of the benchmark that published ODC's numbers. A protocol sets everything; every setting
-can be given as an argument.
+All classifiers train together on one forward pass. A protocol (odc/evaluation/linear.py) sets
+everything; every setting can be given as an argument. The batch is split over the processes, and
+all that mixes its images is summed over them, so one process and eight compute the same.
 """
 
 import dataclasses
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from odc.runtime import program
-from odc.evaluation import frozen as evaluation
-from odc.evaluation import tables as report
-from odc.runtime.arguments import Parser, number, whole
-from odc.data.augmentation import LINEAR_AUGMENTATIONS
-from odc.distributed import print_main
-from odc.errors import UserError
-from odc.evaluation.linear import AVGPOOL, COLUMNS, Protocol, Training
+import torch
+import torch.nn.functional as F
 
-MULTIHEAD = Protocol(
-    "mhead_linear-8xb32-steplr-90e", tuple(COLUMNS), 1000, epochs=90, lr=0.01, lr_steps=(30, 60), weight_decay=1e-4,
-    nesterov=True, train_transform="imagenet-multihead", report="last")
-PROTOCOLS = {
-    "imagenet-multihead": MULTIHEAD,
-    "imagenet-avgpool": Protocol(
-        "linear-8xb32-steplr-100e", (AVGPOOL,), 1000, epochs=100, lr=30.0, lr_steps=(60, 80), weight_decay=0.0,
-        nesterov=False, train_transform="imagenet-avgpool", report="best"),
-    "places205": dataclasses.replace(
-        MULTIHEAD, recipe="mhead_8xb32-steplr-28e", classes=205, epochs=28, lr_steps=(7, 14, 21),
-        train_transform="places205"),
-    "inaturalist2018": dataclasses.replace(
-        MULTIHEAD, recipe="mhead_8xb32-steplr-84e", classes=8142, epochs=84, lr_steps=(24, 48, 72),
-        train_transform="inaturalist2018"),
-}
-TABLES = {"imagenet-multihead": report.IMAGENET_LINEAR, "imagenet-avgpool": report.IMAGENET_LINEAR,
-          "places205": report.PLACES205_LINEAR, "inaturalist2018": report.INATURALIST2018_LINEAR}
-DEFAULTS = {"imagenet": "imagenet-multihead", "places205": "places205", "inaturalist2018": "inaturalist2018"}
-# For data without a protocol of its own: ImageNet's classifiers and optimiser in fewer epochs and smaller batches, as
-# there are fewer images, and crops and flips alone.
-SHORT = dataclasses.replace(MULTIHEAD.shortened(12), recipe="a short form of imagenet-multihead", batch_size=64,
-                            train_transform="inaturalist2018")
+from odc import distributed
+from odc.data.augmentation import LINEAR_AUGMENTATIONS, augment_batch
+from odc.data.loader import check_unreadable, epoch_batches
+from odc.distributed import print_main
+from odc.errors import Interrupted, UserError
+from odc.evaluation import frozen as evaluation
+from odc.evaluation import tables
+from odc.evaluation.linear import (
+    AVGPOOL, PROTOCOLS, LinearClassifiers, choose_protocol, published_table)
+from odc.evaluation.maps import map_shapes
+from odc.features import extract, weights_fingerprint
+from odc.runtime import checkpoint, program
+from odc.runtime.arguments import Parser, number, whole
+from odc.runtime.log import plain_line, progress_bar
 
 
 def make_parser():
     parser = Parser(__doc__.splitlines()[0])
     groups = evaluation.add_arguments(parser)
-    protocol = parser.add_argument_group(
-        "protocol", "Every setting is the protocol's unless given; with --epochs the learning rate's steps move, too.")
-    protocol.add_argument("--protocol", choices=list(PROTOCOLS), metavar="NAME",
-                          help=f"{', '.join(PROTOCOLS)} (default: the data's own, else a short form of the first)")
-    protocol.add_argument("--with-avgpool", action="store_true",
-                          help="train the AvgPool column, too, with the lr of imagenet-avgpool but the other columns' "
-                          "epochs and augmentation")
-    protocol.add_argument("--num-classes", metavar="N", type=whole(2),
-                          help="classes, where the data is not the published set")
-    protocol.add_argument("--epochs", metavar="N", type=whole(1, 10**6), help="epochs in all")
-    protocol.add_argument("--batch-size", metavar="N", type=whole(1, 2**20),
-                          help="images in a batch, of all processes together")
-    protocol.add_argument("--lr", metavar="LR", type=number(0, 1e6), help="learning rate")
-    protocol.add_argument("--avgpool-lr", metavar="LR", type=number(0, 1e6),
-                          help=f"learning rate of --with-avgpool (default: {PROTOCOLS['imagenet-avgpool'].lr:g})")
-    protocol.add_argument("--lr-steps", metavar="EPOCH", type=whole(0), nargs="*", help="epochs at which it drops")
-    protocol.add_argument("--lr-gamma", metavar="G", type=number(0, 1), help="what it drops by")
-    protocol.add_argument("--momentum", metavar="M", type=number(0, 1), help="momentum of SGD")
-    protocol.add_argument("--weight-decay", metavar="WD", type=number(0, 1e3), help="of the classifiers")
-    protocol.add_argument("--train-transform", choices=list(LINEAR_AUGMENTATIONS), metavar="NAME",
-                          help="augmentation of the protocol of that name")
-    protocol.add_argument("--report", choices=["last", "best"], help="which epoch's accuracy: last or best")
-    groups["run"].add_argument("--checkpoint-interval", metavar="STEPS", type=whole(1), default=1000,
-                               help="steps between two checkpoints beside --output, besides one at each epoch's end")
+    add = parser.add_argument_group(
+        "protocol", "Every setting is the protocol's unless given; with --epochs the learning "
+        "rate's steps move, too.").add_argument
+    names = [name for name in PROTOCOLS if name != "short"]
+    add("--protocol", choices=names, metavar="NAME", help=f"{', '.join(names)} (default: the "
+        "data's own, else a short form of the first)")
+    add("--with-avgpool", action="store_true", help="train the AvgPool column, too, with the lr of "
+        "imagenet-avgpool but the other columns' epochs and augmentation")
+    add("--num-classes", metavar="N", type=whole(2),
+        help="classes, where the data is not the published set")
+    add("--epochs", metavar="N", type=whole(1, 10**6), help="epochs in all")
+    add("--batch-size", metavar="N", type=whole(1, 2**20),
+        help="images in a batch, of all processes together")
+    add("--lr", metavar="LR", type=number(0, 1e6), help="learning rate")
+    add("--avgpool-lr", metavar="LR", type=number(0, 1e6), help="learning rate of --with-avgpool "
+        f"(default: {PROTOCOLS['imagenet-avgpool'].lr:g})")
+    add("--lr-steps", metavar="EPOCH", type=whole(0), nargs="*", help="epochs at which it drops")
+    add("--lr-gamma", metavar="G", type=number(0, 1), help="what it drops by")
+    add("--momentum", metavar="M", type=number(0, 1), help="momentum of SGD")
+    add("--weight-decay", metavar="WD", type=number(0, 1e3), help="of the classifiers")
+    add("--train-transform", choices=list(LINEAR_AUGMENTATIONS), metavar="NAME",
+        help="augmentation of the protocol of that name")
+    add("--reported", choices=["last", "best"], help="which epoch's accuracy: last or best")
+    groups["run"].add_argument("--checkpoint-interval", metavar="STEPS", type=whole(1),
+                               default=1000, help="steps between two checkpoints beside --output, "
+                               "besides one at each epoch's end")
     return parser
 
 
-def choose_protocol(args, dataset):
-    """(name, Protocol as used, {setting: value} where that is not the recipe's).
+@dataclass
+class Progress:
+    """Where the training stands. A checkpoint holds this, the classifiers and the optimizer."""
 
-    Raises UserError if the data's number of classes is not the protocol's.
-    """
-    classes = len(dataset.classes)
-    name = args.protocol or DEFAULTS.get(dataset.name)
-    if args.protocol is None and (name is None or PROTOCOLS[name].classes != classes):
-        name = "short"
-    recipe = PROTOCOLS[name] if name != "short" else dataclasses.replace(SHORT, classes=classes)
-    wanted = args.num_classes or recipe.classes
-    if wanted != classes:
-        by = f"--num-classes {wanted}" if args.num_classes else f"--protocol {name} is for {wanted} classes and"
-        raise UserError(f"{by} does not match {dataset.root}, which has {classes}: give other --data, or --num-classes "
-                        f"{classes}.")
-    protocol = dataclasses.replace(recipe.shortened(args.epochs or recipe.epochs), classes=classes)
-    settings = ("batch_size", "lr", "lr_steps", "lr_gamma", "momentum", "weight_decay", "train_transform", "report")
-    given = {setting: getattr(args, setting) for setting in settings if getattr(args, setting) is not None}
-    if "lr_steps" in given:
-        given["lr_steps"] = tuple(sorted(given["lr_steps"]))
-    protocol = dataclasses.replace(protocol, **given)
-    before = dataclasses.asdict(recipe)
-    return name, protocol, {k: v for k, v in dataclasses.asdict(protocol).items() if v != before[k]}
+    epoch: int = 0  # epochs that are done
+    step: int = 0  # steps that are done of the epoch after them
+    losses: list = field(default_factory=list)  # sums over these steps, for each column
+    failed: int = 0  # images of these steps that could not be read
+    history: list = field(default_factory=list)  # for every epoch {column: [top-1, top-5]}
 
 
-def published_table(name, changed, frozen):
-    """The published rows that a run of this protocol may stand beside, or None.
+def train_epoch(args, frozen, protocols, classifiers, optimizer, progress):
+    """One epoch, from step progress.step on. Every image comes once."""
+    protocol, device = protocols[0], frozen.device
+    for settings, group in zip(protocols, optimizer.param_groups):
+        drops = sum(progress.epoch >= step for step in settings.lr_steps)
+        group["lr"] = settings.lr * settings.lr_gamma**drops
+    batches = epoch_batches(
+        frozen.train, LINEAR_AUGMENTATIONS[protocol.train_transform], frozen.image_size,
+        protocol.batch_size // distributed.world_size(), args.seed, progress.epoch, progress.step,
+        frozen.workers, pin_memory=device.type == "cuda")
+    iterator, train_labels = iter(batches), frozen.train.labels.to(device)
+    sums = torch.tensor(progress.losses, device=device)
+    classifiers.train()
+    bar = progress_bar(progress.step + len(batches),
+                       f"epoch {progress.epoch + 1}/{protocol.epochs}", initial=progress.step)
+    for _ in range(len(batches)):
+        with distributed.together():
+            batch = next(iterator)
+        images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
+        labels = train_labels[batch.indices.to(device, non_blocking=True)]  # [B]
 
-    The AvgPool column was made by a protocol of its own, and stays empty beside another one.
-    """
-    table = TABLES.get(name)
-    if not table or changed or not table.is_comparable(frozen.train, frozen.val, frozen.backbone, frozen.image_size):
-        return None
-    return table.only((AVGPOOL,) if name == "imagenet-avgpool" else COLUMNS)
+        # The loss is the mean over the batch of all processes, whose parts may differ in size.
+        count, failed, stop = distributed.all_reduce(torch.tensor(
+            [len(labels), int((batch.failed >= 0).sum()), program.signal_is_pending()])).tolist()
+        losses = torch.stack([F.cross_entropy(logits, labels, reduction="sum") / count
+                              for logits in classifiers(images).values()])  # [columns]
+        optimizer.zero_grad()
+        losses.sum().backward()
+        for parameter in classifiers.parameters():
+            distributed.all_reduce(parameter.grad)
+        optimizer.step()
+
+        sums += distributed.all_reduce(losses.detach())
+        progress.step += 1
+        progress.failed += failed
+        bar.update()
+        if stop or progress.step % args.checkpoint_interval == 0 or progress.step == bar.total:
+            progress.losses = sums.tolist()
+            save(args, frozen, protocols, classifiers, optimizer, progress)
+        if stop:
+            raise interrupted(args, progress)
+    bar.close()
+    check_unreadable(progress.failed, len(frozen.train), frozen.train)
+
+
+def evaluate(frozen, protocols, classifiers, progress):
+    """Accuracy on the val split in percent: {column: [top-1, top-5]}. A collective."""
+    classifiers.eval()
+    columns, k = list(classifiers.linears), min(5, protocols[0].classes)
+
+    def best_classes(images):
+        """[B, 3, S, S] -> [B, columns * k], the best class first."""
+        return torch.cat([logits.topk(k).indices for logits in classifiers(images).values()], 1)
+
+    best = extract(best_classes, frozen.val, frozen.transform, len(columns) * k, frozen.device,
+                   max(1, protocols[0].batch_size // distributed.world_size()), frozen.workers,
+                   name="val")
+    labels = frozen.val.labels[distributed.shard(len(frozen.val))].to(frozen.device)
+    hits = (best.view(len(best), len(columns), k) == labels[:, None, None]).double()
+    correct = torch.stack([hits[:, :, 0].sum(0), hits.sum((0, 2))], dim=1)  # [columns, 2]
+    accuracy = 100 * distributed.all_reduce(correct) / len(frozen.val)
+    plain_line(f"epoch {progress.epoch + 1}/{protocols[0].epochs}: " + ", ".join(
+        f"{column} loss {loss / progress.step:.3f} top-1 {top1:.2f}"
+        for column, loss, (top1, _) in zip(columns, progress.losses, accuracy.tolist())))
+    return dict(zip(columns, accuracy.tolist()))
+
+
+def save(args, frozen, protocols, classifiers, optimizer, progress):
+    """Write the checkpoint, if there is an --output. Raises UserError if the loss is not finite."""
+    if not torch.tensor(progress.losses).isfinite().all():
+        raise UserError(f"the loss is not finite in epoch {progress.epoch + 1}, by step "
+                        f"{progress.step}: lower --lr.")
+    with distributed.together():
+        if args.output and distributed.is_main():
+            checkpoint.save(checkpoint_path(args), dict(
+                program="odc eval_linear", settings=settings_of(args, frozen, protocols),
+                progress=asdict(progress), classifiers=classifiers.state_dict(),
+                optimizer=optimizer.state_dict()))
+
+
+def restore(args, frozen, protocols, classifiers, optimizer):
+    """The Progress of the checkpoint beside --output, with what it held, or that of a new run."""
+    saved, path = None, checkpoint_path(args)
+    with distributed.together():
+        if args.output and path.exists():
+            saved = checkpoint.load(path)
+            if saved.get("program") != "odc eval_linear":
+                raise UserError(f"{path} is not a checkpoint of eval_linear.py: choose another "
+                                "--output, or delete the file.")
+            checkpoint.check_same_settings(path, saved["settings"],
+                                           settings_of(args, frozen, protocols))
+    if saved is None:
+        return Progress(losses=[0.0] * len(classifiers.linears))
+    classifiers.load_state_dict(saved["classifiers"])
+    optimizer.load_state_dict(saved["optimizer"])
+    progress = Progress(**saved["progress"])
+    print_main(f"{path} holds the finished run." if progress.epoch == protocols[0].epochs else
+               f"Continuing {path} at epoch {progress.epoch + 1}, step {progress.step + 1}.")
+    return progress
+
+
+def checkpoint_path(args):
+    return Path(f"{args.output}".removesuffix(".json") + ".checkpoint.pth")
+
+
+def settings_of(args, frozen, protocols):
+    """What must be the same for a run to be continued."""
+    settings = {"seed": args.seed, "image size": frozen.image_size, "amp": frozen.amp,
+                "weights": weights_fingerprint(frozen.backbone)[:16],
+                "train images": frozen.train.labelled_fingerprint,
+                "val images": frozen.val.labelled_fingerprint}
+    for protocol in protocols:
+        for name, value in asdict(protocol).items():
+            of = " ".join(protocol.columns)
+            settings[f"{name.replace('_', ' ')} of {of}"] = str(value)
+    return settings
+
+
+def interrupted(args, progress):
+    """The exception for a stop after progress.step."""
+    return Interrupted(f"Stopped in epoch {progress.epoch + 1} after step {progress.step}, as a "
+                       "signal asked" + ("; the same command continues." if args.output else "."))
+
+
+def choose_results(protocols, history):
+    """{column: {"top1", "top5", "epoch"}} of the epoch that the column's protocol reports."""
+    results = {}
+    for protocol in protocols:
+        for column in protocol.columns:
+            epoch = len(history) - 1
+            if protocol.reported == "best":
+                epoch = max(range(len(history)), key=lambda e: history[e][column][0])
+            top1, top5 = history[epoch][column]
+            results[column] = dict(top1=top1, top5=top5, epoch=epoch + 1)
+    return results
+
+
+def choose_protocols(args, dataset):
+    """(name, [Protocol, that of --with-avgpool], {setting: value} that are not the recipe's)."""
+    name, protocol, changed = choose_protocol(
+        dataset, args.protocol, args.num_classes, args.epochs, batch_size=args.batch_size,
+        lr=args.lr, lr_steps=args.lr_steps, lr_gamma=args.lr_gamma, momentum=args.momentum,
+        weight_decay=args.weight_decay, train_transform=args.train_transform,
+        reported=args.reported)
+    W = distributed.world_size()
+    if protocol.batch_size % W or protocol.batch_size < min(2, W) * W:
+        raise UserError(f"a batch of {protocol.batch_size} images cannot be split evenly over {W} "
+                        "processes, at least 2 each: choose a --batch-size that can.")
+    if args.with_avgpool and AVGPOOL not in protocol.columns:
+        avgpool = PROTOCOLS["imagenet-avgpool"].shortened(protocol.epochs)
+        return name, [protocol, dataclasses.replace(
+            avgpool, classes=protocol.classes, train_transform=protocol.train_transform,
+            batch_size=protocol.batch_size,
+            lr=avgpool.lr if args.avgpool_lr is None else args.avgpool_lr)], changed
+    if args.avgpool_lr is not None:
+        raise UserError(f"--avgpool-lr {args.avgpool_lr:g} is of --with-avgpool beside another "
+                        "protocol: give that, too, or --lr instead.")
+    return name, [protocol], changed
 
 
 def main():
     args = make_parser().parse_args()
     frozen = evaluation.prepare(args)
     if frozen.train.labels is None:
-        raise UserError(f"{frozen.train.name} has several classes an image, and these classifiers choose one: use "
-                        "eval_svm.py.")
-    name, protocol, changed = choose_protocol(args, frozen.train)
-    protocols, avgpool = [protocol], None
-    if args.with_avgpool and AVGPOOL not in protocol.columns:
-        avgpool = PROTOCOLS["imagenet-avgpool"].shortened(protocol.epochs)
-        avgpool = dataclasses.replace(avgpool, classes=protocol.classes, train_transform=protocol.train_transform,
-                                      batch_size=protocol.batch_size, lr=avgpool.lr if args.avgpool_lr is None else
-                                      args.avgpool_lr)
-        protocols.append(avgpool)
-    elif args.avgpool_lr is not None:
-        raise UserError(f"--avgpool-lr {args.avgpool_lr:g} is of --with-avgpool beside another protocol: give that, too, or "
-                        "--lr instead.")
-    steps = " ".join(map(str, protocol.lr_steps))
-    print_main(f"protocol {name} ({protocol.recipe}): {protocol.epochs} epochs, batch {protocol.batch_size}, "
-               f"lr {protocol.lr:g} x {protocol.lr_gamma:g} after epochs {steps}, {protocol.train_transform} augmentation")
+        raise UserError(f"{frozen.train.name} has several classes an image, and these classifiers "
+                        "choose one: use eval_svm.py.")
+    name, protocols, changed = choose_protocols(args, frozen.train)
+    protocol = protocols[0]
+    print_main(f"protocol {name} ({protocol.recipe}): {protocol.describe()}")
     if changed:
         print_main("not the recipe's: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
-    path = Path(args.output.removesuffix(".json") + ".checkpoint.pth") if args.output else None
-    if path is None:
-        print_main("No --output: no checkpoint, so that a run that is stopped begins anew.")
-    training = Training(frozen, protocols, args.seed, path, args.checkpoint_interval)
-    training.run()
+    if not args.output:
+        print_main("No --output: no checkpoint, so a run that is stopped begins anew.")
 
-    results = training.results()
+    columns = [column for settings in protocols for column in settings.columns]
+    classifiers = LinearClassifiers(
+        frozen.maps, map_shapes(frozen.backbone, frozen.image_size), columns, protocol.classes,
+        args.seed).to(frozen.device)
+    optimizer = torch.optim.SGD([
+        dict(params=[p for column in settings.columns
+                     for p in classifiers.linears[column].parameters()],
+             lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
+             nesterov=settings.nesterov and settings.momentum > 0) for settings in protocols])
+    progress = restore(args, frozen, protocols, classifiers, optimizer)
+    while progress.epoch < protocol.epochs:
+        train_epoch(args, frozen, protocols, classifiers, optimizer, progress)
+        try:
+            progress.history.append(evaluate(frozen, protocols, classifiers, progress))
+        except Interrupted:
+            raise interrupted(args, progress) from None
+        progress.epoch, progress.step, progress.failed = progress.epoch + 1, 0, 0
+        progress.losses = [0.0] * len(columns)
+        save(args, frozen, protocols, classifiers, optimizer, progress)
+
+    results = choose_results(protocols, progress.history)
     published = published_table(name, changed, frozen)
     title = published.title.removesuffix(" (top-1)") if published else f"{frozen.train.name} linear"
     row = frozen.label(args)
-    report.show(
-        f"{title} (%), protocol {name}", training.columns,
-        {f"{row}, top-1": {column: r["top1"] for column, r in results.items()},
-         f"{row}, top-5": {column: r["top5"] for column, r in results.items()}}, published)
-    if avgpool:
-        steps = " ".join(map(str, avgpool.lr_steps))
-        print_main(f"AvgPool here: lr {avgpool.lr:g} x {avgpool.lr_gamma:g} after epochs {steps} of {avgpool.epochs}, "
-                   f"{avgpool.train_transform} augmentation, best epoch. Its published protocol is --protocol "
-                   "imagenet-avgpool, a run of its own.")
-    report.write_json(args.output, dict(
-        script="eval_linear", protocol=name, settings=dataclasses.asdict(protocol), not_the_recipes=changed,
-        settings_of_avgpool=avgpool and dataclasses.asdict(avgpool),
-        **frozen.description(), results=results, history=training.history, published=report.published_rows(published)))
+    tables.show(f"{title} (%), protocol {name}", columns, {
+        f"{row}, top-1": {column: result["top1"] for column, result in results.items()},
+        f"{row}, top-5": {column: result["top5"] for column, result in results.items()},
+    }, published)
+    if len(protocols) > 1:
+        print_main(f"AvgPool here: {protocols[1].describe()}, best epoch. Its published protocol "
+                   "is --protocol imagenet-avgpool, a run of its own.")
+    tables.write_json(args.output, dict(
+        script="eval_linear", protocol=name, settings=asdict(protocol), not_the_recipes=changed,
+        settings_of_avgpool=asdict(protocols[1]) if len(protocols) > 1 else None,
+        **frozen.description(), results=results, history=progress.history,
+        published=tables.published_rows(published)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from odc import distributed, settings
+from odc.batchnorm import synchronise
 from odc.data.augmentation import Augmentation, augment_batch, evaluation_transform
 from odc.data.layouts import check_same_images, open_dataset
 from odc.data.loader import check_unreadable, steps_per_epoch, training_batches
@@ -180,7 +181,7 @@ def cluster_everything(args, state, dataset, autocast):
 
 
 def share_buffers(network):
-    """Give all processes process 0's batch norm statistics; DDP shares them only before a step."""
+    """Give all processes process 0's batch norm statistics, which training itself never uses."""
     for buffer in network.buffers():
         distributed.broadcast(buffer)
 
@@ -321,7 +322,7 @@ def main(arguments=None):
         print_main(description)
     network.to(device, memory_format=torch.channels_last)
     if device.type == "cuda" and distributed.world_size() > 1:
-        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = synchronise(network)  # batch norm, as the recipe has it
     optimizer = torch.optim.SGD([
         {"params": [*network.backbone.parameters(), *network.neck.parameters()]},
         {"params": network.head.parameters(), "momentum": 0.0},
@@ -350,7 +351,8 @@ def main(arguments=None):
     model = network
     if distributed.world_size() > 1:
         model = DistributedDataParallel(
-            network, device_ids=[device.index] if device.type == "cuda" else None)
+            network, device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)  # see share_buffers
         # DDP sorts its buckets by the first backward pass and adds in another order from then on.
         # Let that happen now: the first step of a resumed run then adds as without the stop.
         model.eval()

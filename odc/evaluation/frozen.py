@@ -14,7 +14,7 @@ from odc.data.augmentation import evaluation_transform
 from odc.data.layouts import ImageSet, check_same_images, open_dataset
 from odc.distributed import print_main
 from odc.errors import UserError
-from odc.features import Cache, weights_fingerprint
+from odc.features import cache_path, weights_fingerprint
 from odc.model import ARCHS, ResNet
 from odc.evaluation.weights import load_backbone
 
@@ -77,7 +77,7 @@ class Frozen:
         return evaluation_transform(self.image_size)
 
     def cache(self, folder, dataset, transform, *kind):
-        """The `Cache` for one split's features under a transform, or None without a folder. A collective.
+        """The cache file for one split's features under a transform, or None without a folder. A collective.
 
         kind: what is made of the maps, and of which images, as far as the arguments of `Frozen` do not say it.
         """
@@ -85,7 +85,7 @@ class Frozen:
             return None
         # One look at the files by one process: on a shared disk, a million of them take a while.
         stamp = torch.tensor(dataset.content_stamp() if distributed.is_main() else 0)
-        return Cache(folder, *kind, self.amp, weights_fingerprint(self.backbone), os.path.realpath(dataset.root),
+        return cache_path(folder, *kind, self.amp, weights_fingerprint(self.backbone), os.path.realpath(dataset.root),
                      dataset.fingerprint, int(distributed.broadcast(stamp)), transform.func.__name__,
                      sorted(transform.keywords.items()))
 
