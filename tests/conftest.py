@@ -9,6 +9,31 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from tests.runs import SMALL, run_main  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """150 small images of three classes."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for i in range(150):
+        pixels = generator.integers(0, 255, (36, 40, 3)) // 3 + np.array([(80, 0, 0), (0, 80, 0), (0, 0, 80)][i % 3])
+        (root / f"class{i % 3}").mkdir(exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"class{i % 3}" / f"{i:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(folder, tmp_path_factory):
+    """The output of a short run on the folder, never interrupted."""
+    output = tmp_path_factory.mktemp("finished")
+    assert run_main("--data", folder, "--output", output, *SMALL, "--epochs", "2", "--save-interval", "1") == 0
+    return output

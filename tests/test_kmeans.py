@@ -4,11 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from odc.runtime import program
-from odc.errors import UserError
-from odc.errors import Interrupted
 from odc import distributed
+from odc.errors import Interrupted, UserError
 from odc.kmeans import kmeans
+from odc.runtime import program
 from tests.processes import run_processes
 
 
@@ -44,7 +43,7 @@ def check(features, labels, centroids, num_clusters):
 def test_equals_a_plain_lloyd(iterations):
     features = unit_features(2000, 32)
     initial = features[:40]
-    labels, centroids = kmeans(features, 40, iterations, initial_centroids=initial, progress=False)
+    labels, centroids = kmeans(features, 40, iterations, initial_centroids=initial)
     expected_labels, expected_centroids = plain_lloyd(features, initial, iterations)
     assert torch.equal(labels, expected_labels)
     assert torch.allclose(centroids.double(), expected_centroids, atol=1e-6)
@@ -54,8 +53,8 @@ def test_equals_a_plain_lloyd(iterations):
 
 def test_the_data_do_not_converge_in_20_iterations():
     features = unit_features(2000, 32)
-    twenty, _ = kmeans(features, 40, 20, progress=False)
-    more, _ = kmeans(features, 40, 21, progress=False)
+    twenty, _ = kmeans(features, 40, 20)
+    more, _ = kmeans(features, 40, 21)
     assert not torch.equal(twenty, more)
 
 
@@ -68,7 +67,7 @@ def test_any_number_of_processes_gives_the_same_bits():
     features = unit_features(1003, 16)
     far = torch.cat([features[:20], 50 + torch.rand(15, 16)])  # 15 initial centroids that no row is near
     alike = features[:1].repeat(30, 1)
-    one = [kmeans(features, 35, 8, 3, progress=False), kmeans(features, 35, 1, 3, False, far), kmeans(alike, 7, 5)]
+    one = [kmeans(features, 35, 8, 3), kmeans(features, 35, 1, 3, far), kmeans(alike, 7, 5)]
     for world_size in (2, 4):
         calls = [(features, 35, 8, 3), (features, 35, 1, 3, far), (alike, 7, 5, 0)]
         shards = run_processes(several_shards, world_size, calls)
@@ -91,16 +90,16 @@ def several_shards(calls):
 
 def test_the_seed_draws_the_initial_rows():
     features = unit_features(500, 16)
-    first, again, other = (kmeans(features, 10, 2, seed, progress=False)[1] for seed in (0, 0, 1))
+    first, again, other = (kmeans(features, 10, 2, seed)[1] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     # As many clusters as rows: every row is drawn, so each is a cluster of its own.
-    labels, centroids = kmeans(features, 500, progress=False)
+    labels, centroids = kmeans(features, 500)
     assert labels.unique().numel() == 500 and torch.equal(centroids[labels], features)
 
 
 def test_one_cluster_holds_all():
     features = unit_features(100, 8)
-    labels, centroids = kmeans(features, 1, progress=False)
+    labels, centroids = kmeans(features, 1)
     assert labels.max() == 0 and torch.allclose(centroids[0], features.mean(0), atol=1e-6)
 
 
@@ -113,7 +112,7 @@ def test_no_cluster_is_empty(rows, num_clusters):
         "few": unit_features(5, 8).repeat(40, 1),
         "one apart": torch.cat([torch.ones(199, 8), -torch.ones(1, 8)]),
     }[rows]
-    labels, centroids = kmeans(features, num_clusters, progress=False)
+    labels, centroids = kmeans(features, num_clusters)
     check(features, labels, centroids, num_clusters)
 
 
@@ -121,7 +120,7 @@ def test_no_cluster_is_empty(rows, num_clusters):
 def test_a_far_initial_centroid_ends_with_rows(iterations):
     features = unit_features(400, 8)
     initial = torch.cat([features[:10], torch.full((30, 8), 100.0)])
-    labels, centroids = kmeans(features, 40, iterations, initial_centroids=initial, progress=False)
+    labels, centroids = kmeans(features, 40, iterations, initial_centroids=initial)
     check(features, labels, centroids, 40)
 
 
@@ -136,17 +135,17 @@ def test_a_feature_that_is_not_finite(value):
     features = unit_features(100, 8)
     features[50, 3] = value
     with pytest.raises(UserError, match="not finite"):
-        kmeans(features, 5, progress=False)
+        kmeans(features, 5)
 
 
 def test_a_signal_is_asked_for_every_iteration_and_standing_still_stops(monkeypatch):
     asked = []
     monkeypatch.setattr(program, "check_signals", lambda: asked.append(1))
     features = unit_features(500, 16)
-    kmeans(features, 20, 4, progress=False)
+    kmeans(features, 20, 4)
     assert len(asked) == 4
     asked.clear()
-    kmeans(features, 2, 1000, progress=False)
+    kmeans(features, 2, 1000)
     assert len(asked) < 1000
 
     def stop():
@@ -154,4 +153,4 @@ def test_a_signal_is_asked_for_every_iteration_and_standing_still_stops(monkeypa
 
     monkeypatch.setattr(program, "check_signals", stop)
     with pytest.raises(Interrupted):
-        kmeans(features, 20, 4, progress=False)
+        kmeans(features, 20, 4)

@@ -8,24 +8,16 @@ import pytest
 import torch
 
 import train
-from odc.runtime import checkpoint
-from odc.evaluation import heldout
+from odc import settings
 from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.layouts import open_dataset
 from odc.errors import UserError
+from odc.evaluation import knn
 from odc.memory import ODCMemory
 from odc.model import ResNet
-from odc.run import Run
-from tests.test_train import (  # noqa: F401 (fixtures among them)
-    SMALL,
-    assert_equal_state,
-    assert_one_sentence,
-    assert_same_run,
-    finished,
-    folder,
-    log_of,
-    run_main,
-)
+from odc.runtime import checkpoint
+from tests.runs import (
+    SMALL, assert_equal_state, assert_one_sentence, assert_same_run, log_of, run_main, state_of)
 
 # --- accuracy while training -----------------------------------------------------------------------------------------
 
@@ -52,31 +44,31 @@ def accuracy_by_voting(bank, bank_labels, queries, query_labels):
     return hits / len(queries)
 
 
-def test_every_tenth_image_is_held_out_without_a_val_split(folder, finished, tmp_path, capsys):  # noqa: F811
+def test_every_tenth_image_is_held_out_without_a_val_split(folder, finished, tmp_path, capsys):
     assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--knn-interval", "1") == 0
     records = [record for record in log_of(tmp_path) if "knn_accuracy" in record]
     assert [record["epoch"] for record in records] == [0, 1, 2]
     out = capsys.readouterr().out
     assert "every 10th training image" in out and "epoch 2: nearest-neighbour accuracy" in out
 
-    state, dataset = checkpoint.load(tmp_path / "checkpoint.pth"), open_dataset(str(folder))
+    state, dataset = state_of(tmp_path), open_dataset(str(folder))
     features, held_out = pooled_features(state, dataset), torch.arange(150) % 10 == 0
     expected = accuracy_by_voting(features[~held_out], dataset.labels[~held_out], features[held_out],
                                   dataset.labels[held_out])
     assert records[-1]["knn_accuracy"] == pytest.approx(expected, abs=1e-9)
     # To look changes nothing.
     for name in ("backbone", "neck", "head", "memory", "optimizer"):
-        assert_equal_state(state[name], checkpoint.load(finished / "checkpoint.pth")[name])
+        assert_equal_state(state[name], state_of(finished)[name])
 
 
-def link_split(folder, target, wanted):  # noqa: F811
+def link_split(folder, target, wanted):
     for number, path in enumerate(sorted(folder.glob("*/*"))):
         if wanted(number):
             (target / path.parent.name).mkdir(parents=True, exist_ok=True)
             (target / path.parent.name / path.name).symlink_to(path)
 
 
-def test_the_val_split_is_held_out_if_there_is_one(folder, tmp_path):  # noqa: F811
+def test_the_val_split_is_held_out_if_there_is_one(folder, tmp_path):
     link_split(folder, tmp_path / "data" / "train", lambda number: number % 3)
     link_split(folder, tmp_path / "data" / "val", lambda number: number % 3 == 0)
     output = tmp_path / "out"
@@ -88,12 +80,12 @@ def test_the_val_split_is_held_out_if_there_is_one(folder, tmp_path):  # noqa: F
     backbone = ResNet("narrow", small_stem=True)
     backbone.load_state_dict(state["backbone"])
     with torch.no_grad():
-        accuracy = heldout.knn_accuracy(backbone.eval(), *sets, 32, torch.device("cpu"))
+        accuracy = knn.knn_accuracy(backbone.eval(), *sets, 32, torch.device("cpu"))
     (bank, queries) = (pooled_features(state, dataset) for dataset in sets)
     assert accuracy == pytest.approx(accuracy_by_voting(bank, sets[0].labels, queries, sets[1].labels), abs=1e-9)
 
 
-def test_accuracy_needs_labels(folder, tmp_path, capsys):  # noqa: F811
+def test_accuracy_needs_labels(folder, tmp_path, capsys):
     link_split(folder, tmp_path / "data", lambda number: number < 50)  # one class: no labels
     code = run_main("--data", tmp_path / "data", "--output", tmp_path / "out", *SMALL, "--knn-interval", "5")
     assert_one_sentence(capsys, code, "--knn-interval 5", "no labels")
@@ -114,7 +106,7 @@ def test_clusters_may_be_empty_without_the_handling_of_small_ones():
     assert torch.equal(memory.loss_weights(0.0), torch.full((5,), 0.2))
 
 
-def test_a_run_without_handling_small_clusters(folder, tmp_path):  # noqa: F811
+def test_a_run_without_handling_small_clusters(folder, tmp_path):
     assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--num-clusters", "40",
                     "--min-cluster-size", "0", "--reweight-power", "0") == 0
     steps = [record for record in log_of(tmp_path) if "loss" in record]
@@ -125,7 +117,7 @@ RECLUSTER = ["--recluster-interval", "2", "--save-interval", "1", "--checkpoint-
 
 
 @pytest.fixture(scope="module")
-def alternating(folder, tmp_path_factory):  # noqa: F811
+def alternating(folder, tmp_path_factory):
     """A run of 5 epochs of 10 steps, with k-means after steps 20 and 40, never interrupted."""
     output = tmp_path_factory.mktemp("alternating")
     assert run_main("--data", folder, "--output", output, *SMALL, "--epochs", "5", *RECLUSTER) == 0
@@ -142,7 +134,7 @@ def test_labels_stay_between_two_clusterings(alternating):
     assert [r["epoch"] for r in clusterings] == [2, 4] and all(0 <= r["nmi_previous"] < 1 for r in clusterings)
     assert [r["epoch"] for r in records if "nmi" in r] == [0, 1, 2, 2, 3, 4, 4, 5]
     # The memory holds the features that k-means saw: those of before epoch 5, not moved by its steps.
-    memory = checkpoint.load(alternating / "checkpoint.pth")["memory"]
+    memory = state_of(alternating)["memory"]
     assert memory["labels"].tolist() == labels[4].tolist()
     for k in range(8):
         mean = memory["features"][memory["labels"] == k].mean(0)
@@ -150,40 +142,46 @@ def test_labels_stay_between_two_clusterings(alternating):
 
 
 @pytest.mark.parametrize("crash", [20, 24, 40])
-def test_re_clustering_resumes_as_the_same_run(folder, alternating, tmp_path, monkeypatch, crash):  # noqa: F811
+def test_re_clustering_resumes_as_the_same_run(folder, alternating, tmp_path, monkeypatch, crash):
     """K-means comes after steps 20 and 40; the checkpoints from which it goes on are of steps 18, 24 and 39."""
     arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "5", *RECLUSTER]
-    after_step = Run.after_step
+    check_step, end_epoch = train.check_step, train.end_epoch
 
-    def crashing(run, *arguments):
-        after_step(run, *arguments)
-        if run.global_step == crash:
+    def crash_within(args, progress, *rest):
+        if progress.global_step == crash and progress.step:
             raise UserError("stopped here.")
+        return check_step(args, progress, *rest)
 
-    monkeypatch.setattr(Run, "after_step", crashing)
-    assert run_main(*arguments) == 2
-    monkeypatch.setattr(Run, "after_step", after_step)
+    def crash_at_the_end(args, state, *rest):
+        if state.progress.global_step == crash:
+            raise UserError("stopped here.")
+        end_epoch(args, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_step", crash_within)
+        patch.setattr(train, "end_epoch", crash_at_the_end)
+        assert run_main(*arguments) == 2
     assert run_main(*arguments) == 0
     assert_same_run(alternating, tmp_path)
 
 
-def test_a_crash_right_after_a_clustering(folder, alternating, tmp_path, monkeypatch):  # noqa: F811
+def test_a_crash_right_after_a_clustering(folder, alternating, tmp_path, monkeypatch):
     arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "5", *RECLUSTER]
-    begin_epoch = Run.begin_epoch
+    train_epoch = train.train_epoch
 
-    def crashing(run, epoch):
-        begin_epoch(run, epoch)
-        if epoch == 2:
+    def crashing(args, state, *rest):
+        if state.progress.epoch == 2:
             raise UserError("stopped here.")
+        train_epoch(args, state, *rest)
 
-    monkeypatch.setattr(Run, "begin_epoch", crashing)
-    assert run_main(*arguments) == 2
-    monkeypatch.setattr(Run, "begin_epoch", begin_epoch)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_epoch", crashing)
+        assert run_main(*arguments) == 2
     assert run_main(*arguments) == 0
     assert_same_run(alternating, tmp_path)
 
 
-def test_an_online_run_does_not_continue_as_another_method(folder, finished, capsys):  # noqa: F811
+def test_an_online_run_does_not_continue_as_another_method(folder, finished, capsys):
     code = run_main("--data", folder, "--output", finished, *SMALL, "--epochs", "3", "--recluster-interval", "1")
     assert_one_sentence(capsys, code, "--recluster-interval 0", "1")
 
@@ -191,17 +189,17 @@ def test_an_online_run_does_not_continue_as_another_method(folder, finished, cap
 # --- what else a run writes ------------------------------------------------------------------------------------------
 
 
-def test_features_and_labels_as_arrays(folder, finished, tmp_path):  # noqa: F811
+def test_features_and_labels_as_arrays(folder, finished, tmp_path):
     assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--export-features") == 0
     features, labels = np.load(tmp_path / "features.npy"), np.load(tmp_path / "labels.npy")
     assert features.shape == (150, 32) and features.dtype == np.float32 and labels.dtype == np.int64
-    memory = checkpoint.load(tmp_path / "checkpoint.pth")["memory"]
+    memory = state_of(tmp_path)["memory"]
     assert (features == memory["features"].numpy()).all() and (labels == memory["labels"].numpy()).all()
     assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(150), abs=1e-5)
     assert (np.load(finished / "labels.npy") == labels).all() and not (finished / "features.npy").exists()
 
 
-def test_tensorboard_holds_the_log(folder, tmp_path):  # noqa: F811
+def test_tensorboard_holds_the_log(folder, tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--tensorboard"]
     assert run_main(*arguments, "--epochs", "1") == 0
@@ -215,14 +213,14 @@ def test_tensorboard_holds_the_log(folder, tmp_path):  # noqa: F811
         assert [value for _, value in shown] == pytest.approx([value for _, value in logged], rel=1e-5)
 
 
-def test_tensorboard_that_is_not_installed(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_tensorboard_that_is_not_installed(folder, tmp_path, monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
     code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--tensorboard")
     assert_one_sentence(capsys, code, "--tensorboard", "pip install tensorboard")
 
 
-def test_intervals_may_change_when_a_run_continues(folder, tmp_path):  # noqa: F811
+def test_intervals_may_change_when_a_run_continues(folder, tmp_path):
     output = ["--data", folder, "--output", tmp_path, *SMALL]
     assert run_main(*output, "--epochs", "1") == 0
     assert run_main(*output, "--epochs", "2", "--knn-interval", "1", "--gallery-interval", "1") == 0
@@ -230,4 +228,4 @@ def test_intervals_may_change_when_a_run_continues(folder, tmp_path):  # noqa: F
 
 
 def test_the_demonstration_watches_its_accuracy():
-    assert train.parse([])[0].knn_interval > 0 and train.parse(["--data", "somewhere"])[0].knn_interval == 0
+    assert settings.parse([])[0].knn_interval > 0 and settings.parse(["--data", "somewhere"])[0].knn_interval == 0

@@ -1,96 +1,22 @@
-"""train.py as people run it: what a run leaves, what it continues, and what it says to a mistake."""
+"""train.py as people run it: what a run leaves, what it continues, and its answers to mistakes."""
 
-import json
 import random
 import shutil
 import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
 
-from odc.runtime import program
-import odc.run
 import train
 from odc.runtime import checkpoint
-from tests.processes import command, environment, run_script
+from tests.processes import run_script
+from tests.runs import (
+    SMALL, assert_equal_state, assert_one_sentence, assert_same_run, log_of, run_main, start,
+    state_of, wait_for_step)
 
-SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min-cluster-size", "5", "--batch-size", "16",
-         "--feature-dim", "32", "--workers", "0", "--log-interval", "1", "--lr", "0.05", "--device", "cpu",
-         "--crop-scale", "0.5"]
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """150 small images of three classes."""
-    root = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for i in range(150):
-        pixels = generator.integers(0, 255, (36, 40, 3)) // 3 + np.array([(80, 0, 0), (0, 80, 0), (0, 0, 80)][i % 3])
-        (root / f"class{i % 3}").mkdir(exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(root / f"class{i % 3}" / f"{i:03d}.png")
-    return root
-
-
-def run_main(*arguments):
-    """train.main in this process: exit code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            program.run_program(train.main, list(map(str, arguments)))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return stopped.value.code
-
-
-def log_of(output):
-    """The log's records without what depends on the clock."""
-    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "images_per_second"} for record in records]
-
-
-def assert_equal_state(a, b, where="checkpoint"):
-    """Two checkpoints are the same to the last bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for name in a:
-            assert_equal_state(a[name], b[name], f"{where}.{name}")
-    elif torch.is_tensor(a):
-        assert torch.equal(a, b), where
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_equal_state(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-def assert_same_run(a, b):
-    """Two output folders hold the same weights, memories, log and clusters, bit for bit."""
-    states = [checkpoint.load(folder / "checkpoint.pth") for folder in (a, b)]
-    for state in states:
-        state["settings"].pop("output")
-        state.pop("log_position")  # images_per_second has no fixed length
-    assert_equal_state(*states)
-    assert log_of(a) == log_of(b)
-    assert (a / "clusters.csv").read_bytes() == (b / "clusters.csv").read_bytes()
-
-
-# --- what a run leaves -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def finished(folder, tmp_path_factory):
-    """The output of a short run on the folder, never interrupted."""
-    output = tmp_path_factory.mktemp("finished")
-    assert run_main("--data", folder, "--output", output, *SMALL, "--epochs", "2", "--save-interval", "1") == 0
-    return output
+# --- what a run leaves ---------------------------------------------------------------------------
 
 
 def test_files_of_a_run(finished, folder):
@@ -126,7 +52,7 @@ def test_backbone_loads_in_torchvision(folder, tmp_path):
 def test_workers_change_nothing(folder, finished, tmp_path):
     assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--save-interval", "1",
                     "--workers", "2") == 0
-    states = [checkpoint.load(path / "checkpoint.pth") for path in (finished, tmp_path)]
+    states = [state_of(path) for path in (finished, tmp_path)]
     for name in ("backbone", "neck", "head", "memory", "optimizer"):
         assert_equal_state(states[0][name], states[1][name])
 
@@ -150,23 +76,6 @@ def test_learning_rate_drops_and_the_head_has_no_momentum(folder, tmp_path):
 # --- continuing ------------------------------------------------------------------------------------------------------
 
 
-def start(folder, output, *extra, processes=1):
-    arguments = ["--data", folder, "--output", output, *SMALL, "--epochs", "2", "--save-interval", "1",
-                 "--checkpoint-interval", "3", *extra]
-    return subprocess.Popen(command("train.py", *arguments, processes=processes), env=environment(),
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def wait_for_step(child, output, step):
-    """Wait until the log holds the step."""
-    log, deadline = output / "log.jsonl", time.monotonic() + 300
-    while child.poll() is None:
-        assert time.monotonic() < deadline, "the run stands still"
-        if log.exists() and sum("loss" in line for line in log.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.005)
-
-
 def test_killed_at_random_steps_and_resumed_is_the_same_run(folder, finished, tmp_path):
     steps = sorted(random.Random(0).sample(range(1, 20), 5))
     for step in steps:
@@ -176,19 +85,7 @@ def test_killed_at_random_steps_and_resumed_is_the_same_run(folder, finished, tm
         child.send_signal(signal.SIGKILL)
         child.wait()
     assert start(folder, tmp_path).wait(300) == 0
-    assert_same_run_but_for_interval(finished, tmp_path)
-
-
-def assert_same_run_but_for_interval(finished, other):
-    """`finished` was run with another checkpoint interval, which must make no difference."""
-    state = checkpoint.load(finished / "checkpoint.pth")
-    state["settings"]["checkpoint_interval"] = 3
-    again = finished / "again"
-    again.mkdir(exist_ok=True)
-    checkpoint.save(again / "checkpoint.pth", state)
-    for name in ("log.jsonl", "clusters.csv"):
-        (again / name).write_bytes((finished / name).read_bytes())
-    assert_same_run(again, other)
+    assert_same_run(finished, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -197,10 +94,10 @@ def test_a_signal_saves_and_stops(folder, finished, tmp_path, number):
     wait_for_step(child, tmp_path, 4)
     child.send_signal(number)
     assert child.wait(300) == 128 + number
-    done = checkpoint.load(tmp_path / "checkpoint.pth")["global_step"]
+    done = checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["global_step"]
     assert 4 <= done < 20 and done == log_of(tmp_path)[-1]["step"]
     assert start(folder, tmp_path).wait(300) == 0
-    assert_same_run_but_for_interval(finished, tmp_path)
+    assert_same_run(finished, tmp_path)
 
 
 def test_another_number_of_processes_goes_on(folder, finished, tmp_path):
@@ -215,18 +112,10 @@ def test_another_number_of_processes_goes_on(folder, finished, tmp_path):
     assert "Continuing" in result.stdout and "epoch 2" in result.stdout
     assert run_main(*output, "--epochs", "3") == 0
     assert [record["epoch"] for record in log_of(tmp_path) if "nmi" in record] == [0, 1, 2, 3]
-    assert checkpoint.load(tmp_path / "checkpoint.pth")["global_step"] == 10 + 5 + 10
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 10 + 5 + 10
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
-
-
-def assert_one_sentence(capsys, code, *words):
-    error = capsys.readouterr().err.strip().splitlines()
-    sentences = [line for line in error if line.startswith("error: ")]
-    assert code == 2 and len(sentences) == 1 and "Traceback" not in "\n".join(error), error
-    for word in words:
-        assert str(word) in sentences[0], sentences[0]
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -274,7 +163,7 @@ def test_other_settings_do_not_continue(folder, finished, capsys, change, words)
 def test_another_dataset_does_not_continue(folder, finished, tmp_path, capsys):
     for kind, words in (("one more", f"on 150 images, and {tmp_path / 'one more'} has 151"),
                         ("one fewer", f"on 150 images, and {tmp_path / 'one fewer'} has 149"),
-                        ("renamed", "on other images than those in")):
+                        ("renamed", "other names or another order")):
         other = tmp_path / kind
         for path in folder.glob("*/*"):
             (other / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -301,23 +190,23 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_pa
     code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1", "--lr", "1e6",
                     "--checkpoint-interval", "1")
     assert_one_sentence(capsys, code, "The loss is", "step", "--lr")
-    state = checkpoint.load(tmp_path / "checkpoint.pth")
+    state = state_of(tmp_path)
     assert all(torch.isfinite(value).all() for value in [*state["memory"].values(), *state["backbone"].values()])
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, capsys, monkeypatch):
     """The loss tells only in the next step."""
-    after_step = odc.run.Run.after_step
+    save = train.save
 
-    def spoil(run, epoch, step, *rest):
-        if step == 2:
-            next(run.network.parameters()).data.fill_(float("inf"))
-        after_step(run, epoch, step, *rest)
+    def spoil_and_save(args, state, *rest):
+        if state.progress.global_step == 3:
+            next(state.network.parameters()).data.fill_(float("inf"))
+        save(args, state, *rest)
 
-    monkeypatch.setattr(odc.run.Run, "after_step", spoil)
+    monkeypatch.setattr(train, "save", spoil_and_save)
     code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1", "--checkpoint-interval", "1")
-    assert_one_sentence(capsys, code, "The weights are no longer finite after step 3", "--lr")
-    assert checkpoint.load(tmp_path / "checkpoint.pth")["global_step"] == 2
+    assert_one_sentence(capsys, code, "The weights are not finite after step 3", "--lr")
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 2
 
 
 def test_a_checkpoint_of_another_program(folder, finished, tmp_path, capsys):
@@ -331,14 +220,14 @@ def test_images_that_break_while_the_run_trains(folder, tmp_path, capsys, monkey
     """After the first extraction, which would count them as well."""
     data = tmp_path / "data"
     shutil.copytree(folder, data)
-    begin_epoch = odc.run.Run.begin_epoch
+    train_epoch = train.train_epoch
 
-    def break_and_begin(run, epoch):
+    def break_and_train(*arguments):
         for path in sorted(data.glob("*/*"))[:20]:
             path.write_bytes(b"no image")
-        begin_epoch(run, epoch)
+        train_epoch(*arguments)
 
-    monkeypatch.setattr(odc.run.Run, "begin_epoch", break_and_begin)
+    monkeypatch.setattr(train, "train_epoch", break_and_train)
     with pytest.warns(UserWarning):
         code = run_main("--data", data, "--output", tmp_path / "out", *SMALL, "--epochs", "1")
     assert_one_sentence(capsys, code, "of 150", "more than 1%")

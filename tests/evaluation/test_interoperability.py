@@ -18,7 +18,7 @@ from odc.data.augmentation import evaluation_transform
 from odc.data.layouts import open_dataset
 from odc.features import extract
 from odc.model import ResNet
-from tests.test_train import SMALL, folder, run_main  # noqa: F401 (a fixture)
+from tests.runs import SMALL, run_main
 
 
 @pytest.fixture(scope="module")

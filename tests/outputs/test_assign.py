@@ -14,7 +14,7 @@ from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.layouts import open_dataset
 from odc.model import ODC
 from tests.processes import run_processes
-from tests.test_train import SMALL, finished, folder, run_main  # noqa: F401 (fixtures)
+from tests.runs import SMALL, run_main
 
 
 def run_assign(state, data, output, *arguments):

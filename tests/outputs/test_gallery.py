@@ -12,7 +12,7 @@ from odc.outputs import gallery
 from odc.data.images import ImageSet, Names
 from odc.memory import ODCMemory
 from tests.processes import run_processes
-from tests.test_train import SMALL, folder, run_main  # noqa: F401 (a fixture)
+from tests.runs import SMALL, run_main
 
 
 def some_clusters(N=400, K=20, seed=0):

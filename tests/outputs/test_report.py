@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from odc.errors import UserError
 from odc.outputs import report as curves
-from tests.test_train import finished, folder  # noqa: F401 (fixtures)
 
 
 def svgs(page):

@@ -1,0 +1,104 @@
+"""Runs of train.py in tests: how they are started, stopped and compared."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+import train
+from odc.runtime import checkpoint, program
+from tests.processes import command, environment
+
+SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min-cluster-size", "5", "--batch-size", "16",
+         "--feature-dim", "32", "--workers", "0", "--log-interval", "1", "--lr", "0.05", "--device", "cpu",
+         "--crop-scale", "0.5"]
+
+
+def run_main(*arguments):
+    """train.main in this process: exit code."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            program.run_program(train.main, list(map(str, arguments)))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return stopped.value.code
+
+
+def start(folder, output, *extra, processes=1):
+    """A process that runs train.py for two epochs, with a checkpoint every three steps."""
+    arguments = ["--data", folder, "--output", output, *SMALL, "--epochs", "2",
+                 "--save-interval", "1", "--checkpoint-interval", "3", *extra]
+    return subprocess.Popen(command("train.py", *arguments, processes=processes),
+                            env=environment(), stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
+
+
+def wait_for_step(child, output, step):
+    """Wait until the log holds the step."""
+    log, deadline = output / "log.jsonl", time.monotonic() + 300
+    while child.poll() is None:
+        assert time.monotonic() < deadline, "the run stands still"
+        if log.exists() and sum("loss" in line for line in log.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.005)
+
+
+def log_of(output):
+    """The log's records without what depends on the clock."""
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "images_per_second"}
+            for record in records]
+
+
+def state_of(output):
+    """The checkpoint in an output folder, with the features [N, d] of all images."""
+    path = output / "checkpoint.pth"
+    state = checkpoint.load(path)
+    rows = slice(0, len(state["memory"]["labels"]))
+    state["memory"]["features"] = checkpoint.load_rows(path, state, rows)
+    del state["memory_parts"]  # the files' names, new at every save
+    return state
+
+
+def assert_equal_state(a, b, where="checkpoint"):
+    """Two checkpoints are the same to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for name in a:
+            assert_equal_state(a[name], b[name], f"{where}.{name}")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), where
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_equal_state(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a, b):
+    """Two output folders hold the same weights, memories, log and clusters, bit for bit."""
+    states = [state_of(folder) for folder in (a, b)]
+    for state in states:
+        for name in ("output", "checkpoint_interval"):  # these must make no difference
+            state["settings"].pop(name)
+        state.pop("log_position")  # images_per_second has no fixed length
+    assert_equal_state(*states)
+    assert log_of(a) == log_of(b)
+    assert (a / "clusters.csv").read_bytes() == (b / "clusters.csv").read_bytes()
+
+
+def assert_one_sentence(capsys, code, *words):
+    """The program ended with exit code 2 and one sentence that holds the words."""
+    error = capsys.readouterr().err.strip().splitlines()
+    sentences = [line for line in error if line.startswith("error: ")]
+    assert code == 2 and len(sentences) == 1 and "Traceback" not in "\n".join(error), error
+    for word in words:
+        assert str(word) in sentences[0], sentences[0]
