@@ -1,7 +1,7 @@
-"""A whole memory step against its bound, against recounting, against N, and with splits.
+"""A memory step against its bound, against recounting, against N, and with splits.
 
-    python -m tests.benchmarks.memory            ImageNet's size: N = 1,281,167, K = 10,000, d = 256, B = 512
-    python -m tests.benchmarks.memory --scale    N = 128 thousand against 12.8 million, half-precision features
+    python -m tests.benchmarks.memory            ImageNet: N = 1,281,167, K = 10,000, d = 256, B = 512
+    python -m tests.benchmarks.memory --scale    N = 128 thousand against 12.8 million
     python -m tests.benchmarks.memory --splits   a step in which 20 clusters must be refilled
 """
 
@@ -17,24 +17,23 @@ from tests.benchmarks.timing import interleave, table
 N, K, d, B = 1_281_167, 10_000, 256, 512
 
 
-def make_memory(num_samples, dtype=torch.float32):
+def make_memory(num_images):
     generator = torch.Generator().manual_seed(0)
-    memory = ODCMemory(num_samples, d, K, dtype=dtype)
+    memory = ODCMemory(num_images, d, K)
     for part in memory.features.split(65536):
-        part.copy_(F.normalize(torch.rand(part.shape, generator=generator)))
-    memory.labels = torch.randint(K, (num_samples,), generator=generator)
-    memory._count()
-    memory.update_centroids()
+        part.copy_(torch.rand(part.shape, generator=generator))
+    labels = torch.randint(K, (num_images,), generator=generator)
+    memory.initialize(memory.features, labels)
     return memory
 
 
-def batches(num_samples, seed=1):
+def batches(num_images, seed=1):
     """Endless batches like the memory's own features a little later."""
     generator = torch.Generator().manual_seed(seed)
     pool = torch.rand(8 * B, d, generator=generator)  # drawing them must not be timed
     while True:
         for z in pool.split(B):
-            yield torch.randint(num_samples, (B,), generator=generator), z
+            yield torch.randint(num_images, (B,), generator=generator), z
 
 
 class Steps:
@@ -56,10 +55,11 @@ class Steps:
 
 
 class Recounting:
-    """The same step done the plain way: all labels counted twice a step, all features averaged every tenth."""
+    """The plain way: all labels counted twice a step, all features averaged every tenth."""
 
     def __init__(self, memory):
-        self.F, self.y, self.C = (x.numpy().copy() for x in (memory.features, memory.labels, memory.centroids))
+        self.F, self.y, self.C = (
+            x.numpy().copy() for x in (memory.features, memory.labels, memory.centroids))
         self.number, self.batches = 0, batches(len(self.y))
 
     def __call__(self):
@@ -92,9 +92,9 @@ def imagenet():
 
 
 def scale():
-    steps = {f"N = {n:,}": Steps(make_memory(n, torch.float16), splits=False) for n in (128_000, 12_800_000)}
+    steps = {f"N = {n:,}": Steps(make_memory(n), splits=False) for n in (128_000, 12_800_000)}
     times = interleave(steps, rounds=8, calls=20)
-    table(f"K = {K:,}, d = {d}, B = {B}, float16 features, no splits", times, f"N = {12_800_000:,}")
+    table(f"K = {K:,}, d = {d}, B = {B}, no splits", times, f"N = {12_800_000:,}")
 
 
 def splits():
@@ -109,8 +109,8 @@ def splits():
         for c in torch.randperm(K, generator=generator)[:20].tolist():
             rows = (memory.labels == c).nonzero()[10:, 0]
             target = torch.full_like(rows, (c + 1) % K)
-            memory._add(memory.labels[rows], memory.features[rows], sign=-1)
-            memory._add(target, memory.features[rows], sign=1)
+            memory.sums.add(memory.features[rows], memory.labels[rows], sign=-1)
+            memory.sums.add(memory.features[rows], target)
             memory._relabel(rows, target)
 
     def refill():
@@ -119,7 +119,8 @@ def splits():
         step.splits = True
         assert memory.split_small_clusters() >= 20
 
-    times = interleave({"with 20 splits": refill, "without": step}, rounds=8, calls=1, before={"with 20 splits": shrink})
+    times = interleave({"with 20 splits": refill, "without": step}, rounds=8,
+                       before={"with 20 splits": shrink})
     table(f"N = {N:,}, K = {K:,}, d = {d}, B = {B}", times, "with 20 splits")
 
 
