@@ -8,12 +8,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from odc import distributed
 from odc.errors import UserError
 from odc.nearest import assign
 from odc.runtime import program
+from odc.runtime.log import progress_bar
 
 
 class ClusterSums:
@@ -61,8 +61,9 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
 
     features: [n, d] float, unit rows of this process; in rank order they make up all N.
     initial_centroids: [K, d]; by default K distinct rows, drawn from the seed.
-    Returns labels int64 [n] and centroids float32 [K, d], the means over the labels. No cluster is
-    empty. Stops early once no label changes. The result does not depend on the number of processes.
+    Returns labels int64 [n] of these rows, and the centroids float32 [K, d] to which they are
+    nearest. No cluster is empty. Stops early once no label changes. The result does not depend on
+    the number of processes.
     Raises UserError if K > N or a feature is not finite, Interrupted on a signal. A collective.
     """
     K = num_clusters
@@ -79,30 +80,28 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
 
     sums = ClusterSums(K, features.shape[1], num_rows, features.device)
     labels = None
-    bar = tqdm(range(iterations), desc="k-means", disable=None if distributed.is_main() else True)
-    for _ in bar:
+    bar = progress_bar(iterations + 1, "k-means", "iteration")
+    for iteration in range(iterations + 1):
         program.check_signals()
         new_labels = assign(features, centroids)
-        if labels is None:
-            num_changed = len(features)
-            sums.add(features, new_labels)
-        else:
-            changed = (labels != new_labels).nonzero()[:, 0]
-            num_changed = len(changed)
+        changed = slice(None) if labels is None else (labels != new_labels).nonzero()[:, 0]
+        if labels is not None:
             sums.add(features[changed], labels[changed], sign=-1)
-            sums.add(features[changed], new_labels[changed])
+        sums.add(features[changed], new_labels[changed])
         labels = new_labels
-        counts = torch.cat([labels.bincount(minlength=K), labels.new_tensor([num_changed])])
+        counts = torch.cat([labels.bincount(minlength=K), labels.new_tensor([len(labels[changed])])])
         *sizes, num_changed = distributed.all_reduce(counts).tolist()
-        centroids = sums.means(labels.new_tensor(sizes))
         bar.set_postfix(changed=f"{num_changed / num_rows:.2%}", refresh=False)
-        if num_changed == 0:
+        bar.update()
+        # As in faiss, which the recipe uses, the last search is not followed by an update.
+        if num_changed == 0 or iteration == iterations:
             break
+        centroids = sums.means(labels.new_tensor(sizes))
         _restart_empty(centroids, list(sizes))
     bar.close()
     while 0 in sizes:
-        _fill_first_empty(features, labels, sums, sizes)
-    return labels, sums.means(labels.new_tensor(sizes))
+        _fill_first_empty(features, labels, centroids, sizes)
+    return labels, centroids
 
 
 def _draw_rows(features, first_row, num_rows, num_clusters, seed):
@@ -127,19 +126,17 @@ def _restart_empty(centroids, sizes):
         centroids[largest] = centroids[largest] * (1 + step)
 
 
-def _fill_first_empty(features, labels, sums, sizes):
-    """Give the first empty cluster half of the largest; labels, sums and sizes change in place."""
+def _fill_first_empty(features, labels, centroids, sizes):
+    """Give the first empty cluster half of the largest; all but features change in place."""
     empty, largest = sizes.index(0), max(range(len(sizes)), key=sizes.__getitem__)
     rows = (labels == largest).nonzero()[:, 0]
     shards = distributed.all_gather_rows(torch.tensor([len(rows)]))
     first = int(shards[: distributed.rank()].sum())
-    second_half = two_means(distributed.all_gather_uneven_rows(features[rows]), seed=empty)
-    moving = rows[second_half[first : first + len(rows)]]
-    sums.add(features[moving], labels[moving], sign=-1)
-    labels[moving] = empty
-    sums.add(features[moving], labels[moving])
-    sizes[empty] = int(second_half.sum())
-    sizes[largest] -= sizes[empty]
+    members = distributed.all_gather_uneven_rows(features[rows]).float()
+    second_half = two_means(members, seed=empty)
+    labels[rows[second_half[first : first + len(rows)]]] = empty
+    for cluster, half in ((largest, ~second_half), (empty, second_half)):
+        centroids[cluster], sizes[cluster] = members[half].mean(0), int(half.sum())
 
 
 def two_means(x, at_least=1, iterations=20, seed=0):
