@@ -1,37 +1,269 @@
-"""On a GPU: a whole ODC step with resnet50 at 224 in bf16, and k-means at ImageNet's size. Skips without CUDA.
+"""All figures of a GPU by one command, in at most 25 minutes: a table, and JSON with --json.
 
-    python -m tests.benchmarks.gpu
+    python -m tests.benchmarks.gpu                      everything
+    python -m tests.benchmarks.gpu --only step kmeans   some rows
+    python -m tests.benchmarks.gpu --small              every row at a tiny size: does it run?
+
+Each row stands beside its bound or a peer from the same run. Medians, minima beside them.
 """
 
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from odc.data.augmentation import Augmentation, augment_batch, evaluation_transform
+from odc.data.layouts import open_dataset
+from odc.data.loader import training_batches
+from odc.evaluation import svm, voc
+from odc.evaluation.knn import knn_predict
+from odc.features import extract
 from odc.kmeans import kmeans
-from tests.benchmarks.step import MadeUpRun, measure
-from tests.benchmarks.timing import interleave, table
+from odc.memory import ODCMemory
+from odc.model import ResNet
+from odc.nearest import assign
+from tests.benchmarks.input import write_photographs
+from tests.benchmarks.step import MadeUp, measure
+from tests.benchmarks.svm import made_up_features
+from tests.benchmarks.timing import interleave, machine
 
-N, K, d, ITERATIONS = 1_281_167, 10_000, 256, 20
+ROOT = Path(__file__).resolve().parents[2]
+FASHION = "/usr/share/datasets/fashion-mnist"
 
 
-def products(features, centroids, block=16384):
-    """The bound of k-means: its products alone, in bf16, and the best of each row."""
-    features, centroids = features.bfloat16(), centroids.bfloat16()
-    for _ in range(ITERATIONS):
-        for rows in features.split(block):
-            (rows @ centroids.T).amax(dim=1)
+class Table:
+    """The rows: printed as they come, kept for the JSON file."""
+
+    def __init__(self, device):
+        self.device, self.rows = device, []
+
+    def add(self, group, name, seconds, **more):
+        """seconds: one for each round, or None."""
+        row = dict(group=group, name=name, **more)
+        if seconds:
+            row |= dict(median_s=statistics.median(seconds), minimum_s=min(seconds))
+        if self.device.type == "cuda":
+            row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.rows.append(row)
+        print("| " + " | ".join(f"{key} {value:.4g}" if isinstance(value, float) else
+                                f"{key} {value}" if key not in ("group", "name") else str(value)
+                                for key, value in row.items()) + " |", flush=True)
+
+    def times(self, group, times, **more):
+        """Rows from {name: seconds of each round}; more: {name: further columns}."""
+        for name, seconds in times.items():
+            self.add(group, name, seconds, **more.get(name, {}))
+
+
+def step(table, small):
+    """A whole step of train.train_epoch against a plain supervised step, resnet50 at 224."""
+    arch, size, N, K = ("narrow", 32, 2000, 50) if small else ("resnet50", 224, 1_281_167, 10_000)
+    runs = [(B, amp, False) for amp in ("bf16", "fp16", "off") for B in (64, 256, 512)]
+    for B, amp, compiled in [*runs, (256, "bf16", True)]:
+        if small:
+            B = B // 16
+        made_up = MadeUp(table.device, arch, size, B, N, K, steps=2 if small else 6, amp=amp)
+        times = measure(made_up, rounds=2 if small else 4, compiled=compiled)
+        name = f"B = {B}, {amp}" + (", compiled" if compiled else "")
+        for way, seconds in times.items():
+            table.add("step", f"{way}, {name}", seconds,
+                      images_per_second=B / statistics.median(seconds))
+
+
+def memory_step(table, small):
+    """A step of the memory, with and without 20 splits, against the bare product."""
+    N, K, d, B = (5000, 50, 64, 64) if small else (1_281_167, 10_000, 256, 512)
+    device = table.device
+    memory, features = ODCMemory(N, d, K, device=device), torch.rand(N, d, device=device)
+    z = torch.rand(B, d, device=device)
+    labels = torch.arange(N) % (K - 20)
+    labels[:100] = torch.arange(K - 20, K).repeat(5)  # 20 clusters of 5 images
+
+    def one():
+        memory.update_samples(torch.randint(N, (B,)), z)
+        memory.split_small_clusters()
+        memory.loss_weights()
+
+    def splits():
+        assert memory.split_small_clusters() == 20
+
+    times = interleave({"20 splits": splits}, rounds=3, before={
+        "20 splits": lambda: memory.initialize(features, labels)})
+    times |= interleave({
+        "step": one, "update of the centroids": memory.update_centroids,
+        "bare product and argmax": lambda: (z @ memory.centroids.T).argmax(dim=1),
+    }, rounds=5, calls=2 if small else 10)
+    table.times("memory", times)
+
+
+def k_means(table, small):
+    """k-means, 20 iterations, against its products alone and a plain Lloyd in torch."""
+    N, K, d, iterations = (4000, 40, 64, 3) if small else (1_281_167, 10_000, 256, 20)
+    generator = torch.Generator().manual_seed(0)
+    modes = torch.randn(max(10, K // 10), d, generator=generator).to(table.device)
+    features = torch.empty(N, d, device=table.device)
+    for rows in features.split(65536):
+        which = torch.randint(len(modes), (len(rows),), generator=generator).to(table.device)
+        rows.copy_(F.normalize((modes[which] + torch.randn_like(rows)).relu_()))
+    initial, results = features[torch.randperm(N)[:K].to(table.device)].clone(), {}
+
+    def ours():
+        results["ours"] = kmeans(features, K, iterations, initial_centroids=initial)[1]
+
+    def lloyd():
+        centroids = initial.clone()
+        for _ in range(iterations):
+            labels = torch.cat([torch.cdist(rows, centroids).argmin(1)
+                                for rows in features.split(16384)])
+            sizes = labels.bincount(minlength=K).clamp(min=1)
+            sums = torch.zeros_like(centroids).index_add_(0, labels, features)
+            centroids = sums / sizes[:, None]
+        results["plain Lloyd in torch, float32"] = centroids
+
+    def products():
+        half, centroids = features.bfloat16(), initial.bfloat16()
+        for _ in range(iterations):
+            for rows in half.split(16384):
+                (rows @ centroids.T).amax(dim=1)
+
+    times = interleave({"ours": ours, "plain Lloyd in torch, float32": lloyd,
+                        "bare bfloat16 products": products}, rounds=2, warm_up=0)
+    objectives = {}
+    for name, centroids in results.items():
+        labels = assign(features, centroids)
+        objectives[name] = dict(objective=sum(
+            float((rows - centroids[own]).double().square().sum())
+            for rows, own in zip(features.split(65536), labels.split(65536))))
+    table.times("k-means", times, **objectives)
+
+
+def nearest_neighbours(table, small):
+    """kNN of all ImageNet val images among all train images, against the bare products."""
+    queries, bank, d = (500, 4000, 64) if small else (50_000, 1_281_167, 2048)
+    device = table.device
+    queries, bank = (F.normalize(torch.rand(n, d, device=device)) for n in (queries, bank))
+    labels = torch.arange(len(bank)) % 10
+
+    def products():
+        for rows in bank.split(65536):
+            for some in queries.split(8192):
+                torch.mm(some, rows.T)
+
+    times = interleave({
+        "ours, k = 10, 20, 100, 200": lambda: knn_predict(queries, bank, labels, 10),
+        "bare float32 products": products}, rounds=2)
+    table.times("kNN", times)
+
+
+def support_vectors(table, small):
+    """The full and the low-shot table of one feature map of VOC07."""
+    sizes = (300, 200, 256) if small else (5011, 4952, 8192)
+    train, targets, test, test_targets = made_up_features(*sizes)
+    shots = (1, 2) if small else voc.SHOTS
+    costs = voc.COSTS[:4] if small else voc.COSTS
+    samples = voc.draw_low_shot_targets(targets, 0, shots)
+    train, test = train.to(table.device), test.to(table.device)
+    times = interleave({
+        "full table": lambda: voc.full_svm(train, targets, test, test_targets, costs),
+        "low-shot table": lambda: voc.low_shot(train, samples, test, test_targets, costs),
+        "Gram matrix": lambda: svm.gram(train)}, rounds=1)
+    table.times("SVM", times)
+
+
+def input_pipeline(table, small):
+    """From JPEGs in workers to finished batches on the device; features of a frozen resnet50."""
+    device, size, count = table.device, 64 if small else 224, 64 if small else 2048
+    arch, B, workers = ("narrow", 16, 1) if small else ("resnet50", 256, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(folder, count)
+        dataset = open_dataset(folder)
+        pinned = device.type == "cuda"
+
+        def batches():
+            for batch in training_batches(dataset, Augmentation(), size, B, 0, 0, workers=workers,
+                                          pin_memory=pinned):
+                augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
+
+        backbone = ResNet(arch, size <= 64).to(device, memory_format=torch.channels_last).eval()
+
+        def features():
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                extract(lambda images: backbone(images)[-1].float().mean((2, 3)), dataset,
+                        evaluation_transform(size), backbone.out_channels[-1], device, B, workers)
+
+        functions = {f"training batches, {workers} workers": batches,
+                     f"features, bf16, {workers} workers": features}
+        with contextlib.suppress(ImportError, RuntimeError):  # only where torchvision has nvJPEG
+            from torchvision.io import decode_jpeg
+
+            files = [torch.frombuffer(bytearray(Path(folder, dataset.name_of(i)).read_bytes()),
+                                      dtype=torch.uint8) for i in range(min(count, 256))]
+            if pinned:
+                decode_jpeg(files[:2], device=device)
+                functions["decode_jpeg on the GPU"] = lambda: decode_jpeg(files, device=device)
+        times = interleave(functions, rounds=1 if small else 3)
+        counts = {name: len(files) if "decode" in name else count for name in times}
+        table.times("input", times, **{
+            name: dict(images_per_second=counts[name] / statistics.median(seconds))
+            for name, seconds in times.items()})
+
+
+def learning(table, small):
+    """ODC on all of Fashion-MNIST for ten minutes: kNN and NMI before and after."""
+    runs = [("narrow", 1)] if small else [("resnet18", 30), ("resnet50", 12)]
+    for arch, epochs in runs:
+        with tempfile.TemporaryDirectory() as output:
+            arguments = [
+                "--data", "shapes" if small else FASHION, "--output", output, "--arch", arch,
+                "--image-size", "32", "--epochs", epochs, "--knn-interval", epochs, "--crop-scale",
+                "0.5", "--num-clusters", "60" if small else "100", "--batch-size", "128",
+                "--lr-steps", "--workers", "4", "--amp", "bf16", "--device", table.device.type]
+            began = time.monotonic()
+            subprocess.run([sys.executable, ROOT / "train.py", *map(str, arguments)], check=True,
+                           stdout=subprocess.DEVNULL, cwd=ROOT)
+            records = [json.loads(line) for line in Path(output, "log.jsonl").open()]
+            measured = [record for record in records if "knn_accuracy" in record]
+            rates = [record["images_per_second"] for record in records if "loss" in record]
+            for when, record in (("before", measured[0]), ("after", measured[-1])):
+                table.add("learning", f"{arch}, {epochs} epochs: {when}", None,
+                          knn=record["knn_accuracy"], nmi=record["nmi"], purity=record["purity"],
+                          images_per_second=statistics.median(rates) if rates else None,
+                          minutes=(time.monotonic() - began) / 60)
+
+
+GROUPS = dict(step=step, memory=memory_step, kmeans=k_means, knn=nearest_neighbours,
+              svm=support_vectors, input=input_pipeline, learning=learning)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--small", action="store_true", help="tiny sizes")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("no CUDA device here: nothing measured")
+    table = Table(torch.device(args.device))
+    print(f"{machine()}, torch {torch.__version__}", flush=True)
+    torch.manual_seed(0)
+    for name in args.only:
+        if table.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        GROUPS[name](table, args.small)
+        if args.json:
+            content = dict(machine=machine(), torch=torch.__version__, rows=table.rows)
+            Path(args.json).write_text(json.dumps(content, indent=2))
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device here: nothing measured")
-    run = MadeUpRun(torch.device("cuda", 0), "resnet50", 224, 512, N, K, steps=10)
-    measure("resnet50, 224, bf16, channels_last, B = 512, N = 1,281,167, K = 10,000", run, rounds=8)
-    del run
-    features = F.normalize(torch.rand(N, d, device="cuda"))
-    times = interleave({
-        f"k-means, {ITERATIONS} iterations": lambda: kmeans(features, K, ITERATIONS, progress=False),
-        "bare products": lambda: products(features, features[:K]),
-    }, rounds=3)
-    table(f"N = {N:,}, K = {K:,}, d = {d}", times, f"k-means, {ITERATIONS} iterations")
+    main()

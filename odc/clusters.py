@@ -1,0 +1,87 @@
+"""The clusters that a user gets: of the finished network's features of the images as they are.
+
+The samples memory serves the training. Its features come from augmented images, with dropout, by
+weights of many steps, and the neck's batch norm statistics lag behind (momentum 0.001). So at the
+end all images pass through the network once more, without augmentation, and k-means continues from
+the memory's clusters on these features. New images are assigned by the same features and centroids.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from odc import distributed
+from odc.data.augmentation import evaluation_transform
+from odc.features import extract
+from odc.kmeans import kmeans
+from odc.memory import ODCMemory
+
+ROUNDS, ITERATIONS = 10, 10  # of k-means and of its iterations in a round
+
+
+@dataclass
+class Clusters:
+    """labels int64 [N] and similarity float32 [N], the cosine to the own centroid, on the CPU;
+    centroids float32 [K, d]; features float32 [n, d], the unit rows of this process."""
+
+    labels: torch.Tensor
+    similarity: torch.Tensor
+    centroids: torch.Tensor
+    features: torch.Tensor
+
+
+def final_clusters(network, dataset, labels, num_clusters, min_cluster_size, image_size, device,
+                   batch_size=64, workers=0):
+    """Cluster the images by the network as it is; its neck's batch norm is estimated again.
+
+    labels: int64 [N], the memory's clusters, from which k-means starts. Small clusters are
+    dissolved and refilled as in training. Returns Clusters. A collective.
+    """
+    network.eval()
+    pooled = extract(lambda images: network.backbone(images)[-1].mean((2, 3)), dataset,
+                     evaluation_transform(image_size), network.backbone.out_channels[-1], device,
+                     batch_size, workers)  # [n, C]
+    estimate_neck_statistics(network.neck, pooled, len(dataset))
+    features = torch.cat([unit_features(network.neck, rows) for rows in pooled.split(4096)])
+    del pooled
+    memory = ODCMemory(len(dataset), features.shape[1], num_clusters, 1.0, min_cluster_size, device)
+    memory.initialize(features, labels)
+    for _ in range(ROUNDS):
+        own_labels, centroids = kmeans(features, num_clusters, ITERATIONS,
+                                       initial_centroids=memory.centroids)
+        labels = distributed.all_gather_uneven_rows(own_labels)
+        memory.initialize(features, labels)
+        if memory.split_small_clusters() == 0:
+            break
+    similarity = cosine_to_centroid(features, centroids, own_labels)
+    return Clusters(labels.cpu(), distributed.all_gather_uneven_rows(similarity).cpu(),
+                    centroids.cpu(), features)
+
+
+@torch.no_grad()
+def unit_features(neck, pooled):
+    """The neck of pooled features [B, C] of the last map, L2-normalised: [B, d]."""
+    return F.normalize(neck(pooled[:, :, None, None]).float())
+
+
+@torch.no_grad()
+def estimate_neck_statistics(neck, pooled, num_images):
+    """Set the running mean and variance of the neck's batch norm to those of all images.
+
+    pooled: [n, C], the rows of this process. A collective.
+    """
+    hidden = neck.bn1.num_features
+    sums = torch.zeros(2, hidden, dtype=torch.float64, device=pooled.device)
+    for rows in pooled.split(4096):
+        x = neck.fc1(rows).double()
+        sums += torch.stack([x.sum(0), x.square().sum(0)])
+    mean, square = distributed.all_reduce(sums) / num_images
+    neck.bn1.running_mean.copy_(mean)
+    neck.bn1.running_var.copy_((square - mean.square()).clamp(min=0))
+
+
+def cosine_to_centroid(features, centroids, labels):
+    """Cosine [n] of unit features [n, d] to the centroids of their clusters [n]."""
+    return torch.cat([F.cosine_similarity(rows, centroids[own])
+                      for rows, own in zip(features.split(65536), labels.split(65536))])
