@@ -1,0 +1,110 @@
+"""How far the method scales: what one process of W holds and does, for millions of images.
+
+    python -m tests.benchmarks.scale                  all sizes, each in a process of its own
+    python -m tests.benchmarks.scale --images 14_000_000 --processes 64 --clusters 20000
+
+This process is rank 0 of W. The others do not exist: a collective returns this process's part, so
+the figures are of computing and memory, without the network. Features are random.
+"""
+
+import argparse
+import itertools
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from odc import distributed
+from odc.data.images import Names
+from odc.memory import ODCMemory
+from odc.nearest import assign
+from odc.runtime import checkpoint
+
+SIZES = [(1_281_167, 8, 10_000, 512), (14_197_122, 64, 20_000, 4096),
+         (100_000_000, 1024, 100_000, 8192)]  # N, W, K, global batch
+
+
+def resident():
+    """Peak memory of this process in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def pretend(world_size):
+    """Make this process rank 0 of many."""
+    distributed.world_size = lambda: world_size
+    distributed.all_reduce = distributed.broadcast = lambda tensor: tensor
+    distributed.any_process = bool
+    distributed._all_gather_objects = lambda value: [value]
+
+
+def clock(function, rounds=1):
+    """Median seconds of a call."""
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def measure(N, W, K, batch, d=256):
+    pretend(W)
+    row = {"N": f"{N:,}", "W": W, "K": f"{K:,}", "global batch": batch}
+    started = resident()
+    memory = ODCMemory(N, d, K)
+    features = F.normalize(torch.rand(len(memory.features), d))
+    memory.initialize(features, torch.arange(N) % K)
+    del features
+    row["memories, GiB a process"] = f"{resident() - started:.2f}"
+    z = torch.rand(batch, d)
+    row["step of the memories, ms"] = f"{1000 * clock(lambda: step(memory, N, z), 12):.0f}"
+    row["update of the centroids, ms"] = f"{1000 * clock(memory.update_centroids, 3):.0f}"
+    some = memory.features[:8192]
+    search = clock(lambda: assign(some, memory.centroids)) * len(memory.features) / len(some)
+    row["k-means, 20 iterations, min"] = f"{21 * search / 60:.1f}"
+    with tempfile.TemporaryDirectory() as folder:
+        save = clock(lambda: checkpoint.save_run(
+            Path(folder, "checkpoint.pth"), memory.state_dict(), memory.features, N))
+        row["save, s"] = f"{save:.1f}"
+        row["its size on process 0, GiB"] = f"{sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()) / 2**30:.2f}"
+    del memory
+    count = min(N, 2_000_000)
+    paths = (f"n{i // 1300:08}/n{i // 1300:08}_{i}.JPEG" for i in itertools.islice(range(N), count))
+    names = []
+    row["names of images, s"] = f"{clock(lambda: names.append(Names(paths))) * N / count:.0f}"
+    row["names, GiB a process"] = f"{(names[0].block.nbytes + names[0].ends.nbytes) * N / count / 2**30:.2f}"
+    return row
+
+
+def step(memory, num_images, z):
+    memory.update_samples(torch.randint(num_images, (len(z),)), z)
+    memory.split_small_clusters()
+    memory.loss_weights()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--clusters", type=int)
+    parser.add_argument("--batch", type=int, default=512)
+    args = parser.parse_args()
+    if args.images:
+        for name, value in measure(args.images, args.processes, args.clusters, args.batch).items():
+            print(f"{name}: {value}", flush=True)
+        return
+    for N, W, K, batch in SIZES:
+        subprocess.run([sys.executable, "-m", "tests.benchmarks.scale", "--images", str(N),
+                        "--processes", str(W), "--clusters", str(K), "--batch", str(batch)],
+                       check=True)
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
