@@ -2,128 +2,132 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
+from odc.data.augmentation import evaluation_transform
+from odc.data.loader import evaluation_batches
 from odc.runtime.checkpoint import write_atomically
-from odc.data.images import BadImage
 
 ROWS, COLUMNS = 5, 12  # clusters in a section, images of a cluster
 SIDE, GAP, MARGIN = 56, 2, 28  # pixels: an image, between two, around a section
 CAPTION, HEADING = 20, 34  # heights of the lines of text
-WIDTH = COLUMNS * (SIDE + GAP) - GAP
-HEIGHT = HEADING + ROWS * (CAPTION + SIDE + 10)
-INK, FADED, PAPER = (30, 30, 34), (120, 120, 128), (255, 255, 255)
+ROW = CAPTION + SIDE + 10
+WIDTH, HEIGHT = COLUMNS * (SIDE + GAP) - GAP, HEADING + ROWS * ROW
+INK, FADED, PAPER, GRAY = (30, 30, 34), (120, 120, 128), (255, 255, 255), 225
 
 
 @dataclass
-class Clusters:
-    """What there is to say of K clusters: tensors [K]; purity and main_class are None without labels."""
+class Description:
+    """What there is to say of K clusters; unreadable images do not count.
 
-    sizes: torch.Tensor  # int64
-    similarity: torch.Tensor  # mean cosine of the images to the centroid, 0 for an empty cluster
-    purity: torch.Tensor | None  # share of the images that have the most frequent class
-    main_class: torch.Tensor | None  # that class, int64
-
-
-def describe(labels, similarity, num_clusters, classes=None):
-    """Clusters of images: labels int64 [N] in 0..K-1, similarity [N] to the own centroid, classes int64 [N] or None."""
-    sizes = labels.bincount(minlength=num_clusters)
-    mean = labels.bincount(similarity.double(), minlength=num_clusters) / sizes.clamp(min=1)
-    if classes is None:
-        return Clusters(sizes, mean, None, None)
-    num_classes = int(classes.max()) + 1
-    pairs, counts = (labels * num_classes + classes).unique(return_counts=True)  # never the whole table of K x classes
-    cluster, of_class = pairs // num_classes, pairs % num_classes
-    most = torch.zeros_like(sizes).scatter_reduce_(0, cluster, counts, "amax")
-    wins = counts == most[cluster]
-    main_class = torch.zeros_like(sizes).scatter_reduce_(0, cluster[wins], of_class[wins], "amin", include_self=False)
-    return Clusters(sizes, mean, most / sizes.clamp(min=1), main_class)
-
-
-def choose(clusters, seed=0, count=ROWS):
-    """[(heading, [cluster, ...])]: the largest, the purest (or loosest), the tightest and random clusters.
-
-    Clusters of a few images are pure and tight by chance: where enough others exist, only those count that fill a row.
-    The random ones depend on the seed alone, so that sheets of one run show the same clusters as they change.
+    members: a list of K int64 arrays of images, the most similar to the centroid first.
+    sizes: int64 [K]. tightness: [K], mean similarity of the images, 0 for an empty cluster.
+    main_class, purity: [K], the most frequent class and its share; None without labels.
     """
-    present = (clusters.sizes > 0).nonzero()[:, 0]
-    full = (clusters.sizes >= COLUMNS).nonzero()[:, 0]
+
+    members: list
+    sizes: torch.Tensor
+    tightness: torch.Tensor
+    purity: torch.Tensor | None = None
+    main_class: torch.Tensor | None = None
+
+
+def describe(clusters, classes=None, unreadable=()):
+    """The Description of `odc.clusters.Clusters`. classes: int64 [N] or None."""
+    K = len(clusters.centroids)
+    order = np.lexsort((-clusters.similarity.numpy(), clusters.labels.numpy()))
+    order = order[~np.isin(order, list(unreadable))] if unreadable else order
+    labels = clusters.labels[order]
+    sizes = labels.bincount(minlength=K)
+    tightness = labels.bincount(clusters.similarity[order].double(), K) / sizes.clamp(min=1)
+    members = np.split(order, sizes.cumsum(0)[:-1])
+    if classes is None:
+        return Description(members, sizes, tightness)
+    num_classes = int(classes.max()) + 1
+    # Only the pairs that exist: a table of all clusters and classes may be large.
+    pairs, counts = (labels * num_classes + classes[order]).unique(return_counts=True)
+    cluster, of_class = pairs // num_classes, pairs % num_classes
+    most = torch.zeros_like(sizes).scatter_reduce(0, cluster, counts, "amax")
+    wins = counts == most[cluster]
+    main_class = torch.zeros_like(sizes).scatter_reduce(
+        0, cluster[wins], of_class[wins], "amin", include_self=False)
+    return Description(members, sizes, tightness, most / sizes.clamp(min=1), main_class)
+
+
+def choose(described, seed=0, count=ROWS):
+    """[(heading, [cluster, ...])]: the largest, purest (or loosest), tightest and random clusters.
+
+    Clusters of a few images are pure and tight by chance: where enough others exist, only those
+    count that fill a row. The random ones depend on the seed alone, so that the sheets of one run
+    show the same clusters as they change.
+    """
+    sizes = described.sizes
+    present = sizes.argsort(descending=True, stable=True)[: int((sizes > 0).sum())]
+    full = present[sizes[present] >= COLUMNS]
     if len(full) < count:
         full = present
 
-    def best(among, values):
-        order = clusters.sizes[among].argsort(descending=True, stable=True)  # of equal values the larger cluster
-        among = among[order]
-        return among[values[among].argsort(descending=True, stable=True)[:count]].tolist()
+    def best(values):  # of equal values the larger cluster
+        return full[values[full].argsort(descending=True, stable=True)[:count]].tolist()
 
-    order = torch.randperm(len(clusters.sizes), generator=torch.Generator().manual_seed(seed))
-    drawn = order[clusters.sizes[order] > 0][:count].tolist()
-    second = ("Loosest", best(full, -clusters.similarity))
-    if clusters.purity is not None:
-        second = ("Purest", best(full, clusters.purity))
-    return [("Largest", best(present, clusters.sizes)), second, ("Tightest", best(full, clusters.similarity)),
-            ("Random", drawn)]
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
+    second = ("Loosest", best(-described.tightness))
+    if described.purity is not None:
+        second = ("Purest", best(described.purity))
+    return [("Largest", present[:count].tolist()), second, ("Tightest", best(described.tightness)),
+            ("Random", order[sizes[order] > 0][:count].tolist())]
 
 
-def draw(dataset, labels, similarity, num_clusters, title="", seed=0):
-    """The sheet as a `PIL.Image`.
-
-    dataset: an ImageSet of N images. labels: int64 [N] on the CPU. similarity: [N], cosine to the own centroid; the
-    images of a row are those with the largest.
-    """
-    clusters = describe(labels, similarity, num_clusters, dataset.labels)
-    sections = choose(clusters, seed)
-    top = MARGIN + HEADING
-    sheet = Image.new("RGB", (2 * WIDTH + 3 * MARGIN, top + 2 * (HEIGHT + MARGIN)), PAPER)
+def draw(dataset, clusters, unreadable=(), title="", seed=0):
+    """The sheet as a `PIL.Image`; a row has the images that are most similar to the centroid."""
+    described = describe(clusters, dataset.labels, unreadable)
+    sheet = Image.new("RGB", (2 * WIDTH + 3 * MARGIN, 3 * MARGIN + HEADING + 2 * HEIGHT), PAPER)
     pen = ImageDraw.Draw(sheet)
-    font, heading = ImageFont.load_default(22), f"{num_clusters:,} clusters of {len(labels):,} images   "
-    pen.text((MARGIN, MARGIN), heading, INK, font)
-    pen.text((MARGIN + pen.textlength(heading, font), MARGIN + 7), title, FADED, ImageFont.load_default(14))
-    for place, (name, chosen) in enumerate(sections):
+
+    def write(x, y, black, gray="", size=13):
+        pen.text((x, y), black, INK, ImageFont.load_default(size))
+        x += pen.textlength(f"{black}  ", ImageFont.load_default(size))
+        pen.text((x, y), gray, FADED, ImageFont.load_default(min(size, 14)))
+
+    write(MARGIN, MARGIN, f"{len(described.sizes):,} clusters of {len(clusters.labels):,} images",
+          title, 22)
+    for place, (name, chosen) in enumerate(choose(described, seed)):
         x = MARGIN + place % 2 * (WIDTH + MARGIN)
-        y = top + MARGIN // 2 + place // 2 * (HEIGHT + MARGIN)
-        pen.text((x, y), name, INK, ImageFont.load_default(18))
+        y = MARGIN + HEADING + MARGIN // 2 + place // 2 * (HEIGHT + MARGIN)
+        write(x, y, name, size=18)
         for row, cluster in enumerate(chosen):
-            _draw_row(sheet, pen, x, y + HEADING + row * (CAPTION + SIDE + 10), cluster, clusters, dataset, labels,
-                      similarity)
+            top = y + HEADING + row * ROW
+            write(x, top, str(cluster), caption(described, cluster, dataset.classes))
+            pictures = thumbnails(dataset, described.members[cluster][:COLUMNS], SIDE)
+            for column, pixels in enumerate(pictures):
+                sheet.paste(Image.fromarray(pixels), (x + column * (SIDE + GAP), top + CAPTION))
     return sheet
 
 
-def _draw_row(sheet, pen, x, y, cluster, clusters, dataset, labels, similarity):
-    font, number = ImageFont.load_default(13), f"{cluster}  "
-    pen.text((x, y), number, INK, font)
-    pen.text((x + pen.textlength(number, font), y), caption(cluster, clusters, dataset.classes), FADED, font)
-    members = (labels == cluster).nonzero()[:, 0]
-    order = similarity[members].argsort(descending=True, stable=True)
-    for column, i in enumerate(members[order[:COLUMNS]].tolist()):
-        sheet.paste(_thumbnail(dataset, i), (x + column * (SIDE + GAP), y + CAPTION))
-
-
-def caption(cluster, clusters, class_names=None):
-    """What stands above a row, after the cluster's number."""
-    size = int(clusters.sizes[cluster])
-    words = [f"{size:,} image{'s' if size != 1 else ''}", f"similarity {float(clusters.similarity[cluster]):.2f}"]
-    if clusters.purity is not None:
-        main_class = int(clusters.main_class[cluster])
-        name = class_names[main_class] if class_names else f"class {main_class}"
-        words.insert(1, f"{float(clusters.purity[cluster]):.0%} {name[:40]}")
+def caption(described, cluster, classes=None):
+    """What there is to say of a cluster, as text. classes: their names, or None."""
+    size = int(described.sizes[cluster])
+    words = [f"{size:,} image{'s' if size != 1 else ''}",
+             f"tightness {float(described.tightness[cluster]):.2f}"]
+    if described.purity is not None:
+        main_class = int(described.main_class[cluster])
+        name = classes[main_class] if classes else f"class {main_class}"
+        words.append(f"{float(described.purity[cluster]):.0%} {name[:40]}")
     return " · ".join(words)
 
 
-def _thumbnail(dataset, i):
-    """Image i, its central square; a gray one with a cross if it cannot be read."""
-    try:
-        return ImageOps.fit(dataset.load(i), (SIDE, SIDE), Image.Resampling.LANCZOS)
-    except BadImage:
-        blank = Image.new("RGB", (SIDE, SIDE), (225, 225, 228))
-        pen = ImageDraw.Draw(blank)
-        pen.line((SIDE // 3, SIDE // 3, SIDE - SIDE // 3, SIDE - SIDE // 3), FADED, 2)
-        pen.line((SIDE // 3, SIDE - SIDE // 3, SIDE - SIDE // 3, SIDE // 3), FADED, 2)
-        return blank
+def thumbnails(dataset, images, side, workers=0):
+    """uint8 [n, side, side, 3]: the middle of each image [n]; gray where one cannot be read."""
+    parts, images = [], torch.as_tensor(images)
+    for batch in evaluation_batches(dataset, images, evaluation_transform(side), 256, workers):
+        batch.images[batch.failed >= 0] = GRAY
+        parts.append(batch.images.permute(0, 2, 3, 1))
+    return torch.cat(parts).numpy()
 
 
 def save(path, *arguments, **options):
-    """`draw` into a PNG file, all of it or nothing; main process only. Raises UserError if it cannot be written."""
+    """`draw` into a PNG file, all of it or nothing; main process only. Raises UserError."""
     sheet = draw(*arguments, **options)
     write_atomically(path, lambda temporary: sheet.save(temporary, "PNG", optimize=True))

@@ -1,212 +1,248 @@
-"""report.html: the curves of a run, drawn from its log.jsonl as inline SVG; the file needs nothing beside itself.
+"""report.html: the page of a run, one file that needs nothing beside itself.
 
     python -m odc.outputs.report out
+
+It shows the curves of log.jsonl and, once there are clusters, all of them: a map, a card for each
+cluster, near-duplicates and outliers. Python writes the numbers as JSON and the thumbnails as
+sprite sheets; report.template.html beside this file lays them out.
 """
 
+import base64
+import csv
+import dataclasses
 import html
+import io
 import json
-import math
+import re
 from pathlib import Path
 
-from odc.runtime import program
-from odc.runtime.arguments import Parser
-from odc.runtime.checkpoint import write_atomically
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from odc.clusters import Clusters
+from odc.data.images import ImageSet, Names
+from odc.data.layouts import open_dataset
+from odc.data.loader import default_workers
 from odc.distributed import print_main
 from odc.errors import UserError
+from odc.outputs import curves, gallery
+from odc.runtime import checkpoint, program
+from odc.runtime.arguments import Parser
+from odc.runtime.checkpoint import write_atomically
 
-# Title, what is drawn as {name in the log: name in the legend}, how numbers are written, logarithmic or not.
-CHARTS = [
-    ("Loss", {"loss": "loss"}, "{:.3g}", False),
-    ("Labels that change in a step", {"change_ratio": "change ratio"}, "{:.0%}", False),
-    ("Clusters against classes", {"nmi": "NMI", "purity": "purity"}, "{:.2f}", False),
-    ("Clusters before and after k-means", {"nmi_previous": "NMI"}, "{:.2f}", False),
-    ("Nearest-neighbour accuracy, held-out images", {"knn_accuracy": "k-NN"}, "{:.0%}", False),
-    ("Cluster sizes", {"largest": "largest", "smallest": "smallest"}, "{:,.0f}", True),
-    ("Small clusters refilled between two log lines", {"splits": "splits"}, "{:,.0f}", False),
-]
-COLOURS = ["#2463a6", "#c4581c"]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 500, 260, 58, 64, 40, 34  # pixels: a chart and the room around its axes
-POINTS = 400  # a longer curve is drawn as the means of so many parts
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ margin: 2rem auto; max-width: 1060px; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #26262b; }}
-h1 {{ font-size: 1.4rem; font-weight: 600; margin: 0; }}
-p {{ color: #6b6b73; margin: .3rem 0 1.5rem; }}
-main {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1.5rem; }}
-svg {{ width: 100%; height: auto; }}
-svg text {{ font: 12px system-ui, sans-serif; fill: #6b6b73; }}
-svg .title {{ font-size: 15px; font-weight: 600; fill: #26262b; }}
-svg .grid {{ stroke: #e6e6ea; }}
-svg .curve {{ fill: none; stroke-width: 1.8; stroke-linejoin: round; }}
-</style>
-<h1>{title}</h1>
-<p>{summary}</p>
-<main>
-{charts}
-</main>
-</html>
-"""
+IMAGES = 10_000  # a page shows all images up to so many, above that a sample of each cluster
+CENTRAL, EDGE = 8, 4  # images that a card shows, from both ends of its cluster
+NEAR, PAIRS, OUTLIERS = 5, 24, 48  # neighbours of a cluster, near-duplicate pairs, outliers
+TILES = 16  # images in a row and in a column of a sprite sheet
 
 
-def read_log(path):
-    """The records of a log.jsonl, a list of dicts; a last line that is still being written is left out.
+def save(folder, dataset=None, clusters=None, unreadable=(), workers=0, without_pictures=""):
+    """Write report.html into the folder of a run; main process only. Raises UserError.
 
-    Raises UserError if there is no such file or it holds something else.
+    dataset: the ImageSet of the run; clusters: an `odc.clusters.Clusters`; without both the page
+    has curves alone. without_pictures: the sentence that says why thumbnails are missing.
     """
+    records = curves.read_log(folder / "log.jsonl")
+    last = {name: value for record in records for name, value in record.items()}
+    summary = f"epoch {last['epoch']}, step {last['step']:,}" if last else "no step yet"
+    data, sheets = {}, ""
+    if clusters is not None:
+        rounded = clusters.similarity.round(decimals=4)  # as clusters.csv has it
+        clusters = dataclasses.replace(clusters, similarity=rounded)
+        earlier = earlier_sizes(folder, last.get("epoch", 0), len(clusters.centroids))
+        data, shown = content(dataset, clusters, unreadable, earlier)
+        summary += f" · {len(clusters.labels):,} images in {len(data['clusters']):,} clusters"
+        data["pictures"] = not without_pictures
+        if without_pictures:
+            data["notes"].append(f"There are no pictures: {without_pictures}")
+        else:
+            sheets = sprite_sheets(dataset, shown, workers)
+    parts = dict(title=html.escape(folder.resolve().name), summary=summary, sheets=sheets,
+                 curves=curves.charts(records), data=json.dumps(data).replace("<", "\\u003c"))
+    template = Path(__file__).with_name("report.template.html").read_text(encoding="utf-8")
+    page = re.sub(r"\{\{(\w+)\}\}", lambda marker: parts[marker[1]], template)
+    write_atomically(folder / "report.html",
+                     lambda temporary: temporary.write_text(page, "utf-8", errors="replace"))
+
+
+def content(dataset, clusters, unreadable, earlier=None):
+    """(what the page says, a dict for JSON; the images that it shows, a list of indices).
+
+    earlier: (epoch, sizes int64 [K]) from which clusters have grown, or None.
+    """
+    described = gallery.describe(clusters, dataset.labels, unreadable)
+    order = described.sizes.argsort(descending=True, stable=True).tolist()
+    present = [k for k in order if described.sizes[k]]
+    N = len(clusters.labels)
+    per_cluster = N if N <= IMAGES else max(4, IMAGES // len(present))
+    shown, records = [], []
+    for k, near, place in zip(present, *neighbours_and_map(clusters.centroids[present])):
+        images = sample(described.members[k].tolist(), per_cluster)
+        record = dict(id=k, size=int(described.sizes[k]), first=len(shown), count=len(images),
+                      tightness=round(float(described.tightness[k]), 4), place=place,
+                      near=[present[n] for n in near],
+                      caption=gallery.caption(described, k, dataset.classes))
+        if dataset.labels is not None:
+            record.update(purity=float(described.purity[k]), main=int(described.main_class[k]))
+        if earlier:
+            record["growth"] = record["size"] - int(earlier[1][k])
+            record["caption"] += f" · {record['growth']:+,} since epoch {earlier[0]}"
+        records.append(record)
+        shown += images
+    num_readable = int(described.sizes.sum())
+    notes = []
+    if len(shown) < num_readable:
+        notes.append(f"This page shows {len(shown):,} of {num_readable:,} images: of each cluster "
+                     "the central ones, those at its edge, and some between.")
+    if N > num_readable:
+        notes.append(f"{N - num_readable:,} images cannot be read.")
+    if clusters.features is None:
+        notes.append("Near-duplicates are left out: they need features.npy (--export-features).")
+    pairs = near_duplicates(clusters.features, described.members)
+    readable = np.concatenate(described.members)
+    order = clusters.similarity[readable].argsort(stable=True)[:OUTLIERS]
+    outliers = readable[order.numpy()].tolist()
+    shown += sorted({*outliers, *(i for pair in pairs for i in pair[1:])}.difference(shown))
+    position = {image: n for n, image in enumerate(shown)}
+    labels, classes = [], []
+    if dataset.labels is not None:
+        labels = dataset.labels[shown].tolist()
+        classes = dataset.classes or [f"class {k}" for k in range(int(dataset.labels.max()) + 1)]
+    data = dict(
+        clusters=records, notes=notes, classes=classes, outliers=[position[i] for i in outliers],
+        pairs=[dict(similarity=score, images=[position[i], position[j]]) for score, i, j in pairs],
+        images=dict(path=[dataset.name_of(i).encode("utf-8", "replace").decode() for i in shown],
+                    label=labels,
+                    cluster=clusters.labels[shown].tolist(),
+                    similarity=[round(value, 4) for value in clusters.similarity[shown].tolist()]))
+    return data, shown
+
+
+def sample(images, count):
+    """`count` of a cluster's images in their order: both ends, and evenly spaced ones between."""
+    if len(images) <= count:
+        return images
+    central, edge = min(CENTRAL, count - count // 3), min(EDGE, count // 3)
+    between = np.linspace(central, len(images) - edge - 1, count - central - edge).astype(int)
+    return images[:central] + [images[n] for n in between] + images[len(images) - edge :]
+
+
+def neighbours_and_map(centroids):
+    """For each centroid [K, d] the most similar others, and its place in the plane of the two
+    principal components, scaled to -1..1: two lists of K lists."""
+    unit = F.normalize(centroids)
+    nearest = torch.cat([(part @ unit.T).topk(min(NEAR + 1, len(unit))).indices
+                         for part in unit.split(1024)])
+    near = [[other for other in row if other != n][:NEAR] for n, row in enumerate(nearest.tolist())]
+    centred = unit - unit.mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False)[2][:2]
+    places = F.pad(centred @ axes.T, (0, 2 - len(axes)))
+    places = places / places.abs().max().clamp(min=1e-9)
+    return near, [[round(x, 3), round(y, 3)] for x, y in places.tolist()]
+
+
+def near_duplicates(features, members):
+    """Images and the most similar one of their cluster, [(similarity, i, j)], the best first.
+
+    features: unit rows [N, d], or None. members: for each cluster its images. An image is in one
+    pair at most, so that many copies of one image do not fill the list.
+    """
+    pairs = []
+    for images in members if features is not None else []:
+        rows = torch.as_tensor(features[images])
+        for start in range(0, len(images), 1024):
+            scores = rows[start : start + 1024] @ rows.T
+            scores.diagonal(start).fill_(-1)  # an image and itself
+            best, column = scores.max(1)
+            pairs += zip(best.tolist(), images[start : start + 1024].tolist(),
+                         images[column.numpy()].tolist())
+        pairs = sorted(pairs, reverse=True)[: 50 * PAIRS]
+    found, seen = [], set()
+    for score, i, j in pairs:
+        if score > 0 and len(found) < PAIRS and seen.isdisjoint((i, j)):
+            found.append((score, i, j))
+            seen.update((i, j))
+    return found
+
+
+def sprite_sheets(dataset, shown, workers=0):
+    """CSS rules .sheet0, .sheet1, ...: the thumbnails of images, TILES x TILES in a picture."""
+    side = 96 if len(shown) <= IMAGES / 4 else 64 if len(shown) <= IMAGES * 1.1 else 32
+    pictures = gallery.thumbnails(dataset, shown, side, workers)
+    rules = []
+    for n, start in enumerate(range(0, len(shown), TILES**2)):
+        tiles = np.full((TILES**2, side, side, 3), gallery.GRAY, np.uint8)
+        tiles[: len(shown) - start] = pictures[start : start + TILES**2]
+        sheet = tiles.reshape(TILES, TILES, side, side, 3).swapaxes(1, 2)
+        file = io.BytesIO()
+        Image.fromarray(sheet.reshape(TILES * side, -1, 3)).save(file, "WEBP", quality=70)
+        code = base64.b64encode(file.getvalue()).decode()
+        rules.append(f".sheet{n} {{ background-image: url(data:image/webp;base64,{code}) }}")
+    return "\n".join(rules)
+
+
+def earlier_sizes(folder, epoch, K):
+    """(epoch, cluster sizes int64 [K]) of the last labels_epoch_*.npy before an epoch, or None."""
+    copies = {int(path.stem.rpartition("_")[2]): path for path in folder.glob("labels_epoch_*.npy")}
+    before = [number for number in copies if number < epoch]
+    if not before:
+        return None
+    return max(before), np.bincount(np.load(copies[max(before)]), minlength=K)
+
+
+def read_clusters(folder):
+    """(file names, Clusters, unreadable images) from what a run has left. Raises UserError."""
+    table = folder / "clusters.csv"
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'is not text'}; give the folder that train.py "
-                        "wrote, with its log.jsonl.") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-            records[-1]["step"] + 0
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines) and number > 1:
-                return records[: number - 1]
-            raise UserError(f"{path}: line {number} is not a record of train.py; give the folder that it "
-                            "wrote.") from None
-    return records
+        with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.reader(file))[1:]
+        labels = torch.tensor([int(row[1] or 0) for row in rows])
+        similarity = torch.tensor([float(row[2] or 0) for row in rows])
+    except (ValueError, IndexError):
+        raise UserError(f"{table}: is not a table that train.py wrote; move it away.") from None
+    unreadable = {i for i, row in enumerate(rows) if not row[1]}
+    centroids = torch.from_numpy(np.load(folder / "centroids.npy"))
+    features = folder / "features.npy"
+    features = np.load(features, mmap_mode="r") if features.exists() else None
+    return [row[0] for row in rows], Clusters(labels, similarity, centroids, features), unreadable
 
 
-def page(records, title):
-    """The HTML page, as text."""
-    charts, until = [], max([1, *(record["step"] for record in records)])
-    for heading, names, form, logarithmic in CHARTS:
-        series = {legend: [(r["step"], r[name]) for r in records if name in r] for name, legend in names.items()}
-        series = {legend: points for legend, points in series.items() if points}
-        if series:
-            charts.append(chart(heading, series, form, logarithmic, until))
-    return PAGE.format(title=html.escape(title), summary=html.escape(summary(records)), charts="\n".join(charts))
-
-
-def summary(records):
-    """One line: how far the run is, and the last value of each curve."""
-    last = {}
-    for record in records:
-        last.update(record)
-    if not last:
-        return "no step yet"
-    words = [f"epoch {last['epoch']}, step {last['step']:,}"]
-    words += [f"{legend} {form.format(last[name])}" for _, names, form, _ in CHARTS for name, legend in names.items()
-              if name in last]
-    return ", ".join(words)
-
-
-def chart(heading, series, form, logarithmic=False, until=1):
-    """One chart as an <svg> element.
-
-    series: {legend: [(step, value), ...]}. form: format of the values on the axis. until: the last step on the axis.
-    """
-    series = {legend: _thinned(points) for legend, points in series.items()}
-    values = [y for points in series.values() for _, y in points]
-    y_ticks = decades(min(values), max(values)) if logarithmic else ticks(min(0, *values), max(values), 4)
-    scale = (lambda y: math.log10(max(y, y_ticks[0]))) if logarithmic else (lambda y: y)
-
-    def place(x, y):
-        low, high = scale(y_ticks[0]), scale(y_ticks[-1])
-        return (LEFT + (WIDTH - LEFT - RIGHT) * x / until,
-                HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (scale(y) - low) / (high - low))
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(heading)}">',
-             f'<text class="title" x="{LEFT}" y="20">{html.escape(heading)}</text>']
-    for value in y_ticks:
-        y = place(0, value)[1]
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
-                     f'{_axis_number(form, value, y_ticks)}</text>')
-    for step in ticks(0, until, 5):
-        if step <= until:
-            x = place(step, y_ticks[0])[0]
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{short(step)}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT + 8}" y="{HEIGHT - BOTTOM + 18}">step</text>')
-
-    ends = _apart([place(*points[-1])[1] for points in series.values()], 14)
-    for (legend, points), colour, end in zip(series.items(), COLOURS, ends):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-        parts.append(f'<polyline class="curve" stroke="{colour}" points="{path}"/>')
-        if len(points) <= 40:
-            parts += [f'<circle fill="{colour}" r="2.4" cx="{x:.1f}" cy="{y:.1f}"/>'
-                      for x, y in (place(*point) for point in points)]
-        if len(series) > 1:
-            x = place(points[-1][0], points[-1][1])[0]
-            parts.append(f'<text x="{x + 7:.1f}" y="{end + 4:.1f}" style="fill:{colour}">{html.escape(legend)}</text>')
-    return "\n".join([*parts, "</svg>"])
-
-
-def ticks(low, high, count):
-    """Round numbers, about `count` of them, the first at or below low and the last at or above high."""
-    span = (high - low) or abs(high) or 1
-    power = 10 ** math.floor(math.log10(span / count))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power * count >= span * 0.999)
-    first = math.floor(low / step + 1e-9)
-    last = max(first + 1, math.ceil(high / step - 1e-9))
-    return [k * step for k in range(first, last + 1)]
-
-
-def decades(low, high):
-    """Powers of ten around low..high, for a logarithmic axis; what is below 1 counts as 1."""
-    first = math.floor(math.log10(max(low, 1)))
-    last = max(first + 1, math.ceil(math.log10(max(high, 1)) - 1e-9))
-    return [10**k for k in range(first, last + 1)]
-
-
-def short(number):
-    """A step count as an axis shows it: 800, 20k, 1.1M."""
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:g}"
-
-
-def _axis_number(form, value, all_values):
-    """A tick's number; with more digits where the usual ones would make two ticks look the same."""
-    texts = [form.format(v) for v in all_values]
-    if len(set(texts)) == len(texts):
-        return form.format(value)
-    return f"{100 * value:.3g}%" if "%" in form else f"{value:.3g}"
-
-
-def _thinned(points):
-    """At most POINTS points: means over equal parts of a longer curve, its last point kept."""
-    if len(points) <= POINTS:
-        return points
-    parts = [points[len(points) * i // POINTS : len(points) * (i + 1) // POINTS] for i in range(POINTS)]
-    means = [tuple(sum(column) / len(part) for column in zip(*part)) for part in parts]
-    return [points[0], *means[1:-1], points[-1]]
-
-
-def _apart(heights, least):
-    """Heights of labels, moved so that no two are closer than `least`."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    moved = list(heights)
-    for above, below in zip(order, order[1:]):
-        moved[below] = max(moved[below], moved[above] + least)
-    return moved
-
-
-def save(path, log, title):
-    """Make the page of a log.jsonl, all of it or nothing; main process only. Raises UserError."""
-    text = page(read_log(log), title)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def open_images(folder, names, data=None):
+    """The ImageSet in which a run found these names. Raises UserError if it is gone or changed."""
+    if data is None:
+        path = folder / "checkpoint.pth"
+        if not path.exists():
+            raise UserError(f"{path} is missing; name the images with --data.")
+        data = checkpoint.load(path)["settings"]["data"]
+    dataset = open_dataset(data)
+    if names != [dataset.name_of(i) for i in range(len(dataset))]:
+        raise UserError(f"{data} holds other images than clusters.csv; name the run's images with "
+                        "--data.")
+    return dataset
 
 
 def main(arguments=None):
-    parser = Parser("Draw the curves of a run: report.html from log.jsonl.")
+    parser = Parser("Make report.html, the page of a run, from what the run has left.")
     parser.add_argument("folder", metavar="DIR", help="what train.py wrote, its --output")
-    parser.add_argument("--output", metavar="FILE", help="the page to write (default: report.html in the folder)")
+    parser.add_argument("--data", metavar="PATH", help="its images (default: where they were)")
     args = parser.parse_args(arguments)
     folder = Path(args.folder)
-    output = Path(args.output or folder / "report.html")
-    save(output, folder / "log.jsonl", folder.resolve().name)
-    print_main(f"Done: {output}")
+    missing = [name for name in ("clusters.csv", "centroids.npy") if not (folder / name).exists()]
+    if missing:
+        save(folder)
+        print_main(f"The page has curves alone: {folder / missing[0]} is missing.")
+    else:
+        names, clusters, unreadable = read_clusters(folder)
+        try:
+            dataset = open_images(folder, names, args.data)
+            save(folder, dataset, clusters, unreadable, default_workers(dataset.pixels is not None))
+        except UserError as error:
+            dataset = ImageSet("folder", "train", "", names=Names(names))
+            save(folder, dataset, clusters, unreadable, without_pictures=str(error))
+            print_main(f"The page has no pictures: {error}")
+    print_main(f"Done: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

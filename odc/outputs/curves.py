@@ -1,0 +1,129 @@
+"""The curves of a run: its log.jsonl as inline SVG charts."""
+
+import html
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from odc.errors import UserError
+
+# Title of a chart: what it shows, as {name in the log: name in the legend}.
+CHARTS = {
+    "Loss": {"loss": "loss"},
+    "Labels that change in a step": {"change_ratio": "change ratio"},
+    "Clusters against classes": {"nmi": "NMI", "purity": "purity", "ari": "ARI",
+                                 "hungarian_accuracy": "Hungarian accuracy"},
+    "Clusters against the previous ones": {"nmi_previous": "NMI"},
+    "Silhouette of the clusters": {"silhouette": "silhouette"},
+    "Nearest-neighbour accuracy, held-out images": {"knn_accuracy": "k-NN"},
+    "Cluster sizes": {"largest": "largest", "smallest": "smallest"},
+    "Small clusters refilled between two log lines": {"splits": "splits"},
+}
+LOGARITHMIC = "Cluster sizes"
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 500, 270, 50, 14, 62, 26  # pixels: chart and margins
+POINTS = 400  # a longer curve is drawn as the means of so many parts
+
+
+def read_log(path):
+    """The records of a log.jsonl, a list of dicts, without a last line that is still being written.
+
+    Raises UserError if there is no such file or it holds something else.
+    """
+    try:
+        lines = Path(path).read_text("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the folder that train.py wrote, with its "
+                        "log.jsonl.") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines) and records:
+                break
+            raise UserError(f"{path}: line {number} is not a record of train.py; give the folder "
+                            "that it wrote.") from None
+        records.append(record)
+    return records
+
+
+def charts(records):
+    """An <svg> element for each of CHARTS that the records have values for, as one text."""
+    drawn, until = [], max([1, *(record["step"] for record in records)])
+    for heading, names in CHARTS.items():
+        series = {legend: [(record["step"], record[name]) for record in records if name in record]
+                  for name, legend in names.items()}
+        series = {legend: thin(points) for legend, points in series.items() if points}
+        if series:
+            drawn.append(chart(heading, series, until, heading == LOGARITHMIC))
+    return "\n".join(drawn)
+
+
+def chart(heading, series, until, logarithmic=False):
+    """One <svg> element. series: {legend: [(step, value), ...]}. until: last step on the axis."""
+    values = [value for points in series.values() for _, value in points]
+    if logarithmic:  # what is below 1 counts as 1
+        lowest, highest = (math.floor(math.log10(max(v, 1))) for v in (min(values), max(values)))
+        marks = [10**k for k in range(lowest, highest + 2)]
+    else:
+        marks = ticks(min(0, *values), max(values), 4)
+
+    def scale(value):
+        return math.log10(max(value, 1)) if logarithmic else value
+
+    def x(step):
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / until
+
+    def y(value):
+        share = (scale(value) - scale(marks[0])) / (scale(marks[-1]) - scale(marks[0]))
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
+
+    legend = "".join(f'<tspan class="curve{n}">{name} {short(points[-1][1])}</tspan>  '
+                     for n, (name, points) in enumerate(series.items()))
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(heading)}">',
+             f'<text class="title" x="0" y="18">{html.escape(heading)}</text>',
+             f'<text x="0" y="41" xml:space="preserve">{legend}</text>']
+    for mark in marks:
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"'
+                     f'/><text x="{LEFT - 8}" y="{y(mark) + 5:.1f}" text-anchor="end">{short(mark)}'
+                     '</text>')
+    for step in ticks(0, until, 5):
+        if step <= until:
+            parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 4}" text-anchor="middle">'
+                         f"{short(step)}</text>")
+    for n, points in enumerate(series.values()):
+        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+        parts.append(f'<polyline class="curve{n}" points="{path}"/>')
+        if len(points) <= 40:
+            parts += [f'<circle class="curve{n}" r="2.4" cx="{x(step):.1f}" cy="{y(value):.1f}"/>'
+                      for step, value in points]
+    return "\n".join([*parts, "</svg>"])
+
+
+def ticks(low, high, count):
+    """About `count` round numbers, the first at or below low, the last at or above high."""
+    span = (high - low) or abs(high) or 1
+    power = 10 ** math.floor(math.log10(span / count))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power * count >= span * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = max(first + 1, math.ceil(high / step - 1e-9))
+    return [k * step for k in range(first, last + 1)]
+
+
+def short(number):
+    """A number as an axis shows it: 0.25, 800, 20k, 1.1M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def thin(points):
+    """At most POINTS points: the means over equal parts of a longer curve, and its two ends."""
+    if len(points) <= POINTS:
+        return points
+    parts = np.array_split(np.array(points, float), POINTS)
+    return [points[0], *(part.mean(0) for part in parts[1:-1]), points[-1]]
