@@ -2,24 +2,26 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from odc.runtime import program
-from odc.errors import UserError
-from odc import assign, distributed
-from odc.runtime import checkpoint
+from odc import assign
 from odc.data.augmentation import evaluation_transform, normalise
+from odc.data.images import ImageSet, Names
 from odc.data.layouts import open_dataset
+from odc.errors import UserError
 from odc.model import ODC
+from odc.runtime import checkpoint, program
 from tests.processes import run_processes
 from tests.runs import SMALL, run_main
 
 
 def run_assign(state, data, output, *arguments):
-    assign.main(["--checkpoint", str(state), "--data", str(data), "--output", str(output), "--device", "cpu",
-                 "--workers", "0", *map(str, arguments)])
+    assign.main(["--checkpoint", str(state), "--data", str(data), "--output", str(output),
+                 "--device", "cpu", "--workers", "0", *map(str, arguments)])
     with open(output, newline="") as file:
         return list(csv.DictReader(file))
 
@@ -38,26 +40,31 @@ def expected_features(state, dataset):
     network.eval()
     transform = evaluation_transform(32)
     with torch.no_grad():
-        rows = [network(normalise(transform(dataset.load(i))[None]))[0][0] for i in range(len(dataset))]
+        rows = [network(normalise(transform(dataset.load(i))[None]))[0][0]
+                for i in range(len(dataset))]
     return torch.nn.functional.normalize(torch.stack(rows))
 
 
-def test_clusters_and_neighbours_of_images(finished, folder, tmp_path):  # noqa: F811
-    rows = run_assign(finished / "checkpoint.pth", folder, tmp_path / "new.csv", "--neighbours", 4)
+def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path):  # noqa: F811
+    rows = run_assign(finished / "checkpoint.pth", folder, tmp_path / "new.csv",
+                      "--neighbours", 4, "--features", tmp_path / "new.npy")
     state, dataset = checkpoint.load(finished / "checkpoint.pth"), open_dataset(str(folder))
     features, centroids = expected_features(state, dataset), state["memory"]["centroids"]
-    bank = state["memory"]["features"]
-    assert [row["path"] for row in rows] == [dataset.name_of(i) for i in range(150)]
+    written = np.load(tmp_path / "new.npy")
+    assert written.dtype == np.float32 and written == pytest.approx(features.numpy(), abs=1e-5)
+    bank, names = state["memory"]["features"], [dataset.name_of(i) for i in range(150)]
+    assert [row["path"] for row in rows] == names
     for i, row in enumerate(rows):
         scores = centroids @ features[i]
         assert float(scores[int(row["cluster"])]) == pytest.approx(float(scores.max()), abs=1e-5)
         cosine = torch.cosine_similarity(features[i], centroids[int(row["cluster"])], dim=0)
         assert float(row["similarity"]) == pytest.approx(float(cosine), abs=2e-4)
         nearest = (bank @ features[i]).sort(descending=True).values[:4]
-        assert [float(row[f"similarity_{n}"]) for n in range(1, 5)] == pytest.approx(nearest.tolist(), abs=2e-4)
+        shown = [float(row[f"similarity_{n}"]) for n in range(1, 5)]
+        assert shown == pytest.approx(nearest.tolist(), abs=2e-4)
         for n in range(1, 5):
-            named = bank[[dataset.name_of(j) for j in range(150)].index(row[f"neighbour_{n}"])]
-            assert float(named @ features[i]) == pytest.approx(float(row[f"similarity_{n}"]), abs=2e-4)
+            named = bank[names.index(row[f"neighbour_{n}"])]
+            assert float(named @ features[i]) == pytest.approx(shown[n - 1], abs=2e-4)
     assert len({row["cluster"] for row in rows}) > 1
 
 
@@ -69,16 +76,40 @@ def test_without_neighbours_and_for_another_size_of_image(finished, tmp_path):  
     assert list(rows[0]) == ["path", "cluster", "similarity"]
 
 
+def test_agreement_with_labels_is_said_where_there_are_some(
+        finished, folder, tmp_path, capsys):  # noqa: F811
+    rows = run_assign(finished / "checkpoint.pth", folder, tmp_path / "new.csv")
+    clusters = [int(row["cluster"]) for row in rows]
+    classes = [row["path"].split("/")[0] for row in rows]
+    said = capsys.readouterr().out
+    assert f"NMI {normalized_mutual_info_score(classes, clusters):.3f}, purity " in said
+    assert f"ARI {adjusted_rand_score(classes, clusters):.3f}, Hungarian accuracy " in said
+    run_assign(finished / "checkpoint.pth", folder / "class0", tmp_path / "new.csv")
+    assert "NMI" not in capsys.readouterr().out
+
+
 def test_the_built_in_set_and_its_val_split(finished, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("odc.data.shapes.SPLITS", {"train": (12, 0), "val": (5, 1)})
-    assert len(run_assign(finished / "checkpoint.pth", "shapes", tmp_path / "train.csv")) == 12
-    assert len(run_assign(finished / "checkpoint.pth", "shapes", tmp_path / "val.csv", "--split", "val")) == 5
+    state = finished / "checkpoint.pth"
+    assert len(run_assign(state, "shapes", tmp_path / "train.csv")) == 12
+    rows = run_assign(state, "shapes", tmp_path / "val.csv", "--split", "val",
+                      "--folders", tmp_path / "sorted")
+    assert len(rows) == 5
+    dataset = open_dataset("shapes", "val")
+    for row in rows:  # images in memory become PNG files
+        image = Image.open(tmp_path / "sorted" / row["cluster"] / f"{row['path']}.png")
+        assert (np.asarray(image) == dataset.pixels[int(row["path"])]).all()
 
 
 def test_the_number_of_processes_changes_nothing(finished, folder, tmp_path):  # noqa: F811
-    alone = run_assign(finished / "checkpoint.pth", folder, tmp_path / "1.csv", "--neighbours", 2)
-    both = run_processes(run_assign, 2, finished / "checkpoint.pth", folder, tmp_path / "2.csv", "--neighbours", 2)
+    state = finished / "checkpoint.pth"
+    more = ["--neighbours", 2, "--folders"]
+    alone = run_assign(state, folder, tmp_path / "1.csv", *more, tmp_path / "alone")
+    both = run_processes(run_assign, 2, state, folder, tmp_path / "2.csv", *more, tmp_path / "both")
     assert both[0] == alone
+    files = [sorted(path.relative_to(root) for path in root.rglob("*"))
+             for root in (tmp_path / "alone", tmp_path / "both")]
+    assert files[0] == files[1] and len(files[0]) > 150
 
 
 def test_an_unreadable_image_has_no_cluster(finished, folder, tmp_path):  # noqa: F811
@@ -87,8 +118,65 @@ def test_an_unreadable_image_has_no_cluster(finished, folder, tmp_path):  # noqa
         (tmp_path / "data" / path.name).symlink_to(path)
     (tmp_path / "data" / "zzz.png").write_bytes(b"no image")
     with pytest.warns(UserWarning, match="zzz.png"):
-        rows = run_assign(finished / "checkpoint.pth", tmp_path / "data", tmp_path / "new.csv", "--neighbours", 1)
-    assert list(rows[-1].values()) == ["zzz.png", "", "", "", ""] and all(row["cluster"] for row in rows[:-1])
+        rows = run_assign(finished / "checkpoint.pth", tmp_path / "data", tmp_path / "new.csv",
+                          "--neighbours", 1, "--folders", tmp_path / "sorted")
+    assert list(rows[-1].values()) == ["zzz.png", "", "", "", ""]
+    assert all(row["cluster"] for row in rows[:-1])
+    assert len(list((tmp_path / "sorted").glob("*/*"))) == 150
+    assert not list((tmp_path / "sorted").glob("*/zzz.png"))
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def images_with_equal_names(root):
+    """Four images in four folders, of which three have a name that only differs in its case."""
+    names = ["a/cat.png", "b/cat.png", "c/CAT.png", "d/cat-1.png", "d/dög's.png"]
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(root / name)
+    return ImageSet("folder", "train", str(root), names=Names(names))
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_names_that_collide_are_kept_apart(tmp_path, copy, monkeypatch):
+    images_with_equal_names(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    dataset = images_with_equal_names(tmp_path / "images")
+    dataset.root = "images"  # links hold from everywhere
+    labels = torch.tensor([7, 7, 7, 7, 0])
+    assign.fill_folders(tmp_path / "sorted", dataset, labels, (), copy)
+    files = sorted((tmp_path / "sorted").glob("*/*"))
+    assert {str(path.relative_to(tmp_path / "sorted")) for path in files} == {
+        "0/dög's.png", "7/cat.png", "7/cat-1.png", "7/CAT-2.png", "7/cat-1-3.png"}
+    assert sorted(Image.open(path).getpixel((0, 0))[0] for path in files) == [0, 1, 2, 3, 4]
+    assert all(path.is_symlink() != copy for path in files)
+    for name in ("a/cat.png", "d/cat-1.png"):
+        assert (tmp_path / "images" / name).exists()
+
+
+def test_folders_of_a_run_hold_links_or_copies(finished, folder, tmp_path):  # noqa: F811
+    state = finished / "checkpoint.pth"
+    for name, more in (("links", []), ("copies", ["--copy"])):
+        rows = run_assign(state, folder, tmp_path / "new.csv", "--folders", tmp_path / name, *more)
+        for row in rows:
+            path = tmp_path / name / row["cluster"] / row["path"].split("/")[1]
+            assert path.read_bytes() == (folder / row["path"]).read_bytes()
+            assert path.is_symlink() == (name == "links")
+        assert len(list((tmp_path / name).glob("*/*"))) == 150
+
+
+def test_a_full_disk_is_one_sentence(finished, tmp_path, monkeypatch):  # noqa: F811
+    def fail(*arguments):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    dataset = images_with_equal_names(tmp_path / "images")
+    monkeypatch.setattr("shutil.copyfile", fail)
+    with pytest.raises(UserError, match="sorted: No space left on device .somewhere.; make room"):
+        assign.fill_folders(tmp_path / "sorted", dataset, torch.zeros(5), (), True)
+
+
+# --- mistakes ------------------------------------------------------------------------------------
 
 
 def test_training_images_elsewhere(finished, folder, tmp_path):  # noqa: F811
@@ -111,10 +199,15 @@ def test_training_images_elsewhere(finished, folder, tmp_path):  # noqa: F811
     (dict(data="nowhere"), "nowhere"),
     (dict(output="nowhere/new.csv"), "--output nowhere/new.csv"),
     (dict(neighbours=999), "--neighbours 999"),
+    (dict(more=["--features", "nowhere/new.npy"]), "--features nowhere/new.npy"),
+    (dict(more=["--folders", "nowhere/sorted"]), "--folders nowhere/sorted"),
+    (dict(more=["--folders", "."]), "--folders .: is there already"),
 ])
-def test_mistakes_are_one_sentence(finished, folder, tmp_path, monkeypatch, change, words):  # noqa: F811
+def test_mistakes_are_one_sentence(
+        finished, folder, tmp_path, monkeypatch, change, words):  # noqa: F811
     monkeypatch.chdir(finished)
     with pytest.raises(UserError) as error:
         run_assign(change.get("state", "checkpoint.pth"), change.get("data", folder),
-                   change.get("output", tmp_path / "new.csv"), "--neighbours", change.get("neighbours", 1))
+                   change.get("output", tmp_path / "new.csv"),
+                   "--neighbours", change.get("neighbours", 1), *change.get("more", []))
     assert words in str(error.value) and len(str(error.value).splitlines()) == 1
