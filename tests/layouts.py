@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 from PIL import Image
 
-from odc.data.lists import VOC_CLASSES
+from odc.data.layouts import VOC_CLASSES
 
 
 def put_image(path, colour=(10, 20, 30)):

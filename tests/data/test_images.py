@@ -152,7 +152,7 @@ TABLE = [
     ("text.jpg", lambda path: path.write_text("<html>404 Not Found</html>"), REPLACED, "cannot identify"),
     ("broken.png", broken_png, REPLACED, "broken data"),
     ("bomb.png", bomb, REPLACED, "pixels"),
-    ("large.png", large, REPLACED, "9500 x 9500 pixels are more than the 89,478,485 that are read"),
+    ("large.png", large, REPLACED, "9500 x 9500 pixels are more than the 89,478,485 allowed"),
     ("dangling-link.jpg", dangling_link, REPLACED, "No such file"),
     ("postscript.jpg", postscript, REPLACED, "cannot identify"),
     ("pipe.jpg", os.mkfifo, LEFT_OUT, None),
