@@ -54,8 +54,8 @@ def check_unreadable(count, dataset, num_images=None):
         known = torch.tensor(sorted(dataset.unreadable)[:1], dtype=torch.int64)
         known = all_gather_uneven_rows(known).tolist()
         example = f", such as {dataset.name_of(min(known))!r}" if known else ""
-        raise UserError(f"{count} of {num_images} images in {dataset.root} cannot be read{example}; "
-                        "this is more than 1%: repair or remove them.")
+        raise UserError(f"{count} of {num_images} images in {dataset.root} cannot be read{example};"
+                        " this is more than 1%: repair or remove them.")
 
 
 def steps_per_epoch(num_images, batch_size):

@@ -187,9 +187,9 @@ def test_rotation_is_pillows_exactly(photograph, size):
 
 
 COLOUR = [
-    # A field of Draw, its values, torchvision's operation, and how far ours may lie, in uint8 steps,
-    # from torchvision's on float tensors and on PIL images. Pillow rounds in between, and knows 256
-    # hues.
+    # A field of Draw, its values, torchvision's operation, and how far ours may lie, in uint8
+    # steps, from torchvision's on float tensors and on PIL images. Pillow rounds in between,
+    # and knows 256 hues.
     ("brightness", (0.6, 0.9, 1.0, 1.4), TF.adjust_brightness, 0.001, 1.0),
     ("contrast", (0.6, 0.9, 1.0, 1.4), TF.adjust_contrast, 0.03, 1.5),
     ("saturation", (0.0, 0.5, 1.0, 2.0), TF.adjust_saturation, 0.03, 2.0),

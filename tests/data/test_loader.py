@@ -227,23 +227,27 @@ def test_nothing_readable_stops_with_a_sentence(workers):
         train(Numbered(9, bad=range(9)), workers=workers)
 
 
-def check_as_two_processes(unreadable, count, num_images):
-    """The sentence on one of two processes, given the images that each found unreadable."""
+def sentence_of(known, count, num_images):
+    """What `check_unreadable` says; known: for each process, images that it found unreadable."""
     dataset = Numbered(400)
-    dataset.unreadable = dict.fromkeys(unreadable[distributed.rank()], "made so")
+    dataset.unreadable = dict.fromkeys(known[distributed.rank()], "made so")
     try:
         check_unreadable(count, dataset, num_images)
     except UserError as error:
         return str(error)
 
 
+def sentences_of(cases):
+    return [sentence_of(*case) for case in cases]
+
+
 def test_more_than_1_percent_of_unreadable_images_stop_a_run():
-    for known, count, num_images in [(([], []), 4, None), (([3], []), 2, 200)]:
-        assert run_processes(check_as_two_processes, 2, known, count, num_images) == [None, None]
-    first, second = run_processes(check_as_two_processes, 2, ([], [8, 7]), 5, None)
-    assert first == second and "5 of 400 images in made up cannot be read, such as '7'; this" in first
-    for sentence in run_processes(check_as_two_processes, 2, ([], []), 3, 200):
-        assert "3 of 200 images in made up cannot be read; this is more than 1%" in sentence
+    cases = [(([], []), 4, None), (([3], []), 2, 200), (([], [8, 7]), 5, None), (([], []), 3, 200)]
+    first, second = run_processes(sentences_of, 2, cases)
+    assert first == second and first[:2] == [None, None]
+    rest = "; this is more than 1%: repair or remove them."
+    assert first[2] == f"5 of 400 images in made up cannot be read, such as '7'{rest}"
+    assert first[3] == f"3 of 200 images in made up cannot be read{rest}"
 
 
 # --- workers and signals -------------------------------------------------------------------------
