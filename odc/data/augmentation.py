@@ -2,17 +2,17 @@
 
 The recipe (odc_resnet50_8xb64-steplr-440e_in1k), in this order: random resized crop, horizontal
 flip, rotation, colour jitter, random grayscale, normalisation. A worker draws all random numbers of
-an image (`draw`), then crops and flips it (`crop_and_flip`). The device does what remains for a
-whole batch (`augment_batch`); image by image, it would be 70% of the work. For the same numbers,
-the results are torchvision's. tests/data/test_augmentation.py has the simple form.
+an image (`draw`), then crops and flips it (`crop_and_flip`). The device does the rest for a whole
+batch (`augment_batch`); image by image, the rest would be 70% of the work. The results are those of
+torchvision but for rounding. tests/data/test_augmentation.py has the simple form.
 
 How a batch is jittered. Brightness, contrast, saturation and hue come in an order that is drawn for
 each image. So there are four slots, and in each slot every image needs another operation:
 
 - Brightness, contrast and saturation are one formula, x * f + (1 - f) * y, where y is black, the
-  image's mean gray, or the gray of each pixel. `_blend` computes it for the whole batch, from three
-  numbers an image: f, then 1 - f if y is the mean gray, then 1 - f if y is each pixel's gray. An
-  image whose hue is due has f = 1, which leaves it as it is.
+  image's mean gray, or the gray of each pixel. `_blend` computes it for the whole batch. Each image
+  has its own f and its own weights of the two grays: 1 - f or 0. An image whose hue is due has
+  f = 1, which leaves it as it is.
 - Images are sorted by the slot in which their hue is due. So those due in a slot are neighbours, a
   slice that `_shift_hue` changes in place. The last copy restores the order of the batch.
 
@@ -59,7 +59,7 @@ class Augmentation:
     jitter: tuple = (0.4, 0.4, 1.0, 0.5)
     grayscale: float = 0.2  # probability
     lighting: float = 0.0  # standard deviation of PCA lighting
-    # Instead, crops of the wanted size out of the central square, resized to 256/224 of that size.
+    # If true, crops of the wanted size from the central square, resized to 256/224 of that size.
     fixed_scale: bool = False
 
 

@@ -44,6 +44,12 @@ def default_workers(in_memory):
     return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def gather_unreadable(dataset):
+    """The images that any process has found unreadable so far, as sorted indices. A collective."""
+    own = torch.tensor(sorted(dataset.unreadable), dtype=torch.int64)
+    return sorted(set(all_gather_uneven_rows(own).tolist()))
+
+
 def check_unreadable(count, dataset, num_images=None):
     """Raise UserError if more than 1% of the images cannot be read. A collective.
 
@@ -51,9 +57,8 @@ def check_unreadable(count, dataset, num_images=None):
     """
     num_images = len(dataset) if num_images is None else num_images
     if count > 0.01 * num_images:
-        known = torch.tensor(sorted(dataset.unreadable)[:1], dtype=torch.int64)
-        known = all_gather_uneven_rows(known).tolist()
-        example = f", such as {dataset.name_of(min(known))!r}" if known else ""
+        known = gather_unreadable(dataset)
+        example = f", such as {dataset.name_of(known[0])!r}" if known else ""
         raise UserError(f"{count} of {num_images} images in {dataset.root} cannot be read{example};"
                         " this is more than 1%: repair or remove them.")
 

@@ -16,7 +16,7 @@ from odc.data.augmentation import LINEAR_AUGMENTATIONS, Augmentation, Draw
 from odc.errors import UserError
 from odc.data.images import BadImage, ImageSet
 from odc.data.loader import (check_unreadable, default_workers, epoch_batches, evaluation_batches,
-                             steps_per_epoch, training_batches)
+                             gather_unreadable, steps_per_epoch, training_batches)
 from tests.processes import run_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -238,6 +238,9 @@ def sentence_of(known, count, num_images):
 
 
 def sentences_of(cases):
+    dataset = Numbered(400)
+    dataset.unreadable = dict.fromkeys([7, 2 + distributed.rank()], "made so")
+    assert gather_unreadable(dataset) == [2, 3, 7]
     return [sentence_of(*case) for case in cases]
 
 
