@@ -136,11 +136,12 @@ def inaturalist2018(root, split):
         content = json.load(file)
         names = Names(image["file_name"] for image in content["images"])
         category_of = {note["image_id"]: note["category_id"] for note in content["annotations"]}
-        categories = sorted((c["id"], str(c["name"])) for c in content["categories"])
-        number = {category: k for k, (category, _) in enumerate(categories)}
+        classes = {c["id"]: str(c["name"]) for c in content.get("categories", [])}
+        classes = classes or {category: str(category) for category in category_of.values()}
+        number = {category: k for k, category in enumerate(sorted(classes))}
         labels = [number[category_of[image["id"]]] for image in content["images"]]
     opened = ImageSet("inaturalist2018", split, root, names=names, labels=torch.tensor(labels),
-                      classes=[name for _, name in categories])
+                      classes=[classes[category] for category in sorted(classes)])
     return _check_images(opened, path)
 
 
