@@ -116,15 +116,16 @@ def _read_list(path):
     names, labels = [], []
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(map(str.strip, file), 1):
-            name, *label = line.rsplit(maxsplit=1) or [""]
+            if not line:
+                continue
+            name, *label = line.rsplit(maxsplit=1)
             has_label = bool(label) and label[0].isdecimal() and len(label[0]) <= 6
-            if names and line and has_label != bool(labels):
+            if names and has_label != bool(labels):
                 expected = "a path and a label" if labels else "a path alone"
                 raise UserError(f"{path}, line {number}: {line[:80]!r} should be {expected}, as "
                                 "the lines before it.")
-            if line:
-                names.append(name if has_label else line)
-                labels += [int(label[0])] if has_label else []
+            names.append(name if has_label else line)
+            labels += map(int, label) if has_label else []
     return Names(names), torch.tensor(labels) if labels else None
 
 
