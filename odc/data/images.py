@@ -110,8 +110,8 @@ class ImageSet:
                 with contextlib.suppress(OSError):  # not there: the loader will say so
                     status = os.stat(os.path.join(self.root, self.names[i]))
                     content[i] = status.st_size, status.st_mtime_ns
-        content = np.ascontiguousarray(content)
-        return int(_digest((self.background or "").encode(), content), 16) >> 1
+        digest = _digest((self.background or "").encode(), np.ascontiguousarray(content))
+        return int.from_bytes(bytes.fromhex(digest), "little") >> 1
 
     def load(self, i):
         """Image i as an RGB `PIL.Image`. Raises BadImage."""
