@@ -6,8 +6,10 @@ import pickle
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import calculate_md5
 
-from odc.data.lists import VOC_CLASSES
+from odc.data.layouts import VOC_CLASSES
 
 
 def put_image(path, colour=(10, 20, 30)):
@@ -51,7 +53,8 @@ def put_inaturalist(root):
         for i, name in enumerate(files):
             put_image(root / name, (50 * i, 0, 0))
         content = dict(images=[dict(id=70 + i, file_name=name) for i, name in enumerate(files)],
-                       annotations=[dict(image_id=70 + i, category_id=count - 1 - i) for i in reversed(range(count))],
+                       annotations=[dict(image_id=70 + i, category_id=count - 1 - i)
+                                    for i in reversed(range(count))],
                        categories=[dict(id=k, name=f"plant {k}") for k in range(3)])
         put_text(root / f"{split}2018.json", json.dumps(content))
 
@@ -78,17 +81,32 @@ def put_cifar10(root):
     for k, name in enumerate([f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]):
         content = {"data": made_up(4, 3072, seed=k), "labels": [(i + k) % 10 for i in range(4)]}
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {k}" for k in range(10)]}))
+    names = pickle.dumps({"label_names": [f"class {k}" for k in range(10)]})
+    (folder / "batches.meta").write_bytes(names)
 
 
 def put_cifar100(root):
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     for name, count in (("train", 6), ("test", 3)):
-        content = {"data": made_up(count, 3072, seed=count), "fine_labels": [9 * i for i in range(count)],
+        content = {"data": made_up(count, 3072, seed=count),
+                   "fine_labels": [9 * i for i in range(count)],
                    "coarse_labels": [0] * count}
         (folder / name).write_bytes(pickle.dumps(content))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {k}" for k in range(100)]}))
+    names = pickle.dumps({"fine_label_names": [f"class {k}" for k in range(100)]})
+    (folder / "meta").write_bytes(names)
+
+
+def trust_cifar(monkeypatch, root):
+    """Let torchvision's readers take the made-up files below root for the original ones."""
+    for reader in (CIFAR10, CIFAR100):
+        folder = root / reader.base_folder
+        if folder.exists():
+            for name in ("train_list", "test_list"):
+                files = [file for file, _ in getattr(reader, name)]
+                monkeypatch.setattr(reader, name, [(f, calculate_md5(folder / f)) for f in files])
+            checksum = calculate_md5(folder / reader.meta["filename"])
+            monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": checksum})
 
 
 def put_stl10(root, parts=(("train", 5), ("test", 3))):
@@ -105,7 +123,10 @@ def put_fashion_mnist(folder, zipped=True, counts=(7, 4)):
     for stem, count in zip(("train", "t10k"), counts):
         shapes = {"images-idx3": (count, 28, 28), "labels-idx1": (count,)}
         for kind, shape in shapes.items():
-            values = made_up(*shape, seed=count) if len(shape) > 1 else np.arange(count, dtype=np.uint8)
-            content = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes() + values.tobytes()
+            values = made_up(*shape, seed=count)
+            if len(shape) == 1:
+                values = np.arange(count, dtype=np.uint8)
+            header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
+            content = header + values.tobytes()
             path = folder / f"{stem}-{kind}-ubyte{'.gz' if zipped else ''}"
             path.write_bytes(gzip.compress(content) if zipped else content)

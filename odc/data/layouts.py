@@ -1,57 +1,74 @@
-"""What `--data` may be: `open_dataset` recognises a layout by what lies in the folder.
+"""What `--data` may be: `open_dataset` recognises a data set by the files in the folder.
 
-    shapes                                        the built-in set, no folder at all
-    VOCdevkit/VOC2007, VOC2007                    PASCAL VOC 2007; train is its trainval, val its test
-    trainvalsplit_places205                       Places205
-    train2018.json, val2018.json                  iNaturalist 2018
-    meta/train.txt, meta/val.txt                  ImageNet with lists: a path (and a label) a line
-    cifar-10-batches-py, cifar-100-python, stl10_binary, FashionMNIST/raw or the folder itself
-                                                  the files that torchvision's datasets read; val is their test
-    train/, val/ (or validation/, test/)          class folders, or images without labels; ImageNet if all are wnids
-    any folder                                    images; labelled if each lies in one of several folders: CLASS/IMAGE
+    shapes                              the built-in set, no folder at all
+    VOCdevkit/VOC2007, VOC2007          PASCAL VOC 2007; train is its trainval, val its test
+    trainvalsplit_places205             Places205
+    train2018.json, val2018.json        iNaturalist 2018
+    meta/train.txt, meta/val.txt        ImageNet with lists: a path (and a label) in each line
+    cifar-10-batches-py, cifar-100-python, stl10_binary, FashionMNIST/raw
+                                        the files of torchvision's data sets; val is their test
+    train/, val/ (validation/, test/)   class folders, or images without labels
+    any other folder                    images; CLASS/IMAGE gives labels
+
+Each layout is a function of a folder and a split. It returns an ImageSet, or None if the folder has
+another layout, and raises UserError for files that are damaged or missing.
 """
 
+import collections
+import contextlib
+import gzip
+import json
 import os
 import re
+import zlib
 
+import numpy as np
 import torch
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from odc import distributed
-from odc.data import arrays
-from odc.data import lists
 from odc.data import shapes
+from odc.data.images import ImageSet, Names
 from odc.errors import UserError
-from odc.data.images import BadImage, ImageSet, Names
 
-__all__ = ["BadImage", "ImageSet", "check_same_images", "open_dataset"]
-
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
-              ".pbm")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
+              ".ppm", ".pgm", ".pbm")
+# Images in formats that are not read: HEIC, AVIF and the raw files of cameras.
+PASSED_OVER = (".heic", ".heif", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf",
+               ".rw2", ".pef", ".srw", ".raw")
 VAL_FOLDERS = ("val", "validation", "test")
+VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+               "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep",
+               "sofa", "train", "tvmonitor"]
 
 
-def open_dataset(data, split="train"):
-    """Open one split of a set of images, without reading an image.
+def open_dataset(data, split="train", background=None):
+    """Open one split of a data set. No image is read, but for the small ones of CIFAR etc.
 
-    data: a folder, or the word "shapes". split: "train" or "val".
-    Returns an `ImageSet`. Raises UserError for a path that is missing, empty, damaged or without this split.
+    data: a folder, or the word "shapes". split: "train" or "val". background: see ImageSet.
+    Returns an `ImageSet`. Raises UserError if the path or this split is missing, empty or damaged.
     """
-    if split not in ("train", "val"):
-        raise ValueError(f"split {split!r}: only train and val exist.")
     if data == "shapes":
-        count, seed = shapes.SPLITS[split]
-        images, labels = shapes.draw_shapes(count, seed)
-        return ImageSet("shapes", split, "shapes", pixels=images.numpy(), labels=labels, classes=list(shapes.FORMS))
+        images, labels = shapes.draw_shapes(*shapes.SPLITS[split])
+        return ImageSet("shapes", split, "shapes", pixels=images.numpy(), labels=labels,
+                        classes=list(shapes.FORMS))
     root = os.path.expanduser(data)
     if not os.path.isdir(root):
         what = "is not a folder" if os.path.exists(root) else "does not exist"
         raise UserError(f"{data} {what}: --data takes a folder of images or the word shapes.")
     try:
-        opened = _open_folder(root, split)
+        found = (layout(root, split) for layout in LAYOUTS)
+        opened = next(images for images in found if images is not None)
     except OSError as error:
-        raise UserError(f"{error.filename or root}: {error.strerror or error}; --data must be readable.") from None
+        raise UserError(f"{error.filename or root}: {error.strerror or error}; "
+                        "--data must be readable.") from None
     if len(opened) == 0:
-        raise UserError(f"{opened.root}: no images found; the names of images end in {' '.join(EXTENSIONS)}.")
+        raise UserError(f"{opened.root}: no images found; the names of images end in "
+                        f"{' '.join(EXTENSIONS)}.")
+    if opened.labels is not None and len(opened.labels) != len(opened):
+        raise UserError(f"{opened.root}: {len(opened)} images, but {len(opened.labels)} labels for "
+                        f"the {split} split; download the files again.")
+    opened.background = background
     return opened
 
 
@@ -59,94 +76,297 @@ def check_same_images(*image_sets):
     """Raise UserError if the processes do not all have the same images and labels. A collective."""
     for images in image_sets:
         if not distributed.same_everywhere((len(images), images.labelled_fingerprint)):
-            raise UserError(f"{images.root}: the processes see different images or labels there; give all machines the "
-                            "same files.")
+            raise UserError(f"{images.root}: the processes see different images or labels there; "
+                            "give all machines the same files.")
 
 
-def _open_folder(root, split):
-    for recognise in (lists.voc07, lists.places205, lists.inaturalist2018, lists.imagenet_lists,
-                      arrays.cifar10, arrays.cifar100, arrays.stl10, arrays.fashion_mnist):
-        opened = recognise(root, split)
-        if opened is not None:
-            return opened
-    folders = {s: os.path.join(root, s) for s in ("train", *VAL_FOLDERS) if os.path.isdir(os.path.join(root, s))}
-    if not folders:
+# --- images named in lists -----------------------------------------------------------------------
+
+
+def imagenet_lists(root, split):
+    return _text_list("imagenet", root, "meta/{}.txt", split, split)
+
+
+def places205(root, split):
+    return _text_list("places205", root, "trainvalsplit_places205/{}_places205.csv",
+                      "data/vision/torralba/deeplearning/images256", split)
+
+
+def _text_list(name, root, pattern, folder, split):
+    """pattern: the lists of train and val. folder: their paths are relative to root/folder."""
+    path = _find_list(root, pattern, split)
+    if path is None:
+        return None
+    names, labels = _read_list(path)
+    opened = ImageSet(name, split, os.path.join(root, folder), names=names, labels=labels)
+    if labels is not None:
+        # The lists do not name the classes. The train list has an image of each class.
+        train = os.path.join(root, pattern.format("train"))
+        train_labels = _read_list(train)[1] if split == "val" and os.path.isfile(train) else None
+        largest = max(int(found.max()) for found in (labels, train_labels) if found is not None)
+        opened.classes = [str(k) for k in range(largest + 1)]
+    return _check_images(opened, path)
+
+
+def _read_list(path):
+    """Names and labels (int64 [N], or None) of a list: a path, or a path and a label, in each line.
+
+    A label is a number of at most six digits. All lines have one, or none has.
+    """
+    names, labels = [], []
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(map(str.strip, file), 1):
+            if not line:
+                continue
+            name, *label = line.rsplit(maxsplit=1)
+            has_label = bool(label) and label[0].isdecimal() and len(label[0]) <= 6
+            if names and has_label != bool(labels):
+                expected = "a path and a label" if labels else "a path alone"
+                raise UserError(f"{path}, line {number}: {line[:80]!r} should be {expected}, as "
+                                "the lines before it.")
+            names.append(name if has_label else line)
+            labels += map(int, label) if has_label else []
+    return Names(names), torch.tensor(labels) if labels else None
+
+
+def inaturalist2018(root, split):
+    path = _find_list(root, "{}2018.json", split)
+    if path is None:
+        return None
+    with _whole(path), open(path, encoding="utf-8") as file:
+        content = json.load(file)
+        names = Names(image["file_name"] for image in content["images"])
+        category_of = {note["image_id"]: note["category_id"] for note in content["annotations"]}
+        classes = {c["id"]: str(c["name"]) for c in content.get("categories", [])}
+        classes = classes or {category: str(category) for category in category_of.values()}
+        number = {category: k for k, category in enumerate(sorted(classes))}
+        labels = [number[category_of[image["id"]]] for image in content["images"]]
+    opened = ImageSet("inaturalist2018", split, root, names=names, labels=torch.tensor(labels),
+                      classes=[classes[category] for category in sorted(classes)])
+    return _check_images(opened, path)
+
+
+def voc07(root, split):
+    main = os.path.join("ImageSets", "Main")
+    folder = _first_with((main,), root, "VOCdevkit/VOC2007", "VOC2007", "")
+    if folder is None:
+        return None
+    stem = "trainval" if split == "train" else "test"
+
+    def rows(name):
+        path = _required(os.path.join(folder, main, f"{name}.txt"), split)
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            return [line.split() for line in file if line.strip()]
+
+    ids = [words[0] for words in rows(stem)]
+    images = os.path.join(folder, "JPEGImages")
+    if missing := {f"{name}.jpg" for name in ids} - set(os.listdir(images)):
+        raise UserError(f"{os.path.join(images, min(missing))} does not exist, though {stem}.txt "
+                        f"names it ({len(missing)} of {len(ids)} are missing): unpack them there.")
+    targets = torch.empty(len(ids), len(VOC_CLASSES), dtype=torch.int8)
+    for k, name in enumerate(VOC_CLASSES):
+        target_of = dict(words for words in rows(f"{name}_{stem}") if len(words) == 2)
+        if target_of.keys() != set(ids) or not {"1", "-1", "0"}.issuperset(target_of.values()):
+            raise UserError(f"{name}_{stem}.txt in {os.path.join(folder, main)} must give each "
+                            f"image of {stem}.txt 1, -1 or 0: unpack the list again.")
+        targets[:, k] = torch.tensor([int(target_of[i]) for i in ids])
+    return ImageSet("voc07", split, folder, names=Names(f"JPEGImages/{name}.jpg" for name in ids),
+                    targets=targets, classes=list(VOC_CLASSES))
+
+
+def _find_list(root, pattern, split):
+    """The list of a split, or None if neither split has one."""
+    paths = {s: os.path.join(root, pattern.format(s)) for s in ("train", "val")}
+    return _required(paths[split], split) if any(map(os.path.isfile, paths.values())) else None
+
+
+def _check_images(opened, path):
+    """The set. Raises UserError if its list is empty, or three of its images are not there."""
+    if len(opened) == 0:
+        raise UserError(f"{path} is empty: it should name images.")
+    some = [opened.name_of(i) for i in (0, len(opened) // 2, len(opened) - 1)]
+    if not any(os.path.lexists(os.path.join(opened.root, name)) for name in some):
+        raise UserError(f"{os.path.join(opened.root, some[0])} does not exist, though {path} "
+                        f"names it: put the images below {opened.root}.")
+    return opened
+
+
+# --- all images in a few large files -------------------------------------------------------------
+
+
+def cifar(root, split):
+    for name, reader, mark in ("cifar10", CIFAR10, "data_batch_1"), ("cifar100", CIFAR100, "meta"):
+        folder = _first_with((mark,), root, "", reader.base_folder)
+        if folder is not None:
+            here = type(name, (reader,), {"base_folder": ""})  # the files lie in `folder` itself
+            try:  # it compares checksums first, as these pickles could run a program
+                opened = here(folder, train=split == "train")
+            except RuntimeError:
+                raise UserError(f"{folder}: a file of {name} is missing or damaged; "
+                                "download the set again.") from None
+            return ImageSet(name, split, folder, pixels=opened.data,
+                            labels=torch.tensor(opened.targets), classes=list(opened.classes))
+
+
+def stl10(root, split):
+    """train is the unlabelled images if only these are there.
+
+    They take 2.7 GB, so they are mapped; torchvision's reader would copy them into each process.
+    """
+    folder = _first_with(("train_X.bin", "unlabeled_X.bin"), root, "", "stl10_binary")
+    if folder is None:
+        return None
+    stem = "train" if split == "train" else "test"
+    if split == "train" and not os.path.exists(os.path.join(folder, "train_X.bin")):
+        stem = "unlabeled"
+    path = _required(os.path.join(folder, f"{stem}_X.bin"), split)
+    with _whole(path):  # column by column
+        pixels = np.memmap(path, np.uint8, mode="r").reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+    opened = ImageSet("stl10", split, folder, pixels=pixels)
+    if stem != "unlabeled":
+        labels = np.fromfile(_required(os.path.join(folder, f"{stem}_y.bin"), split), np.uint8)
+        opened.labels = torch.from_numpy(labels).long() - 1  # they are 1..10 in the file
+        with open(_required(os.path.join(folder, "class_names.txt"), split)) as file:
+            opened.classes = file.read().split()
+    return opened
+
+
+def fashion_mnist(root, split):
+    """The files may be gzipped, as Debian has them; torchvision's reader does not open those."""
+    names = [f"{s}-images-idx3-ubyte{end}" for s in ("train", "t10k") for end in ("", ".gz")]
+    folder = _first_with(names, root, "", "raw", "FashionMNIST/raw")
+    if folder is None:
+        return None
+    stem = os.path.join(folder, "train" if split == "train" else "t10k")
+    pixels = _read_idx(f"{stem}-images-idx3-ubyte", 3, split)
+    labels = torch.tensor(_read_idx(f"{stem}-labels-idx1-ubyte", 1, split)).long()
+    return ImageSet("fashion-mnist", split, folder, pixels=pixels, labels=labels,
+                    classes=list(FashionMNIST.classes))
+
+
+def _read_idx(path, dimensions, split):
+    """An IDX file of bytes: 4 bytes that name its type, 4 for each dimension, then the values."""
+    path = path if os.path.isfile(path) else _required(path + ".gz", split)
+    with _whole(path), (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+        content = file.read()
+        shape = np.frombuffer(content, ">u4", dimensions, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+# --- folders of images ---------------------------------------------------------------------------
+
+
+def image_folders(root, split):
+    there = [name for name in ("train", *VAL_FOLDERS) if os.path.isdir(os.path.join(root, name))]
+    if not there:
         if split == "val":
             raise UserError(f"{root} has no val split: give a folder that holds train/ and val/.")
-        return image_folder(root, split)
-    val_folder = next((folders[s] for s in VAL_FOLDERS if s in folders), None)
-    folder = folders.get("train") if split == "train" else val_folder
+        return _image_folder(root, split)
+    wanted = ("train",) if split == "train" else VAL_FOLDERS
+    folder = next((name for name in there if name in wanted), None)
     if folder is None:
-        raise UserError(f"{root} has no {split} split: the folder {os.path.join(root, split)} is missing.")
+        raise UserError(f"{root} has no {split} split: the folder {os.path.join(root, split)} is "
+                        "missing.")
     # Both splits number the classes as the train split does.
-    return image_folder(folder, split, classes=_listing(folders.get("train", folder), "")[1])
+    with os.scandir(os.path.join(root, there[0])) as entries:
+        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    return _image_folder(os.path.join(root, folder), split, classes)
 
 
-def image_folder(root, split, classes=None):
+def _image_folder(root, split, classes=None):
     """All images in a folder and below it, sorted by path.
 
-    classes: names of the folders directly below root whose images share a label; None where that is to be found out:
-    labels are then given if every image lies directly in one of several such folders.
+    classes: names of the folders directly below root whose images share a label. If None, labels
+    are given if every image lies directly in one of several such folders.
     """
-    direct, folders = _listing(root, "")
-    counts = []  # images in and below each folder
+    images_in = collections.Counter()  # images in and below each folder directly below root
+    passed_over = 0
 
     def paths():
-        yield from direct
-        for folder in folders:
-            count = 0
-            for path in _paths_below(root, folder):
-                count += 1
-                yield path
-            counts.append(count)
+        nonlocal passed_over
+        for folder, images, others in _walk(root):
+            images_in[folder.split("/")[0]] += len(images)
+            passed_over += others
+            yield from images
 
     opened = ImageSet("folder", split, root, names=Names(paths()))
+    if passed_over:
+        distributed.print_main(f"{root}: {passed_over} HEIC, AVIF or raw files are passed over; "
+                               "convert them to JPEG.")
+    direct = images_in.pop("")
     if classes is None:
-        classes = [folder for folder, count in zip(folders, counts) if count > 0]
-        slashes = int((opened.names.block == ord("/")).sum())
-        if slashes != len(opened):  # one in each path?
+        classes = [folder for folder, count in images_in.items() if count > 0]
+        if int((opened.names.block == ord("/")).sum()) != len(opened):  # one in each path?
             return opened
-    if direct or not folders or len(classes) < 2:
+    if direct or not images_in or len(classes) < 2:
         return opened
     number = {name: k for k, name in enumerate(classes)}
-    for folder, count in zip(folders, counts):
+    for folder, count in images_in.items():
         if count > 0 and folder not in number:
-            raise UserError(f"{os.path.join(root, folder)} is a class that the train split does not have: rename it or "
-                            "take it away.")
-    numbers = torch.tensor([number.get(folder, 0) for folder in folders])
-    opened.labels = numbers.repeat_interleave(torch.tensor(counts))
-    opened.classes = classes
-    if all(re.fullmatch(r"n\d{8}", name) for name in classes):
+            raise UserError(f"{os.path.join(root, folder)} is a class that the train split does "
+                            "not have: rename it or take it away.")
+    labels = np.repeat([number.get(folder, 0) for folder in images_in], list(images_in.values()))
+    opened.labels, opened.classes = torch.from_numpy(labels), classes
+    if all(re.fullmatch(r"n\d{8}", name) for name in classes):  # WordNet ids
         opened.name = "imagenet"
     return opened
 
 
-def _listing(root, under):
-    """Images and folders directly in root/under, sorted, as paths relative to root; hidden ones are left out.
+def _walk(root, below="", parents=()):
+    """Yield (folder, its images, number of files passed over) for root/below and all below it.
 
-    One scan without a look at any file, as millions must be listed fast: a link with an image's name counts as one.
+    Paths are relative to root and sorted; hidden files are left out. No file is looked at, as
+    millions must be listed fast: a link with the name of an image counts as one.
     """
-    images, folders = [], []
-    with os.scandir(os.path.join(root, under)) as entries:
+    status = os.stat(os.path.join(root, below))
+    identity = (status.st_dev, status.st_ino)
+    if identity in parents:  # a link back to a folder above
+        return
+    images, folders, passed_over = [], [], 0
+    with os.scandir(os.path.join(root, below)) as entries:
         for entry in entries:
-            name = entry.name
+            name = entry.name.lower()
+            is_file = entry.is_file(follow_symlinks=False) or entry.is_symlink()
             if name.startswith("."):
                 continue
-            if name.lower().endswith(EXTENSIONS) and (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
-                images.append(name)
+            elif is_file and name.endswith(EXTENSIONS):
+                images.append(os.path.join(below, entry.name))
             elif entry.is_dir():
-                folders.append(name)
-    prefix = under + "/" if under else ""
-    return [prefix + name for name in sorted(images)], [prefix + name for name in sorted(folders)]
+                folders.append(os.path.join(below, entry.name))
+            elif name.endswith(PASSED_OVER):
+                passed_over += 1
+    yield below, sorted(images), passed_over
+    for folder in sorted(folders):
+        yield from _walk(root, folder, (*parents, identity))
 
 
-def _paths_below(root, under, parents=()):
-    """Yield the images in root/under and below; a link back to a folder above it is not followed again."""
-    status = os.stat(os.path.join(root, under))
-    identity = (status.st_dev, status.st_ino)
-    if identity in parents:
-        return
-    images, folders = _listing(root, under)
-    yield from images
-    for folder in folders:
-        yield from _paths_below(root, folder, (*parents, identity))
+# --- shared by the layouts -----------------------------------------------------------------------
+
+
+def _first_with(names, root, *folders):
+    """The first of the folders below root that holds one of the names, or None."""
+    for folder in (os.path.join(root, f) if f else root for f in folders):
+        if any(os.path.exists(os.path.join(folder, name)) for name in names):
+            return folder
+    return None
+
+
+def _required(path, split):
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing: the {split} split needs it.")
+    return path
+
+
+@contextlib.contextmanager
+def _whole(path):
+    """Turn what a reader raises for a damaged file into a sentence."""
+    try:
+        yield
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, LookupError, TypeError,
+            AttributeError) as error:
+        raise UserError(f"{path} is damaged or incomplete ({type(error).__name__}: {error}); "
+                        "download it again.") from None
+
+
+LAYOUTS = (voc07, places205, inaturalist2018, imagenet_lists, cifar, stl10, fashion_mnist,
+           image_folders)

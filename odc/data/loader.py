@@ -1,229 +1,226 @@
-"""Batches of images: which image comes when, and the workers that read them.
+"""Batches of images: which image comes when, and the loader workers that read them.
 
-Seed, epoch and position in the epoch decide everything about an item, so that the number of workers changes nothing and
-a run that is resumed in the middle of an epoch sees the batches it would have seen.
+Seed, epoch and position in the epoch decide everything about an item. So the number of workers
+changes nothing, and a run that is resumed within an epoch sees the batches it would have seen.
+A batch comes from `BatchLoader`, `_Batches.__getitem__`, `ImageSet.load`, `read_image`.
 """
 
-import functools
 import hashlib
 import os
 import random
 import signal
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from odc.data import augmentation as augment
-from odc.distributed import rank, shard, world_size
+from odc.data.images import DROPPED, BadImage, ImageSet
+from odc.distributed import all_gather_uneven_rows, print_main, rank, shard, world_size
 from odc.errors import UserError
-from odc.runtime.program import SIGNALS, dead_worker
-from odc.data.images import BadImage
+from odc.runtime.program import SIGNALS, dead_worker, is_dead_worker
 
 TRIES = 100  # so many unreadable images in a row, drawn at random, are not bad luck
 
 
+class Batch(NamedTuple):
+    """B rows of this process."""
+
+    images: torch.Tensor  # uint8 [B, 3, S, S], cropped and flipped
+    draws: torch.Tensor  # float32 [B, 16], a Draw for each row; [B, 0] in an evaluation
+    indices: torch.Tensor  # int64 [B], the image of each row
+    failed: torch.Tensor  # int64 [B], -1, or the unreadable image for which another one stands in
+
+
 def default_workers(in_memory):
-    """--workers where it is not given: none for images in memory, else up to 4, a core for each if there are so many."""
+    """--workers if it is not given: 0 for images in memory, else 1 to 4, at most one a core."""
     if in_memory:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-class Batch(NamedTuple):
-    """B rows of this process.
+def gather_unreadable(dataset):
+    """The images that any process has found unreadable so far, as sorted indices. A collective."""
+    own = torch.tensor(sorted(dataset.unreadable), dtype=torch.int64)
+    return sorted(set(all_gather_uneven_rows(own).tolist()))
 
-    images: uint8 [B, 3, S, S], cropped and flipped. parameters: float32 [B, P], for `augment.finish`, or [B, 0].
-    indices: int64 [B], which image each row is.
-    failed: int64 [B], -1, or the index of the unreadable image in whose place the row stands.
+
+def check_unreadable(count, dataset, num_images=None):
+    """Raise UserError if more than 1% of the images cannot be read. A collective.
+
+    count: how many images cannot be read, of num_images (default: all), the same on all processes.
     """
-
-    images: torch.Tensor
-    draws: torch.Tensor
-    indices: torch.Tensor
-    failed: torch.Tensor
-
-
-def blank_batch(batch_size, image_size):
-    """A black Batch of the first image, for a process that has none to give."""
-    return Batch(torch.zeros(batch_size, 3, image_size, image_size, dtype=torch.uint8),
-                 torch.zeros(batch_size, 16),
-                 torch.zeros(batch_size, dtype=torch.int64), torch.full((batch_size,), -1))
+    num_images = len(dataset) if num_images is None else num_images
+    if count > 0.01 * num_images:
+        known = gather_unreadable(dataset)
+        example = f", such as {dataset.name_of(known[0])!r}" if known else ""
+        raise UserError(f"{count} of {num_images} images in {dataset.root} cannot be read{example};"
+                        " this is more than 1%: repair or remove them.")
 
 
 def steps_per_epoch(num_images, batch_size):
-    """Steps of `training_batches` in an epoch: the N draws are rounded up to whole global batches of W * B."""
+    """Steps of `training_batches`: N draws, rounded up to whole global batches of W * B."""
     return -(-num_images // (world_size() * batch_size))
 
 
-def training_batches(dataset, augmentation, image_size, batch_size, seed, epoch, first_step=0, workers=0,
-                     pin_memory=False):
+def training_batches(dataset, augmentation, image_size, batch_size, seed, epoch, first_step=0,
+                     workers=0, pin_memory=False):
     """This process's batches of one epoch of pre-training, from first_step on.
 
-    N indices are drawn with replacement, the same on all processes (the recipe's sampling). In step t, process r has
-    positions t*W*B + r*B up to t*W*B + (r+1)*B of them.
+    The images are drawn with replacement, the same on all processes (the recipe's sampling). In
+    step t, process r has positions t*W*B + r*B up to t*W*B + (r+1)*B of the draw.
     """
-    steps = steps_per_epoch(len(dataset), batch_size)
-    shape = (steps, world_size(), batch_size)
-    generator = torch.Generator().manual_seed(_number("indices", seed, epoch))
-    indices = torch.randint(len(dataset), shape, generator=generator)
-    positions = torch.arange(indices.numel()).view(shape)
-    make = functools.partial(_augmented, augmentation=augmentation, size=image_size)
-    ends = torch.arange(steps - first_step + 1) * batch_size
-    part = (slice(first_step, None), rank())
-    return Batches(dataset, make, indices[part].flatten(), positions[part].flatten(), ends, (seed, epoch), workers,
-                   pin_memory)
-
-
-def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, first_step=0, workers=0,
-                  pin_memory=False):
-    """This process's batches of one epoch in which every image comes once, in a seeded order, from first_step on.
-
-    A last global batch of at least W * B / 2 images is kept and split evenly, a smaller one is joined to the batch
-    before: no step sees statistics of a handful of images, and the steps are the same for any W that leaves B >= 2.
-    So the last batch may be half as large again. Every process has a row in each. Raises UserError if N < W.
-    """
-    if len(dataset) < world_size():
-        raise UserError(f"{dataset.root} has {len(dataset)} images for {world_size()} processes: start fewer with "
-                        "--nproc_per_node.")
-    generator = torch.Generator().manual_seed(_number("permutation", seed, epoch))
-    order = torch.randperm(len(dataset), generator=generator)
     global_batch = world_size() * batch_size
-    whole, rest = divmod(len(dataset), global_batch)
-    steps = max(1, whole + (rest >= max(global_batch / 2, world_size())))
-    positions, ends = [], [0]
-    for step in range(first_step, steps):
-        start = step * global_batch
-        stop = len(dataset) if step == steps - 1 else start + global_batch
-        own = shard(stop - start)
-        positions.append(torch.arange(start + own.start, start + own.stop))
-        ends.append(ends[-1] + len(positions[-1]))
-    positions = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
-    make = functools.partial(_augmented, augmentation=augmentation, size=image_size)
-    return Batches(dataset, make, order[positions], positions, torch.tensor(ends), (seed, epoch), workers, pin_memory)
+    steps = steps_per_epoch(len(dataset), batch_size)
+    generator = torch.Generator().manual_seed(_hash("indices", seed, epoch))
+    order = torch.randint(len(dataset), (steps * global_batch,), generator=generator)
+    starts = [step * global_batch + rank() * batch_size for step in range(first_step, steps)]
+    positions = [range(start, start + batch_size) for start in starts]
+    batches = _Batches(dataset, order, positions, (seed, epoch), augmentation, image_size)
+    return BatchLoader(batches, workers, pin_memory)
+
+
+def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, first_step=0,
+                  workers=0, pin_memory=False):
+    """This process's batches of an epoch with every image once, in a seeded order, from first_step.
+
+    A last global batch of at least W * B / 2 images is kept and split evenly; a smaller one is
+    joined to the batch before, which may be half as large again. So no step sees statistics of a
+    handful of images, every process has a row in each step, and any W that leaves B >= 2 has the
+    same steps. Raises UserError if N < W.
+    """
+    N, W, global_batch = len(dataset), world_size(), world_size() * batch_size
+    if N < W:
+        raise UserError(f"{dataset.root} has {N} images for {W} processes: start fewer with "
+                        "--nproc_per_node.")
+    generator = torch.Generator().manual_seed(_hash("permutation", seed, epoch))
+    order = torch.randperm(N, generator=generator)
+    steps = max(1, N // global_batch + (N % global_batch >= max(global_batch / 2, W)))
+    ends = [*range(0, steps * global_batch, global_batch), N]
+    positions = [range(start, end)[shard(end - start)] for start, end in zip(ends, ends[1:])]
+    batches = _Batches(dataset, order, positions[first_step:], (seed, epoch), augmentation,
+                       image_size)
+    return BatchLoader(batches, workers, pin_memory)
 
 
 def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memory=False):
-    """Batches of the given rows in order, each once, the last one as short as need be.
+    """Batches of the given rows in order, each once; the last one is as short as need be.
 
-    rows: a slice, or an int64 tensor of indices. transform: an RGB image -> uint8 [3, S, S].
-    An unreadable image keeps its row and index; another image's pixels stand in.
+    rows: a slice, or int64 indices. transform: an RGB image -> uint8 [3, S, S].
+    An unreadable image keeps its row and index, but shows another image; `failed` tells.
     """
-    indices = torch.arange(len(dataset))[rows]
-    ends = torch.tensor([*range(0, len(indices), batch_size), len(indices)])
-    make = functools.partial(_transformed, transform=transform)
-    return Batches(dataset, make, indices, indices, ends, None, workers, pin_memory)
+    order = torch.arange(len(dataset))
+    indices = order[rows]
+    positions = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    batches = _Batches(dataset, order, positions, transform=transform)
+    return BatchLoader(batches, workers, pin_memory)
 
 
-class Batches(torch.utils.data.Dataset):
+class BatchLoader(torch.utils.data.DataLoader):
     """An iterable over Batch, made by the functions above; `len()` is the number of steps.
 
-    indices, positions: int64 [M], the image and the place in the epoch of each of this process's items.
-    ends: int64 [steps + 1]; step t has the items ends[t] up to ends[t + 1]. seeds: (seed, epoch), None for evaluation.
+    Iterating raises UserError if a worker has died or nothing can be read.
     """
 
-    def __init__(self, dataset, make, indices, positions, ends, seeds, workers, pin_memory):
-        self.dataset, self.make, self.seeds = dataset, make, seeds
-        self.indices, self.positions, self.ends = indices, positions, ends
-        self.workers, self.pin_memory = workers, pin_memory
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, step):
-        """A worker's work: (Batch, {index: reason} of unreadable images); the Batch is None if all else fails, too."""
-        items = range(int(self.ends[step]), int(self.ends[step + 1]))
-        reasons = {}
-        images, parameters, indices, failed = None, [], [], []
-        for row, item in enumerate(items):
-            index, position = int(self.indices[item]), int(self.positions[item])
-            image, used = self._read(index, position, reasons)
-            if image is None:
-                return None, reasons
-            pixels, numbers = self.make(image, random.Random(_number("item", self.seeds, position)))
-            if images is None:
-                images = torch.empty(len(items), *pixels.shape, dtype=torch.uint8)
-            images[row] = pixels
-            parameters.append(numbers)
-            indices.append(index if self.seeds is None else used)
-            failed.append(-1 if used == index else index)
-        return Batch(images, torch.tensor(parameters), torch.tensor(indices), torch.tensor(failed)), reasons
-
-    def _read(self, index, position, reasons):
-        """An image and its index: the one asked for, or another one, drawn at random, in place of an unreadable one."""
-        others = None
-        for _ in range(TRIES):
-            try:
-                return self.dataset.load(index), index
-            except BadImage as error:
-                reasons[index] = error.reason
-            others = others or random.Random(_number("another image", self.seeds, position))
-            index = int(others.random() * len(self.dataset))
-        return None, index
+    def __init__(self, batches, workers, pin_memory):
+        # Forked, workers share the names and pixels; started afresh, each would hold its own copy.
+        context = "fork" if workers and sys.platform == "linux" else None
+        super().__init__(batches, batch_size=None, num_workers=workers, pin_memory=pin_memory,
+                         multiprocessing_context=context)
 
     def __iter__(self):
-        loader = torch.utils.data.DataLoader(
-            self,
-            batch_size=None,  # an item is a batch already
-            sampler=range(len(self)),
-            num_workers=self.workers,
-            pin_memory=self.pin_memory,
-            # Forked, workers share the set's names and pixels; started afresh, each would hold its own copy.
-            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
-        )
-        for batch, reasons in _watched(loader):
-            for index, reason in reasons.items():
-                if index not in self.dataset.unreadable:
-                    self.dataset.unreadable[index] = reason
-                    name = self.dataset.name_of(index)
-                    warnings.warn(f"the image {name!r} cannot be read ({reason}); another one takes its place.",
-                                  stacklevel=2)
+        images = self.dataset.images
+        # Workers inherit the blocked signals; the training process gets them, too, and decides.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if self.num_workers else ())
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        while True:
+            try:
+                batch, reasons, transparent = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                # A dead worker shows as a message of torch's or as a connection that broke.
+                if isinstance(error, RuntimeError) and not is_dead_worker(error):
+                    raise
+                raise dead_worker(error) from None
+            for index in sorted(reasons.keys() - images.unreadable.keys()):
+                images.unreadable[index] = reasons[index]
+                warnings.warn(f"the image {images.name_of(index)!r} cannot be read "
+                              f"({reasons[index]}); another one takes its place.", stacklevel=2)
+            if transparent is not None and images.transparent is None:
+                images.transparent = transparent
+                print_main(f"{images.root} has transparent images, such as "
+                           f"{images.name_of(transparent)!r}: their transparency is dropped; "
+                           "--background white or black lays them on a colour.")
             if batch is None:
-                raise UserError(f"{TRIES} images in a row cannot be read, such as {self.dataset.name_of(index)!r} in "
-                                f"{self.dataset.root} ({reason}): check the disk and --data.")
+                index, reason = reasons.popitem()
+                raise UserError(f"{TRIES} images in a row cannot be read, such as "
+                                f"{images.name_of(index)!r} in {images.root} ({reason}): check the "
+                                "disk and --data.")
             yield batch
 
 
-def _watched(loader):
-    """What the loader gives, with its workers deaf to the signals that ask a run to stop: the training process gets
-    them, too, and decides. Raises UserError if the system has killed a worker."""
-    # What is held back during the fork stays so in the workers; not one moment are they open to a signal.
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if loader.num_workers else None
-    try:
-        iterator = iter(loader)
-    finally:
-        if held is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
-    while True:
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            # How it shows depends on what the worker was doing: a message of torch's, or a connection that broke.
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise dead_worker(error) from None
-        yield item
+@dataclass
+class _Batches(torch.utils.data.Dataset):
+    """Item t is step t's Batch, as a loader worker makes it."""
+
+    images: ImageSet
+    order: torch.Tensor  # int64 [M], the image at each position of the epoch
+    positions: list  # for each step, the positions of this process's rows
+    seeds: tuple | None = None  # (seed, epoch)
+    augmentation: augment.Augmentation | None = None
+    image_size: int | None = None
+    transform: Callable | None = None  # for an evaluation, instead of the three above
+
+    def __len__(self):
+        return len(self.positions)
+
+    def __getitem__(self, step):
+        """(Batch, {index: reason} of unreadable images, a transparent image or None).
+
+        The Batch is None if nothing can be read.
+        """
+        rows, reasons, transparent = [], {}, None
+        for position in map(int, self.positions[step]):
+            wanted = int(self.order[position])
+            image, index = self.load(wanted, position, reasons)
+            if image is None:
+                return None, reasons, None
+            if image.info.get(DROPPED):
+                transparent = index
+            failed = -1 if index == wanted else wanted
+            if self.transform:
+                rows.append((self.transform(image), (), wanted, failed))
+            else:
+                generator = random.Random(_hash("item", self.seeds, position))
+                drawn = augment.draw(self.augmentation, generator, *image.size, self.image_size)
+                pixels = augment.crop_and_flip(image, drawn, self.image_size)
+                rows.append((pixels, drawn, index, failed))
+        pixels, *numbers = zip(*rows)
+        return Batch(torch.stack(pixels), *map(torch.tensor, numbers)), reasons, transparent
+
+    def load(self, index, position, reasons):
+        """An image and its index; instead of an unreadable one, another one drawn at random."""
+        others = None
+        for _ in range(TRIES):
+            try:
+                return self.images.load(index), index
+            except BadImage as error:
+                reasons[index] = error.reason
+            others = others or random.Random(_hash("another image", self.seeds, position))
+            index = int(others.random() * len(self.images))
+        return None, index
 
 
-def _augmented(image, generator, augmentation, size):
-    parameters = augment.draw(augmentation, generator, *image.size, size)
-    return augment.crop_and_flip(image, parameters, size), parameters
-
-
-def _transformed(image, generator, transform):
-    return transform(image), ()
-
-
-def _number(*words):
-    """A number for a random generator that no other words give: 0 <= number < 2**63."""
+def _hash(*words):
+    """A seed for a random generator that no other words give: 0 <= seed < 2**63."""
     digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def check_unreadable(count, total, dataset, example=None):
-    if count > 0.01 * total:
-        raise UserError(f"{count} of {total} images in {dataset.root} cannot be read, more than 1%, among them {dataset.name_of(example or 0)}: repair or remove them.")

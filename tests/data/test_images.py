@@ -1,5 +1,6 @@
-"""Odd images, one by one: what a run makes of each. The table below is the answer; all else in here checks it."""
+"""Odd images, one by one: the table below says what a run makes of each, the tests check it."""
 
+import errno
 import os
 import struct
 import subprocess
@@ -14,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from odc.data.augmentation import Augmentation
+from odc.data.augmentation import Augmentation, evaluation_transform
 from odc.data.layouts import open_dataset
 from odc.data.images import BadImage, read_image
-from odc.data.loader import training_batches
+from odc.data.loader import evaluation_batches, training_batches
 from tests.processes import ROOT
 
 WIDTH, HEIGHT = 40, 30
@@ -30,7 +31,7 @@ def jpeg(path):
     Image.fromarray(GRAY).save(path, "JPEG", quality=95)
 
 
-# --- what each odd file is made of -----------------------------------------------------------------------------------
+# --- what each odd file is made of ---------------------------------------------------------------
 
 
 def truncated_jpeg(path):
@@ -62,7 +63,12 @@ def palette_with_transparency(path):
 
 
 def alpha(path):
-    Image.fromarray(np.dstack([COLOURS, RAMP.astype(np.uint8)]), "RGBA").save(path, "PNG")
+    Image.fromarray(np.dstack([COLOURS, RAMP.round().astype(np.uint8)]), "RGBA").save(path, "PNG")
+
+
+def half_transparent_gray(path):
+    ramp = RAMP.round().astype(np.uint8)
+    Image.merge("LA", [Image.fromarray(ramp)] * 2).save(path, "PNG")
 
 
 def gray_and_alpha(path):
@@ -70,7 +76,7 @@ def gray_and_alpha(path):
 
 
 def animated_gif(path):
-    frames = [Image.fromarray(np.uint8(np.full((HEIGHT, WIDTH), level)), "L") for level in (50, 250, 150)]
+    frames = [Image.new("L", (WIDTH, HEIGHT), level) for level in (50, 250, 150)]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=40, loop=0)
 
 
@@ -91,12 +97,14 @@ def turned_by_exif(path):
 def bomb(path, edge=20000):
     """A PNG of 20,000 x 20,000 black pixels in 400 kB: decoded, 1.6 GB."""
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
     packer = zlib.compressobj(9)
     row = b"\0" * (1 + edge)
     pixels = b"".join(packer.compress(row) for _ in range(edge)) + packer.flush()
     header = struct.pack(">IIBBBBB", edge, edge, 8, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
 def large(path):
@@ -114,7 +122,8 @@ def dangling_link(path):
 
 def postscript(path):
     """Pillow would start Ghostscript for it."""
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+                     b"showpage\n%%EOF\n")
 
 
 def broken_png(path):
@@ -126,7 +135,7 @@ def broken_png(path):
 
 READ, REPLACED, LEFT_OUT = "read", "named in a warning and replaced by another image", "not listed"
 
-# The name, how it is made, what the run does, and the pixels that it reads, or the reason that the warning gives.
+# The name, how it is made, what the run does, and the pixels that it reads or the warning's reason.
 TABLE = [
     ("plain.jpg", jpeg, READ, GRAY),
     ("cmyk.jpg", cmyk, READ, GRAY),
@@ -149,10 +158,10 @@ TABLE = [
     ("UPPER.JPG", jpeg, READ, GRAY),
     ("zero-bytes.jpg", lambda path: path.touch(), REPLACED, "cannot identify"),
     ("truncated.jpg", truncated_jpeg, REPLACED, "truncated"),
-    ("text.jpg", lambda path: path.write_text("<html>404 Not Found</html>"), REPLACED, "cannot identify"),
+    ("text.jpg", lambda path: path.write_text("<html>404</html>"), REPLACED, "cannot identify"),
     ("broken.png", broken_png, REPLACED, "broken data"),
     ("bomb.png", bomb, REPLACED, "pixels"),
-    ("large.png", large, REPLACED, "9500 x 9500 pixels are more than the 89,478,485 that are read"),
+    ("large.png", large, REPLACED, "9500 x 9500 pixels are more than the 89,478,485 allowed"),
     ("dangling-link.jpg", dangling_link, REPLACED, "No such file"),
     ("postscript.jpg", postscript, REPLACED, "cannot identify"),
     ("pipe.jpg", os.mkfifo, LEFT_OUT, None),
@@ -181,9 +190,91 @@ def test_table(tmp_path, name, make, answer, detail):
         batches = list(training_batches(dataset, Augmentation(), 16, 16, seed=0, epoch=0))
     assert len(said) == (answer == REPLACED)
     if answer == REPLACED:
-        assert repr(name) in str(said[0].message) and "another one takes its place" in str(said[0].message)
+        message = str(said[0].message)
+        assert repr(name) in message and "another one takes its place" in message
     assert all((batch.failed >= 0).any() == (answer == REPLACED) for batch in batches)
     assert all(found not in batch.indices.tolist() for batch in batches if answer == REPLACED)
+
+
+# --- transparency --------------------------------------------------------------------------------
+
+TRANSPARENT = [("alpha.png", alpha, COLOURS), ("gray-and-alpha.png", half_transparent_gray, GRAY),
+               ("palette.png", palette_with_transparency, GRAY)]
+
+
+@pytest.mark.parametrize("background, level", [("white", 255), ("black", 0)])
+@pytest.mark.parametrize("name, make, colours", TRANSPARENT, ids=[row[0] for row in TRANSPARENT])
+def test_transparent_images_are_laid_on_the_background(tmp_path, capsys, name, make, colours,
+                                                       background, level):
+    make(tmp_path / name)
+    dataset = open_dataset(str(tmp_path), background=background)
+    opacity = RAMP.round()[..., None] / 255
+    expected = colours * opacity + level * (1 - opacity)
+    assert np.abs(np.asarray(dataset.load(0)) - expected).max() <= 1
+    list(training_batches(dataset, Augmentation(), 16, 4, seed=0, epoch=0))
+    assert dataset.transparent is None and capsys.readouterr().out == ""
+    assert dataset.content_stamp() != open_dataset(str(tmp_path)).content_stamp()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_dropped_transparency_is_named_in_one_line(tmp_path, capsys, workers):
+    Image.fromarray(COLOURS).convert("RGBA").save(tmp_path / "opaque.png")
+    dataset = open_dataset(str(tmp_path))
+    for _ in range(2):
+        list(evaluation_batches(dataset, slice(None), evaluation_transform(16), 2, workers))
+    assert dataset.transparent is None and capsys.readouterr().out == ""
+    for name, make, _ in TRANSPARENT:
+        make(tmp_path / name)
+    dataset = open_dataset(str(tmp_path))
+    for _ in range(2):
+        list(evaluation_batches(dataset, slice(None), evaluation_transform(16), 2, workers))
+    line, = capsys.readouterr().out.splitlines()
+    assert "transparent images, such as" in line and "--background" in line
+    assert dataset.name_of(dataset.transparent) in ("alpha.png", "gray-and-alpha.png")
+
+
+# --- errors that pass, and errors that stay ------------------------------------------------------
+
+
+def fail(monkeypatch, error, times):
+    """Let the next reads raise an error so many times; returns the list of all reads."""
+    reads = []
+
+    def read(path, background):
+        reads.append(path)
+        if len(reads) <= times:
+            raise error
+        return read_image(path, background)
+
+    monkeypatch.setattr("odc.data.images.read_image", read)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return reads
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_an_error_that_passes_is_tried_again(tmp_path, monkeypatch, number):
+    jpeg(tmp_path / "a.jpg")
+    dataset = open_dataset(str(tmp_path))
+    reads = fail(monkeypatch, OSError(number, os.strerror(number)), times=2)
+    assert dataset.load(0).size == (WIDTH, HEIGHT) and len(reads) == 3
+    reads = fail(monkeypatch, OSError(number, os.strerror(number)), times=9)
+    with pytest.raises(BadImage, match=os.strerror(number)):
+        dataset.load(0)
+    assert len(reads) == 3
+
+
+@pytest.mark.parametrize("error", [
+    FileNotFoundError(errno.ENOENT, "No such file"), PermissionError(errno.EACCES, "Not allowed"),
+    OSError("image file is truncated"), ValueError("broken")])
+def test_other_errors_are_not_tried_again(tmp_path, monkeypatch, error):
+    jpeg(tmp_path / "a.jpg")
+    reads = fail(monkeypatch, error, times=9)
+    with pytest.raises(BadImage):
+        open_dataset(str(tmp_path)).load(0)
+    assert len(reads) == 1
+
+
+# --- files that cannot be read, and a folder that changes ----------------------------------------
 
 
 def test_unreadable_permissions():
@@ -204,7 +295,7 @@ def test_unreadable_permissions():
 
 
 def test_folder_that_changes_while_the_run_reads_it(tmp_path):
-    """Images that vanish are replaced, a truncated one is, too; one that is new is not seen; names and order stay."""
+    """Images that vanish or are cut are replaced; new ones are not seen; names and order stay."""
     for i in range(12):
         jpeg(tmp_path / f"{i:02}.jpg")
     dataset = open_dataset(str(tmp_path))
@@ -225,7 +316,7 @@ def test_folder_that_changes_while_the_run_reads_it(tmp_path):
 
 
 def test_bomb_is_refused_without_its_memory(tmp_path):
-    """Read in a process that may take 300 MB on top of what it has: the 1.6 GB are never asked for."""
+    """The process may take 300 MB on top of what it has: the 1.6 GB are never asked for."""
     bomb(tmp_path / "bomb.png")
     code = """
 import resource, sys
@@ -240,7 +331,8 @@ try:
 except BadImage as error:
     print(error.reason)
 """
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True,
+                            text=True, cwd=ROOT)
     assert "pixels" in result.stdout, result.stderr
 
 
@@ -249,7 +341,9 @@ def test_reading_leaves_no_file_open(tmp_path):
         if answer == READ or name in ("truncated.jpg", "text.jpg", "broken.png"):
             make(tmp_path / name)
     dataset = open_dataset(str(tmp_path))
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else pytest.skip("needs /proc")
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         for i in range(len(dataset)):
             try:

@@ -11,10 +11,12 @@ import torchvision
 from odc.data.layouts import open_dataset
 from odc.errors import UserError
 from odc.data.images import ImageSet, Names
-from tests.layouts import (made_up, put_cifar10, put_cifar100, put_class_folders, put_fashion_mnist, put_image,
-                           put_imagenet_lists, put_inaturalist, put_places, put_stl10, put_text, put_voc)
+from tests.layouts import (made_up, put_cifar10, put_cifar100, put_class_folders,
+                           put_fashion_mnist, put_image, put_imagenet_lists, put_inaturalist,
+                           put_places, put_stl10, put_text, put_voc,
+                           trust_cifar)
 
-FASHION = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+FASHION = "/usr/share/datasets/fashion-mnist"  # of Debian's package dataset-fashion-mnist
 
 
 def names(opened):
@@ -25,21 +27,25 @@ def colour(opened, i):
     return opened.load(i).getpixel((0, 0))
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
+# --- folders -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("val", ["val", "validation", "test"])
 def test_imagenet_folders(tmp_path, val):
     put_class_folders(tmp_path / "train")
-    put_class_folders(tmp_path / val, classes=["n01443537"], count=2)  # its numbers are still those of train
+    # Its numbers are still those of train.
+    put_class_folders(tmp_path / val, classes=["n01443537"], count=2)
     train, held = open_dataset(str(tmp_path)), open_dataset(str(tmp_path), "val")
-    assert (train.name, train.split, held.name, held.split) == ("imagenet", "train", "imagenet", "val")
-    assert names(train) == [f"{c}/{c}_{i}.JPEG" for c in ("n01440764", "n01443537") for i in range(3)]
+    assert (train.name, train.split) == ("imagenet", "train")
+    assert (held.name, held.split) == ("imagenet", "val")
+    expected = [f"{c}/{c}_{i}.JPEG" for c in ("n01440764", "n01443537") for i in range(3)]
+    assert names(train) == expected
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and held.labels.tolist() == [1, 1]
     assert train.classes == held.classes == ["n01440764", "n01443537"]
     reference = torchvision.datasets.ImageFolder(tmp_path / "train")
     assert train.labels.tolist() == reference.targets and train.classes == reference.classes
-    assert [os.path.join(train.root, name) for name in names(train)] == [path for path, _ in reference.samples]
+    paths = [os.path.join(train.root, name) for name in names(train)]
+    assert paths == [path for path, _ in reference.samples]
     assert train.labels.dtype == torch.int64 and train.targets is None
 
 
@@ -51,14 +57,16 @@ def test_class_folders_with_folders_below(tmp_path):
     put_image(tmp_path / "val" / "images" / "val_0.JPEG")
     put_text(tmp_path / "val" / "val_annotations.txt", "val_0.JPEG n01443537 0 32 44 62")
     train = open_dataset(str(tmp_path))
-    assert train.labels.tolist() == [0, 1] and names(train)[0] == "n01443537/images/n01443537_0.JPEG"
+    assert train.labels.tolist() == [0, 1]
+    assert names(train)[0] == "n01443537/images/n01443537_0.JPEG"
 
 
 def test_train_and_val_of_ones_own(tmp_path):
     put_class_folders(tmp_path / "train", ["zebra", "ant"])
     put_class_folders(tmp_path / "val", ["ant", "zebra"], 1)
     held = open_dataset(str(tmp_path), "val")
-    assert held.name == "folder" and held.classes == ["ant", "zebra"] and held.labels.tolist() == [0, 1]
+    assert held.name == "folder" and held.classes == ["ant", "zebra"]
+    assert held.labels.tolist() == [0, 1]
     put_class_folders(tmp_path / "val", ["yak"], 1)
     with pytest.raises(UserError, match="yak is a class that the train split does not have"):
         open_dataset(str(tmp_path), "val")
@@ -113,12 +121,25 @@ def test_links(tmp_path):
     (tmp_path / "data" / "x").mkdir(parents=True)
     (tmp_path / "data" / "x" / "linked.jpg").symlink_to(tmp_path / "elsewhere" / "a.jpg")
     (tmp_path / "data" / "folder").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "data" / "x" / "round").symlink_to(tmp_path / "data")  # a circle: followed once, not for ever
+    (tmp_path / "data" / "x" / "round").symlink_to(tmp_path / "data")  # a circle
     opened = open_dataset(str(tmp_path / "data"))
-    assert names(opened)[0] == "folder/a.jpg" and "x/linked.jpg" in names(opened) and len(opened) < 10
+    assert names(opened) == ["folder/a.jpg", "x/linked.jpg"]
 
 
-# --- lists -----------------------------------------------------------------------------------------------------------
+def test_images_in_other_formats_are_counted_in_one_line(tmp_path, capsys):
+    put_image(tmp_path / "a.jpg")
+    assert len(open_dataset(str(tmp_path))) == 1 and capsys.readouterr().out == ""
+    for name in ("b.HEIC", "x/c.heif", "x/y/d.avif", "e.CR2", "f.txt", ".g.heic"):
+        put_text(tmp_path / name, "")
+    assert names(open_dataset(str(tmp_path))) == ["a.jpg"]
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path}: 4 HEIC, AVIF or raw files are passed over")
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(UserError, match="no images found"):
+        open_dataset(str(tmp_path))
+
+
+# --- lists ---------------------------------------------------------------------------------------
 
 
 def test_imagenet_lists(tmp_path):
@@ -140,15 +161,18 @@ def test_imagenet_lists_without_labels(tmp_path):
 def test_places205(tmp_path):
     put_places(tmp_path)
     train, held = open_dataset(str(tmp_path)), open_dataset(str(tmp_path), "val")
-    assert train.name == "places205" and train.labels.tolist() == [0, 1, 2, 3] and held.labels.tolist() == [0, 1]
+    assert train.name == "places205"
+    assert train.labels.tolist() == [0, 1, 2, 3] and held.labels.tolist() == [0, 1]
     assert len(train.classes) == len(held.classes) == 4
-    assert names(held) == ["a/abbey/val0.jpg", "a/abbey/val1.jpg"] and abs(colour(train, 3)[0] - 150) < 3
+    assert names(held) == ["a/abbey/val0.jpg", "a/abbey/val1.jpg"]
+    assert abs(colour(train, 3)[0] - 150) < 3
 
 
 def test_inaturalist2018(tmp_path):
     put_inaturalist(tmp_path)
     train, held = open_dataset(str(tmp_path)), open_dataset(str(tmp_path), "val")
-    assert train.name == "inaturalist2018" and train.labels.tolist() == [2, 1, 0] and held.labels.tolist() == [1, 0]
+    assert train.name == "inaturalist2018"
+    assert train.labels.tolist() == [2, 1, 0] and held.labels.tolist() == [1, 0]
     assert train.classes == held.classes == ["plant 0", "plant 1", "plant 2"]
     assert abs(colour(train, 2)[0] - 100) < 3
 
@@ -160,40 +184,37 @@ def test_voc07(tmp_path, given):
     assert train.name == "voc07" and train.labels is None and len(train.classes) == 20
     assert train.classes == sorted(train.classes)
     assert names(held) == ["JPEGImages/000001.jpg", "JPEGImages/000002.jpg"]
-    expected = [[1 if (i + k) % 3 == 0 else 0 if (i + k) % 5 == 0 else -1 for k in range(20)] for i in range(3)]
+    expected = [[1 if (i + k) % 3 == 0 else 0 if (i + k) % 5 == 0 else -1 for k in range(20)]
+                for i in range(3)]
     assert train.targets.tolist() == expected and train.targets.dtype == torch.int8
     assert held.targets.tolist() == expected[:2]
 
 
-# --- arrays ----------------------------------------------------------------------------------------------------------
-
-
-class Cifar10WithoutChecksums(torchvision.datasets.CIFAR10):
-    def _check_integrity(self):
-        return True
-
-    def _load_meta(self):
-        self.classes = [f"class {k}" for k in range(10)]
+# --- arrays --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", ["", "cifar-10-batches-py"])
-def test_cifar10(tmp_path, given):
+def test_cifar10(tmp_path, monkeypatch, given):
     put_cifar10(tmp_path)
+    trust_cifar(monkeypatch, tmp_path)
     for split in ("train", "val"):
         opened = open_dataset(str(tmp_path / given), split)
-        reference = Cifar10WithoutChecksums(str(tmp_path), train=split == "train")
-        assert opened.name == "cifar10" and len(opened) == len(reference) == (20 if split == "train" else 4)
+        reference = torchvision.datasets.CIFAR10(str(tmp_path), train=split == "train")
+        assert opened.name == "cifar10"
+        assert len(opened) == len(reference) == (20 if split == "train" else 4)
         assert opened.labels.tolist() == reference.targets and opened.classes == reference.classes
         assert all(np.array_equal(opened.load(i), reference[i][0]) for i in range(len(opened)))
 
 
 @pytest.mark.parametrize("given", ["", "cifar-100-python"])
-def test_cifar100(tmp_path, given):
+def test_cifar100(tmp_path, monkeypatch, given):
     put_cifar100(tmp_path)
+    trust_cifar(monkeypatch, tmp_path)
     train, held = open_dataset(str(tmp_path / given)), open_dataset(str(tmp_path / given), "val")
     assert train.name == held.name == "cifar100" and len(train.classes) == 100
     assert train.labels.tolist() == [0, 9, 18, 27, 36, 45] and held.labels.tolist() == [0, 9, 18]
-    assert np.array_equal(np.asarray(held.load(1)), made_up(3, 3072, seed=3)[1].reshape(3, 32, 32).transpose(1, 2, 0))
+    pixels = made_up(3, 3072, seed=3)[1].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert np.array_equal(np.asarray(held.load(1)), pixels)
 
 
 class Stl10WithoutChecksums(torchvision.datasets.STL10):
@@ -206,7 +227,8 @@ def test_stl10(tmp_path, given):
     put_stl10(tmp_path)
     for split in ("train", "val"):
         opened = open_dataset(str(tmp_path / given), split)
-        reference = Stl10WithoutChecksums(str(tmp_path), split="train" if split == "train" else "test")
+        part = "train" if split == "train" else "test"
+        reference = Stl10WithoutChecksums(str(tmp_path), split=part)
         assert opened.name == "stl10" and opened.labels.tolist() == reference.labels.tolist()
         assert all(np.array_equal(opened.load(i), reference[i][0]) for i in range(len(reference)))
 
@@ -218,30 +240,35 @@ def test_stl10_with_unlabelled_images_only(tmp_path):
     assert len(opened) == 4 and opened.labels is None and opened.load(3).size == (96, 96)
 
 
-@pytest.mark.parametrize("folder, zipped", [("", True), ("FashionMNIST/raw", False), ("FashionMNIST/raw", True)])
+@pytest.mark.parametrize("folder, zipped", [
+    ("", True), ("FashionMNIST/raw", False), ("FashionMNIST/raw", True)])
 def test_fashion_mnist(tmp_path, folder, zipped):
     put_fashion_mnist(tmp_path / folder, zipped)
     train, held = open_dataset(str(tmp_path)), open_dataset(str(tmp_path), "val")
-    assert train.name == "fashion-mnist" and train.labels.tolist() == list(range(7)) and len(held) == 4
+    assert train.name == "fashion-mnist" and len(held) == 4
+    assert train.labels.tolist() == list(range(7))
     assert train.classes[9] == held.classes[9] == "Ankle boot"
     image = np.asarray(held.load(2))
-    assert image.shape == (28, 28, 3) and np.array_equal(image[:, :, 1], made_up(4, 28, 28, seed=4)[2])
+    assert image.shape == (28, 28, 3)
+    assert np.array_equal(image[:, :, 1], made_up(4, 28, 28, seed=4)[2])
 
 
 @pytest.mark.skipif(not os.path.isdir(FASHION), reason="needs Debian's dataset-fashion-mnist")
 def test_debians_fashion_mnist():
     train, held = open_dataset(FASHION), open_dataset(FASHION, "val")
     assert (len(train), len(held)) == (60000, 10000)
-    assert train.labels.bincount().tolist() == [6000] * 10 and held.labels.bincount().tolist() == [1000] * 10
+    assert train.labels.bincount().tolist() == [6000] * 10
+    assert held.labels.bincount().tolist() == [1000] * 10
     assert train.labels[:5].tolist() == [9, 0, 0, 3, 0]
     assert train.load(0).size == (28, 28) and np.asarray(train.load(0)).mean() > 20
 
 
-# --- names and fingerprints ------------------------------------------------------------------------------------------
+# --- names and fingerprints ----------------------------------------------------------------------
 
 
 def test_names_are_kept_as_they_are():
-    given = ["a.jpg", "", "ünïcødé/图片.png", "with space.jpg", "line\nbreak.jpg", os.fsdecode(b"latin\xe9"), "z" * 300]
+    given = ["a.jpg", "", "ünïcødé/图片.png", "with space.jpg", "line\nbreak.jpg",
+             os.fsdecode(b"latin\xe9"), "z" * 300]
     kept = Names(iter(given))
     assert len(kept) == len(given) and [kept[i] for i in range(len(given))] == given
 

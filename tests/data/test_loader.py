@@ -1,4 +1,4 @@
-"""Which image comes when: the same with any number of workers, from any step on, and on any number of processes."""
+"""Which image comes when: the same for any number of workers or processes, and after a stop."""
 
 import os
 import signal
@@ -12,17 +12,20 @@ from PIL import Image
 
 from odc import distributed
 from odc.data import augmentation as augment
-from odc.data.augmentation import LINEAR_AUGMENTATIONS, Augmentation, Parameters
+from odc.data.augmentation import LINEAR_AUGMENTATIONS, Augmentation, Draw
 from odc.errors import UserError
 from odc.data.images import BadImage, ImageSet
-from odc.data.loader import default_workers, epoch_batches, evaluation_batches, steps_per_epoch, training_batches
+from odc.data.loader import (check_unreadable, default_workers, epoch_batches, evaluation_batches,
+                             gather_unreadable, steps_per_epoch, training_batches)
 from tests.processes import run_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 class Numbered(ImageSet):
-    """N images of different sizes; image i is all of colour (i % 256, i // 256, 7). Some may be unreadable."""
+    """N images of different sizes; image i is all of colour (i % 256, i // 256, 7).
+
+    bad: the unreadable ones."""
 
     def __init__(self, count, bad=()):
         super().__init__("folder", "train", "made up", pixels=np.zeros((count, 1, 1), np.uint8))
@@ -58,7 +61,8 @@ def make(kind, **options):
     if kind == "training":
         return training_batches(noise(), Augmentation(), 16, 8, 0, 3, **options)
     if kind == "epoch":
-        return epoch_batches(noise(), LINEAR_AUGMENTATIONS["imagenet-multihead"], 16, 8, 0, 3, **options)
+        augmentation = LINEAR_AUGMENTATIONS["imagenet-multihead"]
+        return epoch_batches(noise(), augmentation, 16, 8, 0, 3, **options)
     return evaluation_batches(noise(), slice(2, 50), augment.evaluation_transform(16), 8, **options)
 
 
@@ -83,28 +87,32 @@ def test_seed_and_epoch_decide():
     first = train(dataset)
     assert same(first, train(dataset))
     for other in (train(dataset, seed=1), train(dataset, epoch=1)):
-        assert not torch.equal(torch.cat([b.indices for b in first]), torch.cat([b.indices for b in other]))
-        assert not torch.equal(torch.cat([b.parameters for b in first]), torch.cat([b.parameters for b in other]))
+        for name in ("indices", "draws"):
+            ours, others = (torch.cat([getattr(b, name) for b in part]) for part in (first, other))
+            assert not torch.equal(ours, others)
 
 
 def test_training_draws_with_replacement():
-    """N draws, whole batches; about 1 - 1/e of the images come up; every row shows the image that its index says."""
+    """N draws, whole batches; about 1 - 1/e of the images come up; rows show what indices say."""
     dataset = Numbered(1001)
     batches = train(dataset, batch_size=16)
     assert len(batches) == steps_per_epoch(1001, 16) == 63
-    assert all(batch.images.shape == (16, 3, 16, 16) and batch.images.dtype == torch.uint8 for batch in batches)
-    assert all(torch.equal(shown(batch), batch.indices) and (batch.failed == -1).all() for batch in batches)
+    for batch in batches:
+        assert batch.images.shape == (16, 3, 16, 16) and batch.images.dtype == torch.uint8
+        assert torch.equal(shown(batch), batch.indices) and (batch.failed == -1).all()
     share = len(torch.cat([batch.indices for batch in batches]).unique()) / 1001
     assert 0.59 < share < 0.67
 
 
 def test_every_item_of_an_epoch_is_augmented_differently():
     for dataset in (Numbered(1), Numbered(100)):  # even the same image, drawn again
-        angles = torch.cat([batch.parameters[:, Parameters._fields.index("angle")] for batch in train(dataset)])
+        column = Draw._fields.index("angle")
+        angles = torch.cat([batch.draws[:, column] for batch in train(dataset)])
         assert len(angles) >= 8 and len(angles.unique()) == len(angles)
 
 
-@pytest.mark.parametrize("rows", [slice(None), slice(3, 17), torch.tensor([5, 5, 0, 19]), slice(4, 4)])
+@pytest.mark.parametrize("rows", [
+    slice(None), slice(3, 17), torch.tensor([5, 5, 0, 19]), slice(4, 4)])
 def test_evaluation_gives_every_row_once_in_order(rows):
     dataset = Numbered(20)
     batches = list(evaluation_batches(dataset, rows, augment.evaluation_transform(16), 6))
@@ -114,19 +122,19 @@ def test_evaluation_gives_every_row_once_in_order(rows):
     assert all(len(batch.images) == 6 for batch in batches[:-1])
 
 
-# --- several processes -----------------------------------------------------------------------------------------------
+# --- several processes ---------------------------------------------------------------------------
 
 
 def indices_of(kind, count, batch_size):
     """On a process of the group: its indices, step by step, and the parameters."""
     batches_of = {"training": training_batches, "epoch": epoch_batches}[kind]
     batches = list(batches_of(Numbered(count), Augmentation(), 16, batch_size, 0, 0))
-    return [batch.indices for batch in batches], [batch.parameters for batch in batches]
+    return [batch.indices for batch in batches], [batch.draws for batch in batches]
 
 
 @pytest.mark.parametrize("kind", ["training", "epoch"])
 def test_processes_share_the_draw_of_one(kind):
-    """The rows of two processes, in rank order, are the rows of one process with twice the batch."""
+    """The rows of two processes, in rank order, are those of one process with twice the batch."""
     (alone, drawn), = run_processes(indices_of, 1, kind, 101, 8)
     parts = run_processes(indices_of, 2, kind, 101, 4)
     assert len(alone) == len(parts[0][0]) == len(parts[1][0]) == 13
@@ -136,18 +144,20 @@ def test_processes_share_the_draw_of_one(kind):
 
 
 @pytest.mark.parametrize("count, batch_size, world_size", [
-    (5, 1, 4), (4, 1, 4), (97, 3, 4), (96, 3, 4), (98, 3, 4), (100, 8, 1), (3, 8, 1), (7, 100, 3), (1000, 1, 7)])
-def test_an_epoch_has_every_image_once_and_no_idle_process(monkeypatch, count, batch_size, world_size):
+    (5, 1, 4), (4, 1, 4), (97, 3, 4), (96, 3, 4), (98, 3, 4), (100, 8, 1), (3, 8, 1), (7, 100, 3),
+    (1000, 1, 7)])
+def test_an_epoch_has_every_image_once_and_no_idle_process(monkeypatch, count, batch_size,
+                                                           world_size):
     indices, steps = [], []
     monkeypatch.setattr("odc.data.loader.world_size", lambda: world_size)
     monkeypatch.setattr("odc.distributed.world_size", lambda: world_size)
     for rank in range(world_size):
         monkeypatch.setattr("odc.distributed.rank", lambda: rank)
-        assert distributed.rank() == rank
         batches = epoch_batches(Numbered(count), Augmentation(), 16, batch_size, 0, 0)
-        rows = batches.ends.diff()
-        assert rows.min() >= 1 and rows.max() <= max(batch_size * 1.5, batch_size + 1) + 1
-        indices.append(batches.indices)
+        parts = [batch.indices for batch in batches]
+        sizes = [len(part) for part in parts]
+        assert min(sizes) >= 1 and max(sizes) <= max(batch_size * 1.5, batch_size + 1) + 1
+        indices += parts
         steps.append(len(batches))
     assert len(set(steps)) == 1
     assert torch.equal(torch.cat(indices).sort().values, torch.arange(count))
@@ -170,14 +180,15 @@ def test_an_epoch_of_fewer_images_than_processes_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("in_memory, cores, processes, answer", [
-    (True, 64, 1, 0), (False, 64, 1, 4), (False, 64, 8, 4), (False, 2, 1, 2), (False, 2, 2, 1), (False, 1, 4, 1)])
+    (True, 64, 1, 0), (False, 64, 1, 4), (False, 64, 8, 4), (False, 2, 1, 2), (False, 2, 2, 1),
+    (False, 1, 4, 1)])
 def test_default_workers(monkeypatch, in_memory, cores, processes, answer):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert default_workers(in_memory) == answer
 
 
-# --- what cannot be read ---------------------------------------------------------------------------------------------
+# --- what cannot be read -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -196,7 +207,7 @@ def test_unreadable_image_is_replaced_by_another_ones_image_and_index(workers):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         again = Numbered(50, bad=(3, 20, 41))
-        assert same(batches[: len(batches) // 2], train(again))  # the replacement is the same every time
+        assert same(batches[: len(batches) // 2], train(again))  # with the same replacements
 
 
 def test_unreadable_image_keeps_its_row_in_an_evaluation():
@@ -210,12 +221,39 @@ def test_unreadable_image_keeps_its_row_in_an_evaluation():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_readable_stops_with_a_sentence(workers):
-    with pytest.raises(UserError, match="images in a row cannot be read.*made so"), warnings.catch_warnings():
+    sentence = "images in a row cannot be read.*made so"
+    with pytest.raises(UserError, match=sentence), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(Numbered(9, bad=range(9)), workers=workers)
 
 
-# --- workers and signals ---------------------------------------------------------------------------------------------
+def sentence_of(known, count, num_images):
+    """What `check_unreadable` says; known: for each process, images that it found unreadable."""
+    dataset = Numbered(400)
+    dataset.unreadable = dict.fromkeys(known[distributed.rank()], "made so")
+    try:
+        check_unreadable(count, dataset, num_images)
+    except UserError as error:
+        return str(error)
+
+
+def sentences_of(cases):
+    dataset = Numbered(400)
+    dataset.unreadable = dict.fromkeys([7, 2 + distributed.rank()], "made so")
+    assert gather_unreadable(dataset) == [2, 3, 7]
+    return [sentence_of(*case) for case in cases]
+
+
+def test_more_than_1_percent_of_unreadable_images_stop_a_run():
+    cases = [(([], []), 4, None), (([3], []), 2, 200), (([], [8, 7]), 5, None), (([], []), 3, 200)]
+    first, second = run_processes(sentences_of, 2, cases)
+    assert first == second and first[:2] == [None, None]
+    rest = "; this is more than 1%: repair or remove them."
+    assert first[2] == f"5 of 400 images in made up cannot be read, such as '7'{rest}"
+    assert first[3] == f"3 of 200 images in made up cannot be read{rest}"
+
+
+# --- workers and signals -------------------------------------------------------------------------
 
 
 class Slow(Numbered):
@@ -269,3 +307,18 @@ def test_workers_end_with_the_epoch():
     next(batches)
     del batches  # in the middle of the epoch, as when a run stops
     assert children() <= before
+
+
+@pytest.mark.parametrize("error, raised", [
+    (RuntimeError("Pin memory thread exited unexpectedly"), UserError),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), UserError),
+    (ConnectionResetError(104, "Connection reset by peer"), UserError),
+    (RuntimeError("a mistake of ours"), RuntimeError)])
+def test_what_torch_raises_for_a_dead_worker(monkeypatch, error, raised):
+    def broken(self):
+        raise error
+        yield
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
+    with pytest.raises(raised, match="worker has died" if raised is UserError else "of ours"):
+        train(noise())

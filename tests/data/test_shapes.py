@@ -25,7 +25,8 @@ def test_both_splits_have_every_form_as_often():
         assert len(opened) == count and opened.name == "shapes" and opened.classes == list(FORMS)
         assert opened.labels.bincount().tolist() == [count // 10] * 10
         assert opened.pixels.shape == (count, 32, 32, 3) and opened.pixels.dtype == "uint8"
-        assert opened.load(3).mode == "RGB" and opened.load(3).size == (32, 32) and opened.name_of(3) == "3"
+        image = opened.load(3)
+        assert image.mode == "RGB" and image.size == (32, 32) and opened.name_of(3) == "3"
     assert shapes.SPLITS["train"][1] != shapes.SPLITS["val"][1]
 
 
@@ -33,12 +34,14 @@ def test_the_seed_decides():
     images, labels = draw_shapes(40, 3)
     again, same_labels = draw_shapes(40, 3)
     other, _ = draw_shapes(40, 4)
-    assert torch.equal(images, again) and torch.equal(labels, same_labels) and not torch.equal(images, other)
+    assert torch.equal(images, again) and torch.equal(labels, same_labels)
+    assert not torch.equal(images, other)
     assert not torch.equal(labels, torch.arange(40) % 10)  # in a random order
 
 
 def test_no_image_comes_twice_in_the_two_splits():
-    pixels = torch.cat([torch.from_numpy(open_dataset("shapes", split).pixels) for split in ("train", "val")])
+    pixels = torch.cat([torch.from_numpy(open_dataset("shapes", split).pixels)
+                        for split in ("train", "val")])
     assert len(pixels.flatten(1).unique(dim=0)) == 6000
 
 
@@ -50,8 +53,11 @@ def test_light_on_dark(drawn):
 
 
 def test_forms_differ_and_keep_their_shape(drawn):
-    """Cut out, centred and brought to one size, the nearest mean silhouette tells the form in most images: the forms
-    are there, though place, size, rotation and colour hide them from the raw pixels."""
+    """Place, size, rotation and colour hide the forms from raw pixels, but the forms are there.
+
+    Cut out, centred and brought to one size, most images are nearest to the mean silhouette of
+    their form.
+    """
     images, labels = drawn
     value = light(images)
     middle = (value.flatten(1).amax(1) + value.flatten(1).quantile(0.1, 1)) / 2
@@ -59,12 +65,14 @@ def test_forms_differ_and_keep_their_shape(drawn):
     at = torch.arange(32.0)
     area = mask.sum((1, 2))
     x, y = (mask * at).sum((1, 2)) / area, (mask * at[:, None]).sum((1, 2)) / area
-    spread = ((mask * ((at - x[:, None, None]) ** 2 + (at[:, None] - y[:, None, None]) ** 2)).sum((1, 2)) / area).sqrt()
+    squares = (at - x[:, None, None]) ** 2 + (at[:, None] - y[:, None, None]) ** 2
+    spread = ((mask * squares).sum((1, 2)) / area).sqrt()
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = spread / 8
     theta[:, 0, 2], theta[:, 1, 2] = (2 * x + 1) / 32 - 1, (2 * y + 1) / 32 - 1
     grid = torch.nn.functional.affine_grid(theta, (len(images), 1, 32, 32), align_corners=False)
-    silhouettes = torch.nn.functional.grid_sample(mask[:, None], grid, align_corners=False).flatten(1)
+    silhouettes = torch.nn.functional.grid_sample(mask[:, None], grid, align_corners=False)
+    silhouettes = silhouettes.flatten(1)
 
     def right(features):
         means = torch.stack([features[:500][labels[:500] == k].mean(0) for k in range(10)])
@@ -77,7 +85,8 @@ def test_forms_differ_and_keep_their_shape(drawn):
 def test_place_size_and_colour_vary_within_each_form(drawn):
     images, labels = drawn
     value = light(images)
-    mask = (value > (value.flatten(1).amax(1) * 0.5 + value.flatten(1).amin(1) * 0.5)[:, None, None]).float()
+    middle = (value.flatten(1).amax(1) + value.flatten(1).amin(1)) / 2
+    mask = (value > middle[:, None, None]).float()
     area = mask.sum((1, 2))
     x = (mask * torch.arange(32.0)).sum((1, 2)) / area
     y = (mask * torch.arange(32.0)[:, None]).sum((1, 2)) / area
@@ -91,9 +100,12 @@ def test_place_size_and_colour_vary_within_each_form(drawn):
 
 def test_edges_are_smooth_and_the_ground_is_textured(drawn):
     images, labels = drawn
-    discs = light(images)[labels == FORMS.index("disc")]
+    discs = light(images)[labels == list(FORMS).index("disc")]
     low, high = discs.flatten(1).quantile(0.3, 1), discs.flatten(1).amax(1)
-    between = (discs > (0.7 * low + 0.3 * high)[:, None, None]) & (discs < (0.3 * low + 0.7 * high)[:, None, None])
-    assert (between.float().mean((1, 2)) > 0.01).float().mean() > 0.9  # half-covered pixels along the edge
-    corner = images[:, :4, :4].flatten(1, 2)  # a very dark ground may be black all over in one corner
+    between = discs > (0.7 * low + 0.3 * high)[:, None, None]
+    between &= discs < (0.3 * low + 0.7 * high)[:, None, None]
+    # Half-covered pixels along the edge.
+    assert (between.float().mean((1, 2)) > 0.01).float().mean() > 0.9
+    # A very dark ground may be black all over in one corner.
+    corner = images[:, :4, :4].flatten(1, 2)
     assert (corner.std(1).mean(1) > 0.005).float().mean() > 0.97
