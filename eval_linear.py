@@ -116,7 +116,7 @@ def train_epoch(args, frozen, protocols, classifiers, optimizer, progress):
         if stop:
             raise interrupted(args, progress)
     bar.close()
-    check_unreadable(progress.failed, len(frozen.train), frozen.train)
+    check_unreadable(progress.failed, frozen.train)
 
 
 def evaluate(frozen, protocols, classifiers, progress):

@@ -14,20 +14,23 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from odc import distributed, settings
 from odc.batchnorm import synchronise
+from odc.clusters import final_clusters
 from odc.data.augmentation import Augmentation, augment_batch, evaluation_transform
 from odc.data.layouts import check_same_images, open_dataset
-from odc.data.loader import check_unreadable, steps_per_epoch, training_batches
+from odc.data.loader import (
+    check_unreadable, gather_unreadable, steps_per_epoch, training_batches)
 from odc.distributed import all_gather_rows, print_main
 from odc.errors import Interrupted, UserError
 from odc.evaluation import heldout as knn, metrics
 from odc.evaluation.weights import load_pretrained
-from odc.features import extract, unreadable_images
+from odc.features import extract, save_rows
 from odc.kmeans import kmeans
 from odc.memory import ODCMemory
 from odc.model import ODC, use_small_stem
@@ -58,6 +61,7 @@ class State:
     scaler: torch.amp.GradScaler
     memory: ODCMemory
     progress: Progress
+    clusters: dict | None = None  # what odc.assign needs, once `write_clusters` has made it
 
 
 def train_epoch(args, state, model, dataset, log, autocast):
@@ -72,6 +76,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
         dataset, augmentation, args.image_size, args.batch_size, args.seed, epoch, progress.step,
         args.workers, pin_memory=device.type == "cuda"))
     model.train()
+    state.clusters = None  # those of other weights
     for group in optimizer.param_groups:
         group["lr"] = args.lr * args.lr_gamma ** sum(epoch >= drop for drop in args.lr_steps)
     loss_weights = memory.loss_weights(args.reweight_power)
@@ -156,7 +161,7 @@ def check_step(args, progress, loss, failed, dataset):
     if num_failed:
         failed = distributed.all_gather_uneven_rows(failed.cpu()).tolist()
         progress.failed = sorted({*progress.failed, *failed})
-        check_unreadable(len(progress.failed), len(dataset), dataset, progress.failed[0])
+        check_unreadable(len(progress.failed), dataset)
     return loss, bool(stop)
 
 
@@ -171,7 +176,7 @@ def cluster_everything(args, state, dataset, autocast):
             lambda images: F.normalize(network.neck(network.backbone(images)[-1]).float()),
             dataset, evaluation_transform(args.image_size), args.feature_dim, device,
             args.batch_size, args.workers)
-    progress.failed = sorted({*progress.failed, *unreadable_images(dataset).tolist()})
+    progress.failed = sorted({*progress.failed, *gather_unreadable(dataset)})
     labels, _ = kmeans(features, args.num_clusters, args.kmeans_iterations,
                        args.seed + progress.epoch)
     memory.initialize(features, distributed.all_gather_uneven_rows(labels))
@@ -199,17 +204,35 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
                               "command continues.") from None
     progress.epoch, progress.step = epoch, 0
     log_measures(log, state, dataset, f"epoch {epoch}", record)
-    with_gallery = is_due(args.gallery_interval, epoch)
-    similarity = export.similarities(memory) if with_gallery else None
+    if is_due(args.gallery_interval, epoch) and epoch < args.epochs:
+        write_clusters(args, state, dataset, log)
     with distributed.together():
         if distributed.is_main():
             if is_due(args.save_interval, epoch):
                 export.save_backbone(output / f"backbone_epoch_{epoch}.pth", state.network.backbone)
-                export.save_array(output / f"labels_epoch_{epoch}.npy", memory.labels)
-            if with_gallery:
-                export.save_gallery(args, state, dataset, similarity)
-            report.save(output / "report.html", output / "log.jsonl", output.resolve().name)
+                export.save_array(output / f"labels_epoch_{epoch}.npy", memory.labels.cpu())
+            if not args.gallery_interval:
+                report.save(output)
     save(args, state, dataset, log)
+
+
+def write_clusters(args, state, dataset, log):
+    """Cluster all images by the network as it is, and write what people and programs read."""
+    output, unreadable = Path(args.output), set(state.progress.failed)
+    share_buffers(state.network)
+    clusters = final_clusters(
+        state.network, dataset, state.memory.labels, args.num_clusters, args.min_cluster_size,
+        args.image_size, state.memory.labels.device, args.batch_size, args.workers)
+    if state.clusters is None:  # else the run had ended before, and its log says so
+        log_measures(log, state, dataset, f"epoch {state.progress.epoch}, final clusters", {},
+                     clusters.labels)
+    state.clusters = dict(neck=clusters.neck.state_dict(), centroids=clusters.centroids)
+    save_rows(output / "features.npy", clusters.features, len(dataset), f"--output {output}")
+    with distributed.together():
+        if distributed.is_main():
+            clusters.features = np.load(output / "features.npy", mmap_mode="r")
+            export.save_all(output, state.network.backbone, dataset, clusters, unreadable,
+                            f"{dataset.name}, epoch {state.progress.epoch}", args)
 
 
 def is_due(interval, epoch):
@@ -226,10 +249,13 @@ def knn_accuracy(args, state, dataset, held_out, autocast):
                                 state.memory.labels.device, args.batch_size, args.workers)
 
 
-def log_measures(log, state, dataset, when, record):
-    """Log a record, and how well the clusters agree with labels that the training never sees."""
+def log_measures(log, state, dataset, when, record, clusters=None):
+    """Log a record, and how well clusters agree with labels that the training never sees.
+
+    clusters: int64 [N], by default the memory's.
+    """
     if dataset.labels is not None:
-        clusters = state.memory.labels.cpu()
+        clusters = state.memory.labels.cpu() if clusters is None else clusters
         record = dict(nmi=metrics.nmi(clusters, dataset.labels),
                       purity=metrics.purity(clusters, dataset.labels), **record)
         print_main(f"{when}: clusters against labels: NMI {record['nmi']:.3f}, "
@@ -258,8 +284,8 @@ def save(args, state, dataset, log):
         backbone=network.backbone.state_dict(), neck=network.neck.state_dict(),
         head=network.head.state_dict(), optimizer=state.optimizer.state_dict(),
         scaler=state.scaler.state_dict(), memory=state.memory.state_dict(),
-        progress=asdict(progress), log_position=log.position()), state.memory.features,
-        len(dataset))
+        clusters=state.clusters, progress=asdict(progress), log_position=log.position(),
+    ), state.memory.features, len(dataset))
 
 
 def restore(args, state, saved, dataset):
@@ -272,6 +298,7 @@ def restore(args, state, saved, dataset):
     with distributed.together():
         features = checkpoint.load_rows(Path(args.output, "checkpoint.pth"), saved, memory.rows)
     memory.load_state_dict(saved["memory"], features)
+    state.clusters = saved["clusters"]
     progress = state.progress = Progress(**saved["progress"])
     # With another number of processes a step has another size: continue at the nearest whole one.
     done = progress.step * saved["global_batch"]
@@ -362,7 +389,7 @@ def main(arguments=None):
     if args.compile:
         model = torch.compile(model)
 
-    while state.progress.epoch < args.epochs:
+    while state.progress.epoch < args.epochs and not args.export_only:
         progress = state.progress
         if is_due(args.recluster_interval, progress.epoch) and progress.clustered != progress.epoch:
             before = memory.labels.cpu().clone()
@@ -372,7 +399,8 @@ def main(arguments=None):
             save(args, state, dataset, log)
         train_epoch(args, state, model, dataset, log, autocast)
         end_epoch(args, state, dataset, held_out, log, autocast)
-    export.save_all(args, state, dataset)
+    write_clusters(args, state, dataset, log)
+    save(args, state, dataset, log)
     print_main(f"Done: backbone.pth, clusters.csv, clusters.png and report.html are in {output}.")
 
 

@@ -1,5 +1,5 @@
-"""Clusters for new images: the cluster of a finished run that each belongs to, as a table, as
-folders of links or copies, as vectors; and the training images that it resembles.
+"""Clusters of new images, by the network and the final clusters of a run: as a table, as folders,
+as vectors, and with the training images that each image resembles.
 
     python -m odc.assign --checkpoint out/checkpoint.pth --data FOLDER --output clusters.csv
 """
@@ -8,13 +8,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from odc import distributed
+from odc.clusters import cosine_to_centroid, unit_features
 from odc.data.augmentation import evaluation_transform
 from odc.data.layouts import check_same_images, open_dataset
-from odc.data.loader import default_workers
+from odc.data.loader import default_workers, gather_unreadable
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.evaluation import metrics
@@ -67,6 +68,9 @@ def load_run(path):
     state = checkpoint.load(path)
     if state.get("program") != "odc train":
         raise UserError(f"--checkpoint {path}: is not a checkpoint of train.py.")
+    if state["clusters"] is None:
+        raise UserError(f"--checkpoint {path}: the run has not come to its end and has no final "
+                        "clusters; run its command again, with --export-only to make them as it is.")
     return state
 
 
@@ -75,10 +79,10 @@ def load_network(state, device):
     backbone = ResNet(state["arch"], state["small_stem"])
     backbone.load_state_dict(state["backbone"])
     neck = Neck(backbone.out_channels[-1], dim=state["settings"]["feature_dim"])
-    neck.load_state_dict(state["neck"])
+    neck.load_state_dict(state["clusters"]["neck"])
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
     neck = neck.to(device).eval()
-    return lambda images: F.normalize(neck(backbone(images)[-1]))
+    return lambda images: unit_features(neck, backbone(images)[-1].mean((2, 3)))
 
 
 def open_training_images(state, path=None):
@@ -93,6 +97,20 @@ def open_training_images(state, path=None):
         raise UserError(f"{path} holds other images than the run was trained on, names or order "
                         "differ: give the run's images with --train-data.")
     return dataset
+
+
+def load_vectors(path, num_images):
+    """The unit features [N, d] of the run's images, memory-mapped. Raises UserError."""
+    path = Path(path).parent / "features.npy"
+    try:
+        vectors = torch.from_numpy(np.load(path, mmap_mode="c"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the run's vectors are missing or damaged ({error}); run its "
+                        "command again, with --export-only.") from None
+    if len(vectors) != num_images:
+        raise UserError(f"{path} has {len(vectors)} vectors for {num_images} images; run the run's "
+                        "command again, with --export-only.")
+    return vectors
 
 
 def check_outputs(args):
@@ -157,36 +175,35 @@ def main(arguments=None):
             if args.neighbours > len(train):
                 raise UserError(f"--neighbours {args.neighbours}: the run has only {len(train)} "
                                 "images.")
+            vectors = load_vectors(args.checkpoint, len(train))
         check_outputs(args)
     check_same_images(dataset, *([train] if train else []))
     settings, workers = state["settings"], args.workers
     if workers is None:
         workers = default_workers(dataset.pixels is not None)
     print_main(f"{len(dataset):,} images, {settings['num_clusters']:,} clusters after epoch "
-               f"{state['epoch']} of a run on {settings['data']}")
+               f"{state['progress']['epoch']} of a run on {settings['data']}")
 
     features = extract(load_network(state, device), dataset,
                        evaluation_transform(settings["image_size"]), settings["feature_dim"],
                        device, args.batch_size, workers).to(device)
-    centroids = state["memory"]["centroids"].to(device)
-    labels = assign(features, centroids, inner_product=True)  # as the run does, see odc.memory
-    similarity = torch.cat([F.cosine_similarity(part, centroids[own])
-                            for part, own in zip(features.split(65536), labels.split(65536))])
+    centroids = state["clusters"]["centroids"].to(device)
+    labels = assign(features, centroids)
+    similarity = cosine_to_centroid(features, centroids, labels)
+    labels, similarity, features = (
+        distributed.all_gather_uneven_rows(part).cpu() for part in (labels, similarity, features))
     neighbours = None
     if train:
         rows = distributed.shard(len(train))
-        bank = F.normalize(state["memory"]["features"][rows].float()).to(device)
-        scores, found = nearest_neighbours(features, bank, torch.arange(len(train))[rows],
-                                           args.neighbours)
-        neighbours = train, found, scores
-    unreadable = torch.tensor(list(dataset.unreadable), dtype=torch.int64)
-    unreadable = set(distributed.all_gather_uneven_rows(unreadable).tolist())
-    labels = labels.cpu()
+        scores, found = nearest_neighbours(features.to(device), vectors[rows].to(device),
+                                           torch.arange(len(train))[rows], args.neighbours)
+        neighbours = train, found.cpu(), scores.cpu()
+    unreadable = set(gather_unreadable(dataset))
     with distributed.together():
         if distributed.is_main():
             export.save_table(args.output, dataset, labels, similarity, unreadable, neighbours)
             if args.features:
-                export.save_array(args.features, features.cpu())
+                export.save_array(args.features, features)
             if args.folders:
                 fill_folders(args.folders, dataset, labels, unreadable, args.copy)
     if dataset.labels is not None:

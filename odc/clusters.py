@@ -6,6 +6,7 @@ end all images pass through the network once more, without augmentation, and k-m
 the memory's clusters on these features. New images are assigned by the same features and centroids.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -22,30 +23,31 @@ ROUNDS, ITERATIONS = 10, 10  # of k-means and of its iterations in a round
 
 @dataclass
 class Clusters:
-    """labels int64 [N] and similarity float32 [N], the cosine to the own centroid, on the CPU;
-    centroids float32 [K, d]; features float32 [n, d], the unit rows of this process."""
+    """The clusters of N images, the same on every process but for the features."""
 
-    labels: torch.Tensor
-    similarity: torch.Tensor
-    centroids: torch.Tensor
-    features: torch.Tensor
+    labels: torch.Tensor  # int64 [N], on the CPU
+    similarity: torch.Tensor  # float32 [N], cosine to the centroid of the own cluster, on the CPU
+    centroids: torch.Tensor  # float32 [K, d], on the CPU
+    features: torch.Tensor  # float32 [n, d], unit rows: of this process, or of all images
+    neck: torch.nn.Module | None = None  # the network's, with batch norm statistics of all images
 
 
 def final_clusters(network, dataset, labels, num_clusters, min_cluster_size, image_size, device,
                    batch_size=64, workers=0):
-    """Cluster the images by the network as it is; its neck's batch norm is estimated again.
+    """Cluster the images by a network as it is.
 
     labels: int64 [N], the memory's clusters, from which k-means starts. Small clusters are
     dissolved and refilled as in training. Returns Clusters. A collective.
     """
-    network.eval()
-    pooled = extract(lambda images: network.backbone(images)[-1].mean((2, 3)), dataset,
-                     evaluation_transform(image_size), network.backbone.out_channels[-1], device,
+    backbone, neck = network.backbone.eval(), copy.deepcopy(network.neck).eval()
+    pooled = extract(lambda images: backbone(images)[-1].mean((2, 3)), dataset,
+                     evaluation_transform(image_size), backbone.out_channels[-1], device,
                      batch_size, workers)  # [n, C]
-    estimate_neck_statistics(network.neck, pooled, len(dataset))
-    features = torch.cat([unit_features(network.neck, rows) for rows in pooled.split(4096)])
+    estimate_statistics(neck, pooled, len(dataset))
+    features = torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])  # [n, d]
     del pooled
-    memory = ODCMemory(len(dataset), features.shape[1], num_clusters, 1.0, min_cluster_size, device)
+    memory = ODCMemory(len(dataset), features.shape[1], num_clusters,
+                       min_cluster_size=min_cluster_size, device=device)
     memory.initialize(features, labels)
     for _ in range(ROUNDS):
         own_labels, centroids = kmeans(features, num_clusters, ITERATIONS,
@@ -54,9 +56,9 @@ def final_clusters(network, dataset, labels, num_clusters, min_cluster_size, ima
         memory.initialize(features, labels)
         if memory.split_small_clusters() == 0:
             break
-    similarity = cosine_to_centroid(features, centroids, own_labels)
-    return Clusters(labels.cpu(), distributed.all_gather_uneven_rows(similarity).cpu(),
-                    centroids.cpu(), features)
+    similarity = distributed.all_gather_uneven_rows(
+        cosine_to_centroid(features, centroids, own_labels))
+    return Clusters(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck)
 
 
 @torch.no_grad()
@@ -66,7 +68,7 @@ def unit_features(neck, pooled):
 
 
 @torch.no_grad()
-def estimate_neck_statistics(neck, pooled, num_images):
+def estimate_statistics(neck, pooled, num_images):
     """Set the running mean and variance of the neck's batch norm to those of all images.
 
     pooled: [n, C], the rows of this process. A collective.

@@ -23,7 +23,7 @@ def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, 
     forward: normalised images [B, 3, S, S] on `device` -> features [B, dim].
     transform: an RGB image -> uint8 [3, S, S]. name: what the progress bar says.
     images: int64 [N] indices of the images to take; by default all. Another image's features stand
-    in for those of an unreadable one, see `unreadable_images`.
+    in for those of an unreadable one, see `loader.gather_unreadable`.
     cache: a path of `cache_path`. If the file is there, the rows come from it; else it is written,
     unless an image is unreadable.
     Raises UserError if more than 1% of the images are unreadable. A collective.
@@ -53,16 +53,10 @@ def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, 
                 bar.update(len(pixels))
     bar.close()
     failed = int(distributed.all_reduce(torch.tensor(failed)))
-    check_unreadable(failed, len(images), dataset)
+    check_unreadable(failed, dataset, len(images))
     if cache and not failed:
         save_rows(cache, features, len(images), f"--features-cache {os.path.dirname(cache)}")
     return features
-
-
-def unreadable_images(dataset):
-    """Images that a process could not read so far: ascending indices, int64. A collective."""
-    own = torch.tensor(list(dataset.unreadable), dtype=torch.int64)
-    return distributed.all_gather_uneven_rows(own).unique()
 
 
 # --- rows of all processes in one file -----------------------------------------------------------

@@ -81,10 +81,10 @@ def make_parser():
     add("--knn-interval", metavar="EPOCHS", type=whole(0), default=0, help="epochs between two "
         "measurements of the nearest-neighbour accuracy; 0: none")
     add("--gallery-interval", metavar="EPOCHS", type=whole(0), default=0, help="epochs between two "
-        "pictures of the clusters, clusters.png; 0: one at the end")
+        "looks at the clusters, clusters.png and report.html; 0: at the end")
     add("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
-    add("--export-features", action="store_true",
-        help="write the features of all images at the end, features.npy")
+    add("--export-only", action="store_true", help="do not train; write the final clusters and "
+        "files of the run in --output as it is")
     return parser
 
 
@@ -107,7 +107,7 @@ def parse(arguments=None):
 # Settings that may differ when a run is continued.
 MAY_DIFFER = {"data", "output", "epochs", "batch_size", "workers", "device", "weights", "compile",
               "log_interval", "save_interval", "checkpoint_interval", "gallery_interval",
-              "knn_interval", "tensorboard", "export_features"}
+              "knn_interval", "tensorboard", "export_only"}
 
 
 def check(args, dataset, saved, device):

@@ -11,7 +11,8 @@ from odc import distributed
 from odc.data import loader
 from odc.runtime.arguments import whole
 from odc.data.augmentation import evaluation_transform
-from odc.data.layouts import ImageSet, check_same_images, open_dataset
+from odc.data.images import ImageSet
+from odc.data.layouts import check_same_images, open_dataset
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.features import cache_path, weights_fingerprint

@@ -8,7 +8,18 @@ import csv
 import numpy as np
 import torch
 
+from odc.outputs import gallery, report
 from odc.runtime.checkpoint import write_atomically
+
+
+def save_all(folder, backbone, dataset, clusters, unreadable, title, args):
+    """All files of a run. clusters: `odc.clusters.Clusters` with the features of all images."""
+    save_backbone(folder / "backbone.pth", backbone)
+    save_array(folder / "labels.npy", clusters.labels)
+    save_array(folder / "centroids.npy", clusters.centroids)
+    save_table(folder / "clusters.csv", dataset, clusters.labels, clusters.similarity, unreadable)
+    gallery.save(folder / "clusters.png", dataset, clusters, unreadable, title, args.seed)
+    report.save(folder, dataset, clusters, unreadable, args.workers)
 
 
 def save_backbone(path, backbone):
@@ -26,15 +37,6 @@ def save_array(path, array):
             np.save(file, np.asarray(array))
 
     write_atomically(path, write)
-
-
-def save_clusters(folder, dataset, clusters, unreadable, with_features=False):
-    """labels.npy, centroids.npy, clusters.csv and, if asked for, features.npy."""
-    save_array(folder / "labels.npy", clusters.labels)
-    save_array(folder / "centroids.npy", clusters.centroids)
-    if with_features:
-        save_array(folder / "features.npy", clusters.features)
-    save_table(folder / "clusters.csv", dataset, clusters.labels, clusters.similarity, unreadable)
 
 
 def save_table(path, dataset, labels, similarity, unreadable, neighbours=None):

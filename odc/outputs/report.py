@@ -99,7 +99,7 @@ def content(dataset, clusters, unreadable, earlier=None):
     if N > num_readable:
         notes.append(f"{N - num_readable:,} images cannot be read.")
     if clusters.features is None:
-        notes.append("Near-duplicates are left out: they need features.npy (--export-features).")
+        notes.append("Near-duplicates are left out: features.npy is missing.")
     pairs = near_duplicates(clusters.features, described.members)
     readable = np.concatenate(described.members)
     order = clusters.similarity[readable].argsort(stable=True)[:OUTLIERS]

@@ -1,6 +1,6 @@
 """Images/s a core of what a loader worker does: 500 x 375 JPEGs to 224 x 224 crops.
 
-Ours: read, draw all parameters, crop, resize, flip. The peer: torchvision's transforms doing the whole recipe in the
+Ours: read, draw all random numbers, crop, resize, flip. The peer: torchvision's transforms doing the whole recipe in the
 worker, as the usual pipelines do. Also what our device half costs a core where the device is the CPU.
 """
 
@@ -65,7 +65,7 @@ def main():
         batch, = training_batches(dataset, Augmentation(), 224, IMAGES, seed=0, epoch=0)
 
         def device_half():
-            augment.finish(batch.images, batch.parameters)
+            augment.augment_batch(batch.images, batch.draws)
 
         shapes = open_dataset("shapes")
         small = next(iter(training_batches(shapes, Augmentation(), 32, 512, seed=0, epoch=0)))
@@ -74,7 +74,7 @@ def main():
             next(iter(training_batches(shapes, Augmentation(), 32, 512, seed=0, epoch=0)))
 
         def small_device_half():
-            augment.finish(small.images, small.parameters)
+            augment.augment_batch(small.images, small.draws)
 
         ours_name, peer_name = "worker, 500x375 JPEGs to 224: ours", "the same: torchvision's transforms, whole recipe"
         functions = {

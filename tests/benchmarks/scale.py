@@ -73,7 +73,6 @@ def measure(N, W, K, batch, d=256):
             Path(folder, "checkpoint.pth"), memory.state_dict(), memory.features, N))
         row["save, s"] = f"{save:.1f}"
         row["its size on process 0, GiB"] = f"{sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()) / 2**30:.2f}"
-    del memory
     count = min(N, 2_000_000)
     paths = (f"n{i // 1300:08}/n{i // 1300:08}_{i}.JPEG" for i in itertools.islice(range(N), count))
     names = []

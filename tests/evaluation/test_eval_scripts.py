@@ -16,7 +16,7 @@ import odc
 from odc.runtime import checkpoint
 from odc.errors import UserError
 from odc.runtime.program import SIGNALS
-from odc.data.lists import VOC_CLASSES
+from odc.data.layouts import VOC_CLASSES
 from odc.model import ODC
 from tests.processes import ROOT, environment, free_port
 

@@ -10,7 +10,6 @@ from PIL import Image
 from odc.clusters import Clusters
 from odc.data.images import ImageSet, Names
 from odc.outputs import gallery
-from tests.test_train import SMALL, folder, run_main  # noqa: F401 (a fixture)
 
 
 def some_clusters(N=400, K=20, seed=0):

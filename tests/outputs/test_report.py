@@ -20,7 +20,6 @@ from odc.errors import UserError
 from odc.outputs import report
 from tests.outputs import made_up_run
 from tests.outputs.test_curves import polylines, svgs
-from tests.test_train import finished, folder  # noqa: F401 (fixtures)
 
 SIZES = made_up_run.SIZES
 
