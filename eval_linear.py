@@ -1,9 +1,11 @@
-"""Linear classification on frozen feature maps: the published protocols.
+"""Linear classification on frozen feature maps, and fine-tuning with few labels.
 
     python eval_linear.py --weights out/backbone.pth --data shapes
+    python eval_linear.py --weights out/backbone.pth --data shapes --protocol finetune \\
+        --train-share 0.01
     torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data /path/to/imagenet
 
-All classifiers train together on one forward pass. A protocol (odc/evaluation/linear.py) sets
+The linear classifiers of all maps train together on one forward pass. A protocol (odc/evaluation/linear.py) sets
 everything; every setting can be given as an argument. The batch is split over the processes, and
 all that mixes its images is summed over them, so one process and eight compute the same.
 """
@@ -23,7 +25,8 @@ from odc.errors import Interrupted, UserError
 from odc.evaluation import frozen as evaluation
 from odc.evaluation import tables
 from odc.evaluation.linear import (
-    AVGPOOL, PROTOCOLS, LinearClassifiers, choose_protocol, published_table)
+    AVGPOOL, FINE_TUNED, PROTOCOLS, FineTuned, LinearClassifiers, choose_protocol,
+    published_table)
 from odc.evaluation.maps import map_shapes
 from odc.features import extract, weights_fingerprint
 from odc.runtime import checkpoint, program
@@ -42,6 +45,10 @@ def make_parser():
         "data's own, else a short form of the first)")
     add("--with-avgpool", action="store_true", help="train the AvgPool column, too, with the lr of "
         "imagenet-avgpool but the other columns' epochs and augmentation")
+    add("--subset", metavar="FILE", help="train only on the images that this list names, a path a "
+        "line, as in meta/train_labeled_1percent.txt")
+    add("--train-share", metavar="SHARE", type=number(0, 1, above=True),
+        help="train only on this share of each class, drawn from --seed")
     add("--num-classes", metavar="N", type=whole(2),
         help="classes, where the data is not the published set")
     add("--epochs", metavar="N", type=whole(1, 10**6), help="epochs in all")
@@ -50,6 +57,8 @@ def make_parser():
     add("--lr", metavar="LR", type=number(0, 1e6), help="learning rate")
     add("--avgpool-lr", metavar="LR", type=number(0, 1e6), help="learning rate of --with-avgpool "
         f"(default: {PROTOCOLS['imagenet-avgpool'].lr:g})")
+    add("--head-lr", metavar="FACTOR", type=number(0, 1e6),
+        help="in fine-tuning, what the linear layer's learning rate is multiplied by")
     add("--lr-steps", metavar="EPOCH", type=whole(0), nargs="*", help="epochs at which it drops")
     add("--lr-gamma", metavar="G", type=number(0, 1), help="what it drops by")
     add("--momentum", metavar="M", type=number(0, 1), help="momentum of SGD")
@@ -77,9 +86,9 @@ class Progress:
 def train_epoch(args, frozen, protocols, classifiers, optimizer, progress):
     """One epoch, from step progress.step on. Every image comes once."""
     protocol, device = protocols[0], frozen.device
-    for settings, group in zip(protocols, optimizer.param_groups):
-        drops = sum(progress.epoch >= step for step in settings.lr_steps)
-        group["lr"] = settings.lr * settings.lr_gamma**drops
+    for group in optimizer.param_groups:
+        drops = sum(progress.epoch >= step for step in group["lr_steps"])
+        group["lr"] = group["initial_lr"] * group["lr_gamma"] ** drops
     batches = epoch_batches(
         frozen.train, LINEAR_AUGMENTATIONS[protocol.train_transform], frozen.image_size,
         protocol.batch_size // distributed.world_size(), args.seed, progress.epoch, progress.step,
@@ -122,7 +131,7 @@ def train_epoch(args, frozen, protocols, classifiers, optimizer, progress):
 def evaluate(frozen, protocols, classifiers, progress):
     """Accuracy on the val split in percent: {column: [top-1, top-5]}. A collective."""
     classifiers.eval()
-    columns, k = list(classifiers.linears), min(5, protocols[0].classes)
+    columns, k = classifiers.columns, min(5, protocols[0].classes)
 
     def best_classes(images):
         """[B, 3, S, S] -> [B, columns * k], the best class first."""
@@ -166,7 +175,7 @@ def restore(args, frozen, protocols, classifiers, optimizer):
             checkpoint.check_same_settings(path, saved["settings"],
                                            settings_of(args, frozen, protocols))
     if saved is None:
-        return Progress(losses=[0.0] * len(classifiers.linears))
+        return Progress(losses=[0.0] * len(classifiers.columns))
     classifiers.load_state_dict(saved["classifiers"])
     optimizer.load_state_dict(saved["optimizer"])
     progress = Progress(**saved["progress"])
@@ -211,13 +220,38 @@ def choose_results(protocols, history):
     return results
 
 
+def choose_images(dataset, args):
+    """The images to train on: all, those of --subset, or --train-share of each class."""
+    if args.subset and args.train_share:
+        raise UserError("--subset and --train-share both choose the images: give one of them.")
+    if args.subset:
+        with open(args.subset, encoding="utf-8") as file:
+            wanted = {line.split()[0] for line in file if line.strip()}
+        chosen = [i for i in range(len(dataset)) if dataset.name_of(i) in wanted]
+        if len(chosen) < len(wanted):
+            raise UserError(f"--subset {args.subset}: {len(wanted) - len(chosen)} of its "
+                            f"{len(wanted)} images are not in {dataset.root}.")
+        return dataset.take(chosen)
+    if args.train_share and dataset.labels is not None:
+        generator = torch.Generator().manual_seed(args.seed)
+        chosen = []
+        for label in range(len(dataset.classes)):
+            rows = (dataset.labels == label).nonzero()[:, 0]
+            count = max(1, round(len(rows) * args.train_share))
+            chosen += rows[torch.randperm(len(rows), generator=generator)[:count]].tolist()
+        return dataset.take(sorted(chosen))
+    return dataset
+
+
 def choose_protocols(args, dataset):
     """(name, [Protocol, that of --with-avgpool], {setting: value} that are not the recipe's)."""
     name, protocol, changed = choose_protocol(
         dataset, args.protocol, args.num_classes, args.epochs, batch_size=args.batch_size,
         lr=args.lr, lr_steps=args.lr_steps, lr_gamma=args.lr_gamma, momentum=args.momentum,
         weight_decay=args.weight_decay, train_transform=args.train_transform,
-        reported=args.reported)
+        reported=args.reported, head_lr=args.head_lr)
+    if args.head_lr is not None and protocol.columns != (FINE_TUNED,):
+        raise UserError(f"--head-lr {args.head_lr:g} is for fine-tuning: add --protocol finetune.")
     W = distributed.world_size()
     if protocol.batch_size % W or protocol.batch_size < min(2, W) * W:
         raise UserError(f"a batch of {protocol.batch_size} images cannot be split evenly over {W} "
@@ -237,6 +271,8 @@ def choose_protocols(args, dataset):
 def main():
     args = make_parser().parse_args()
     frozen = evaluation.prepare(args)
+    with distributed.together():
+        frozen.train = choose_images(frozen.train, args)
     if frozen.train.labels is None:
         raise UserError(f"{frozen.train.name} has several classes an image, and these classifiers "
                         "choose one: use eval_svm.py.")
@@ -248,15 +284,15 @@ def main():
     if not args.output:
         print_main("No --output: no checkpoint, so a run that is stopped begins anew.")
 
-    columns = [column for settings in protocols for column in settings.columns]
-    classifiers = LinearClassifiers(
-        frozen.maps, map_shapes(frozen.backbone, frozen.image_size), columns, protocol.classes,
-        args.seed).to(frozen.device)
-    optimizer = torch.optim.SGD([
-        dict(params=[p for column in settings.columns
-                     for p in classifiers.linears[column].parameters()],
-             lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
-             nesterov=settings.nesterov and settings.momentum > 0) for settings in protocols])
+    if protocol.columns == (FINE_TUNED,):
+        classifiers = FineTuned(frozen.backbone, protocol.classes, frozen.autocast(), args.seed)
+    else:
+        classifiers = LinearClassifiers(
+            frozen.maps, map_shapes(frozen.backbone, frozen.image_size),
+            [column for settings in protocols for column in settings.columns], protocol.classes,
+            args.seed)
+    classifiers.to(frozen.device)
+    optimizer = torch.optim.SGD(classifiers.optimizer_groups(protocols))
     progress = restore(args, frozen, protocols, classifiers, optimizer)
     while progress.epoch < protocol.epochs:
         train_epoch(args, frozen, protocols, classifiers, optimizer, progress)
@@ -265,14 +301,14 @@ def main():
         except Interrupted:
             raise interrupted(args, progress) from None
         progress.epoch, progress.step, progress.failed = progress.epoch + 1, 0, 0
-        progress.losses = [0.0] * len(columns)
+        progress.losses = [0.0] * len(classifiers.columns)
         save(args, frozen, protocols, classifiers, optimizer, progress)
 
     results = choose_results(protocols, progress.history)
     published = published_table(name, changed, frozen)
     title = published.title.removesuffix(" (top-1)") if published else f"{frozen.train.name} linear"
     row = frozen.label(args)
-    tables.show(f"{title} (%), protocol {name}", columns, {
+    tables.show(f"{title} (%), protocol {name}", classifiers.columns, {
         f"{row}, top-1": {column: result["top1"] for column, result in results.items()},
         f"{row}, top-5": {column: result["top5"] for column, result in results.items()},
     }, published)

@@ -1,28 +1,103 @@
-"""The clusters that a user gets."""
+"""The clusters that a user gets: of the network as it is, the same as odc.assign finds again."""
+
+import csv
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from odc import clusters
-from odc.memory import ODCMemory
+from odc import assign, clusters, distributed
+from odc.data.augmentation import evaluation_transform, normalise
+from odc.data.layouts import open_dataset
+from odc.model import ODC
+from odc.nearest import assign as nearest
 from tests.processes import run_processes
+from tests.runs import SMALL, run_main, state_of
 
 
-def clusters_of_shards(features, labels):
-    memory = ODCMemory(len(features), features.shape[1], 6)
-    memory.initialize(features, labels)
-    return clusters.memory_clusters(memory)
+def small_network(seed=0):
+    torch.manual_seed(seed)
+    return ODC("narrow", True, dim=32, num_clusters=8)
 
 
-def test_similarities_and_features_are_gathered_from_all_processes():
-    features = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(50) % 6
-    alone = clusters_of_shards(features, labels)
-    first, second = run_processes(clusters_of_shards, 2, features, labels)
-    assert torch.equal(first.similarity, alone.similarity) and second is None
-    unit = torch.nn.functional.normalize(features)
-    expected = [float(torch.cosine_similarity(unit[i], unit[labels == labels[i]].mean(0), dim=0))
-                for i in range(50)]
-    assert alone.similarity.tolist() == pytest.approx(expected, abs=1e-5)
-    assert torch.equal(alone.features, first.features)
-    assert torch.allclose(alone.features, unit, atol=1e-6)
+def clusters_of(folder, min_cluster_size=5):
+    """final_clusters of a random network, from labels in turn; plain values."""
+    dataset = open_dataset(str(folder))
+    labels = torch.arange(len(dataset)) % 8
+    found = clusters.final_clusters(small_network(), dataset, labels, 8, min_cluster_size, 32,
+                                    torch.device("cpu"))
+    features = distributed.all_gather_uneven_rows(found.features)
+    return [found.labels, found.similarity, found.centroids, features,
+            found.neck.bn1.running_mean, found.neck.bn1.running_var]
+
+
+def test_statistics_features_and_labels(folder):
+    labels, similarity, centroids, features, mean, var = clusters_of(folder)
+    network, dataset = small_network().eval(), open_dataset(str(folder))
+    transform = evaluation_transform(32)
+    images = normalise(torch.stack([transform(dataset.load(i)) for i in range(len(dataset))]))
+    with torch.no_grad():
+        hidden = network.neck.fc1(network.backbone(images)[-1].mean((2, 3)))
+        torch.testing.assert_close(mean, hidden.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(var, hidden.var(0, correction=0), rtol=1e-3, atol=1e-5)
+        network.neck.bn1.running_mean, network.neck.bn1.running_var = mean, var
+        expected = F.normalize(network.neck(network.backbone(images)[-1]))
+    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(labels, nearest(features, centroids))
+    own = F.cosine_similarity(features, centroids[labels])
+    torch.testing.assert_close(similarity, own, rtol=1e-5, atol=1e-6)
+    assert labels.bincount(minlength=8).min() > 0
+
+
+def test_any_number_of_processes_gives_the_same_clusters(folder):
+    one = clusters_of(folder)
+    for W in (2, 4):
+        for result in run_processes(clusters_of, W, folder):
+            assert torch.equal(result[0], one[0])
+            for value, expected in zip(result[1:], one[1:]):
+                torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_network_is_left_as_it_was(folder):
+    network, before = small_network(), small_network().state_dict()
+    clusters.final_clusters(network, open_dataset(str(folder)), torch.arange(150) % 8, 8, 5, 32,
+                            torch.device("cpu"))
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("data", ["folder", "shapes"])
+def test_assign_agrees_with_the_table_and_uses_every_cluster(folder, tmp_path, monkeypatch, data):
+    monkeypatch.setattr("odc.data.shapes.SPLITS", {"train": (600, 0), "val": (100, 1)})
+    images = folder if data == "folder" else "shapes"
+    assert run_main("--data", images, "--output", tmp_path, *SMALL, "--epochs", "3",
+                    "--num-clusters", "12", "--knn-interval", "0") == 0
+    assign.main(["--checkpoint", str(tmp_path / "checkpoint.pth"), "--data", str(images),
+                 "--output", str(tmp_path / "again.csv"), "--batch-size", "7"])
+    tables = []
+    for name in ("clusters.csv", "again.csv"):
+        with open(tmp_path / name, newline="") as file:
+            tables.append([(row["path"], int(row["cluster"])) for row in csv.DictReader(file)])
+    same = sum(a == b for a, b in zip(*tables))
+    assert same >= 0.99 * len(tables[0])
+    assert {cluster for _, cluster in tables[1]} == set(range(12))
+
+
+def test_export_only_makes_the_clusters_of_a_run_that_was_stopped(folder, tmp_path, capsys):
+    arguments = ["--data", folder, "--output", tmp_path, *SMALL]
+    assert run_main(*arguments, "--epochs", "1") == 0
+    for path in tmp_path.glob("*"):
+        if path.is_file() and path.name not in ("checkpoint.pth", "log.jsonl"):
+            path.unlink()
+    assert run_main(*arguments, "--epochs", "9", "--export-only") == 0
+    assert (tmp_path / "clusters.csv").exists() and (tmp_path / "report.html").exists()
+    assert state_of(tmp_path)["progress"]["epoch"] == 1  # and nothing was trained
+
+
+def test_assign_says_what_to_do_with_a_run_that_was_stopped(folder, tmp_path, monkeypatch):
+    from odc.errors import UserError
+    import train
+
+    monkeypatch.setattr(train, "write_clusters", lambda *_: None)
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1") == 0
+    with pytest.raises(UserError, match="--export-only"):
+        assign.main(["--checkpoint", str(tmp_path / "checkpoint.pth"), "--data", str(folder)])

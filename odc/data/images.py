@@ -8,7 +8,7 @@ import hashlib
 import os
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -82,6 +82,14 @@ class ImageSet:
 
     def __len__(self):
         return len(self.names) if self.pixels is None else len(self.pixels)
+
+    def take(self, indices):
+        """The ImageSet of some of these images, without targets."""
+        return replace(
+            self, names=self.names and Names(self.names[i] for i in indices),
+            pixels=None if self.pixels is None else self.pixels[indices],
+            labels=None if self.labels is None else self.labels[indices], targets=None,
+            unreadable={}, transparent=None)
 
     def name_of(self, i):
         """The path of image i relative to the root; for images in memory, the index as text."""

@@ -1,4 +1,4 @@
-"""Linear classifiers on the maps of a frozen backbone, and the published protocols."""
+"""Linear classifiers on a frozen backbone, fine-tuning with few labels, and their protocols."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,21 +6,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from odc.batchnorm import SyncBatchNorm
+from odc.batchnorm import SyncBatchNorm, synchronise
 from odc.errors import UserError
 from odc.evaluation import tables
 from odc.evaluation.maps import MAP_NAMES, map_pools, pooled_shapes
 
 COLUMNS = tuple(name.capitalize() for name in MAP_NAMES)  # Feature1 ... Feature5
 AVGPOOL = "AvgPool"
+FINE_TUNED = "Fine-tuned"  # the average pool and a linear layer, on a backbone that learns, too
 
 
 @dataclass(frozen=True)
 class Protocol:
     """How one benchmark trains and judges classifiers.
 
-    recipe: the published recipe. columns: of COLUMNS and AVGPOOL. classes: their number.
-    lr is multiplied by lr_gamma at each epoch of lr_steps. batch_size: of all processes together.
+    recipe: the published recipe. columns: of COLUMNS and AVGPOOL, or FINE_TUNED alone.
+    classes: their number. lr is multiplied by lr_gamma at each epoch of lr_steps. head_lr: what the
+    linear layer's is multiplied by in fine-tuning. batch_size: of all processes together.
     train_transform: a key of LINEAR_AUGMENTATIONS. reported: "last" for the last epoch's accuracy,
     "best" for that of the epoch with the best top-1.
     """
@@ -38,15 +40,25 @@ class Protocol:
     batch_size: int = 256
     lr_gamma: float = 0.1
     momentum: float = 0.9
+    head_lr: float = 1.0
 
     def shortened(self, epochs):
         """The same for another number of epochs; lr_steps move in proportion."""
         steps = tuple(max(1, round(step * epochs / self.epochs)) for step in self.lr_steps)
         return dataclasses.replace(self, epochs=epochs, lr_steps=steps)
 
+    def group(self, parameters, head=False):
+        """A parameter group of SGD, with what eval_linear.py needs for its learning rate."""
+        lr = self.lr * (self.head_lr if head else 1)
+        return dict(params=parameters, lr=lr, initial_lr=lr, lr_steps=self.lr_steps,
+                    lr_gamma=self.lr_gamma, momentum=self.momentum,
+                    weight_decay=self.weight_decay,
+                    nesterov=self.nesterov and self.momentum > 0)
+
     def describe(self):
         """Epochs and learning rate in words."""
-        return (f"{self.epochs} epochs, batch {self.batch_size}, lr {self.lr:g} x "
+        head = f" (head x {self.head_lr:g})" if self.columns == (FINE_TUNED,) else ""
+        return (f"{self.epochs} epochs, batch {self.batch_size}, lr {self.lr:g}{head} x "
                 f"{self.lr_gamma:g} after epochs {' '.join(map(str, self.lr_steps))}, "
                 f"{self.train_transform} augmentation")
 
@@ -54,6 +66,14 @@ class Protocol:
 MULTIHEAD = Protocol(
     "mhead_linear-8xb32-steplr-90e", COLUMNS, 1000, epochs=90, lr=0.01, lr_steps=(30, 60),
     weight_decay=1e-4, nesterov=True, train_transform="imagenet-multihead", reported="last")
+# Semi-supervised ImageNet, with the learning rates that the benchmark found best for ODC among
+# lr 0.001, 0.01, 0.1 and head x 1, 10, 100.
+ONE_PERCENT = Protocol(
+    "fine-tuning with 1% of the labels", (FINE_TUNED,), 1000, epochs=20, lr=0.1, lr_steps=(12, 16),
+    weight_decay=5e-4, nesterov=False, train_transform="imagenet-avgpool", reported="last",
+    lr_gamma=0.2, head_lr=100.0)
+TEN_PERCENT = dataclasses.replace(
+    ONE_PERCENT, recipe="fine-tuning with 10% of the labels", weight_decay=1e-4, head_lr=10.0)
 PROTOCOLS = {
     "imagenet-multihead": MULTIHEAD,
     "imagenet-avgpool": Protocol(
@@ -65,6 +85,10 @@ PROTOCOLS = {
     "inaturalist2018": dataclasses.replace(
         MULTIHEAD, recipe="mhead_8xb32-steplr-84e", classes=8142, epochs=84,
         lr_steps=(24, 48, 72), train_transform="inaturalist2018"),
+    "imagenet-1percent": ONE_PERCENT,
+    "imagenet-10percent": TEN_PERCENT,
+    "finetune": dataclasses.replace(
+        TEN_PERCENT, recipe="a form of imagenet-10percent for other data", batch_size=64, lr=0.01),
     # For other data: ImageNet's classifiers in fewer epochs and smaller batches, as there are fewer
     # images, with crops and flips alone.
     "short": dataclasses.replace(
@@ -90,7 +114,7 @@ def choose_protocol(dataset, name=None, num_classes=None, epochs=None, **given):
         if PROTOCOLS[name].classes != classes:
             name = "short"
     recipe = PROTOCOLS[name]
-    if name == "short":
+    if name in ("short", "finetune"):
         recipe = dataclasses.replace(recipe, classes=classes)
     wanted = num_classes or recipe.classes
     if wanted != classes:
@@ -133,7 +157,7 @@ class LinearClassifiers(nn.Module):
         super().__init__()
         pools, pooled = map_pools(shapes), pooled_shapes(shapes)
         generator = torch.Generator().manual_seed(seed)
-        self.maps = maps
+        self.maps, self.columns = maps, list(columns)
         self.pools, self.norms, self.linears = (nn.ModuleDict() for _ in range(3))
         for column in columns:
             i = COLUMNS.index(column) if column != AVGPOOL else 4
@@ -146,6 +170,12 @@ class LinearClassifiers(nn.Module):
             linear.bias.data.zero_()
             self.linears[column] = linear
 
+    def optimizer_groups(self, protocols):
+        """SGD's parameter groups, one for each protocol."""
+        return [protocol.group([p for column in protocol.columns
+                                for p in self.linears[column].parameters()])
+                for protocol in protocols]
+
     def forward(self, images):
         """Normalised images [B, 3, S, S] -> {column: logits [B, classes]}. A collective."""
         maps, logits = self.maps(images), {}
@@ -154,3 +184,30 @@ class LinearClassifiers(nn.Module):
             features = self.norms[column](self.pools[column](feature_map))
             logits[column] = linear(features.flatten(1))
         return logits
+
+
+class FineTuned(nn.Module):
+    """A backbone that learns, batch norm synchronised, with a linear layer on its average pool.
+
+    The benchmark of semi-supervised ImageNet that published ODC's rows.
+    """
+
+    def __init__(self, backbone, num_classes, autocast, seed=0):
+        super().__init__()
+        self.backbone = synchronise(backbone).requires_grad_(True)
+        self.autocast, self.columns = autocast, [FINE_TUNED]
+        self.head = nn.Linear(backbone.out_channels[-1], num_classes)
+        generator = torch.Generator().manual_seed(seed)
+        self.head.weight.data.normal_(0, 0.01, generator=generator)
+        self.head.bias.data.zero_()
+
+    def optimizer_groups(self, protocols):
+        """SGD's parameter groups: the backbone, and the head with its own learning rate."""
+        return [protocols[0].group(self.backbone.parameters()),
+                protocols[0].group(self.head.parameters(), head=True)]
+
+    def forward(self, images):
+        """Normalised images [B, 3, S, S] -> {FINE_TUNED: logits [B, classes]}. A collective."""
+        with self.autocast:
+            features = self.backbone(images.contiguous(memory_format=torch.channels_last))[-1]
+        return {FINE_TUNED: self.head(features.float().mean((2, 3)))}
