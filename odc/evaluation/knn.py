@@ -1,116 +1,144 @@
-"""Weighted nearest-neighbour classification (Wu et al., CVPR 2018), exact, with the bank split over the processes."""
+"""Weighted nearest-neighbour classification (Wu et al., CVPR 2018): exact, the bank split over W.
+
+The neighbours are those of a search in double precision. It takes three steps, a tile of bank rows
+and queries at a time:
+
+1. `odc.products` gives coarse scores of the tile, with a bound on their error.
+2. The k-th largest of some scores is at most the k-th largest of all. Pairs that score lower by
+   more than the bounds, or lower than the k neighbours found so far, are dropped.
+3. The similarities of the others are computed in double precision and rounded to float32.
+
+Similarities that are equal as float32 numbers are ties, and the lower bank index comes first. So
+the result depends on the queries and the bank alone, not on tiles, processes, threads or devices.
+
+Letters: Q queries, n bank rows on this process.
+"""
 
 import torch
 
-from odc.runtime import program
-from odc.errors import UserError
-
 from odc import distributed
+from odc.errors import UserError
+from odc.products import CoarseScores, full_precision
+from odc.runtime import program
 
-QUERY_BLOCK, BANK_BLOCK = 512, 8192  # rows multiplied at a time
-NONE = -(2**63)  # the key of nothing, below all others
-_LAST = 2**32 - 1
+# Bank rows and queries of a tile. On a GPU they take about 3 GB.
+TILES = {"cpu": (131072, 256), "cuda": (131072, 2048)}
+GROUPS = 16  # the largest of every 16 scores are looked at to find the k-th largest
+PAIR_BLOCK = {"cpu": 2**17, "cuda": 2**27}  # numbers multiplied in double precision at a time
 
 
 def knn_predict(queries, bank, labels, num_classes, ks=(10, 20, 100, 200), temperature=0.07):
-    """Classify every query by its k most similar bank rows, which vote with weight exp(similarity / temperature).
+    """Classify every query by its k most similar bank rows, weighted exp(similarity / temperature).
 
-    queries: [Q, D] float, L2-normalised, the same on every process. bank: [n, D], L2-normalised, and labels: [n] int64
-    in 0..num_classes-1: this process's rows; in rank order they make up the bank.
-    Returns {k: [Q, min(5, num_classes)] int64}: the classes with the most votes, best first, -1 where no neighbour voted
-    for another one. Of equally similar rows those with the lowest bank index count, of classes with equal votes the
-    lowest wins.
-    Raises UserError if a k is larger than the bank or a feature is not finite, Interrupted on a signal. A collective.
+    queries: [Q, d] float, unit rows, the same on every process. bank: [n, d], unit rows, and
+    labels: [n] int64 in 0..num_classes-1: this process's part; in rank order they are the bank.
+    Returns {k: [Q, min(5, num_classes)] int64}, the classes with the most votes, best first, the
+    lower class first of equal ones, and -1 for classes without a vote. Raises UserError if a k is
+    larger than the bank or a feature is not finite, Interrupted on a signal. A collective.
     """
-    similarities, neighbour_labels = nearest_neighbours(queries, bank, labels, max(ks))
-    predictions = {k: [] for k in ks}
-    for s, y in zip(similarities.double().split(QUERY_BLOCK), neighbour_labels.split(QUERY_BLOCK)):
-        weights = torch.exp((s - s[:, :1]) / temperature)  # relative to the best, so that no temperature overflows
+    similarities, found = nearest_neighbours(queries, bank, labels, max(ks))
+    predictions = {k: queries.new_full((len(queries), min(5, num_classes)), -1, dtype=torch.int64)
+                   for k in ks}
+    for start in range(0, len(queries), 512):
+        rows = slice(start, start + 512)
+        s, y = similarities[rows].double(), found[rows]
+        weights = torch.exp((s - s[:, :1]) / temperature)  # relative to the best: no overflow
         votes = weights.new_zeros(len(s), num_classes)
         done = 0
         for k in sorted(ks):
             votes.scatter_add_(1, y[:, done:k], weights[:, done:k])
             done = k
-            keys = _keys(votes.float(), torch.arange(num_classes, device=votes.device))
-            keys = keys.topk(min(5, num_classes)).values
-            predictions[k].append(torch.where(_values(keys) > 0, _indices(keys), -1))
-    return {k: torch.cat(blocks) if blocks else _indices(queries.new_zeros(0, min(5, num_classes), dtype=torch.int64))
-            for k, blocks in predictions.items()}
+            ranked, classes = votes.float().sort(dim=1, descending=True, stable=True)
+            predictions[k][rows] = classes.where(ranked > 0, -1)[:, :5]
+    return predictions
 
 
 def nearest_neighbours(queries, bank, labels, k):
-    """The k bank rows with the largest inner product for every query: similarities [Q, k] and labels [Q, k].
+    """The k most similar bank rows of every query: similarities and labels, both [Q, k].
 
-    Arguments and errors as `knn_predict`. Best first, the lowest bank index first among equals, on every process.
+    Best first. Arguments and errors as `knn_predict`; the result is the same on every process.
     """
-    shards = distributed.all_gather_uneven_rows(torch.tensor([len(bank)]))
-    size, offset = int(shards.sum()), int(shards[: distributed.rank()].sum())
-    if not 1 <= k <= size:
-        raise UserError(f"--k {k}: the bank has {size} images; choose at most {size}.")
-    finite = bool(torch.isfinite(queries.sum()))
-
-    # A key holds a similarity and a bank index in one integer: the largest keys are the neighbours, no two are equal.
-    best = torch.full((len(queries), k), NONE, device=queries.device)
-    products = queries.new_empty(QUERY_BLOCK, BANK_BLOCK, dtype=torch.float32)
-    for start in range(0, int(shards.max()), BANK_BLOCK):
+    sizes = distributed.all_gather_rows(torch.tensor([len(bank)]))
+    offset = int(sizes[: distributed.rank()].sum())
+    if not 1 <= k <= int(sizes.sum()):
+        raise UserError(f"--k {k}: the bank has {int(sizes.sum())} images; choose at most so many.")
+    num_rows, num_queries = TILES[queries.device.type]
+    finite = bool(queries.sum().isfinite())
+    similarities = torch.full((len(queries), k), -torch.inf, device=queries.device)
+    indices = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
+    for start in range(0, int(sizes.max()), num_rows):
         program.check_signals()
-        rows = bank[start : start + BANK_BLOCK].float()
-        finite = finite and bool(torch.isfinite(rows.sum()))
-        for first in range(0, len(queries), QUERY_BLOCK):
-            some = queries[first : first + QUERY_BLOCK].float()
-            similarities = _multiply(some, rows, products)
-            best[first : first + len(some)] = _merge(best[first : first + len(some)], similarities, offset + start)
+        rows = bank[start : start + num_rows].float()
+        finite = finite and bool(rows.sum().isfinite())
+        if len(rows) == 0 or not finite:
+            continue
+        with full_precision():
+            coarse = CoarseScores(rows, GROUPS)
+            for first in range(0, len(queries), num_queries):
+                tile = slice(first, first + num_queries)
+                _search(queries[tile].float(), rows, coarse, start, (similarities[tile], indices[tile]))
     if distributed.any_process(not finite):
         raise UserError("The features hold values that are not finite: check the weights.")
 
-    # Every process now has the best of its own rows: merge them, then fetch the labels from where the rows are.
-    keys = distributed.all_gather_uneven_rows(best.T.contiguous()).T.topk(k).values
-    indices = _indices(keys) - offset
-    here = (indices >= 0) & (indices < len(bank))
-    neighbour_labels = torch.zeros_like(indices)
-    neighbour_labels[here] = labels.to(indices.device)[indices[here]]
-    return _values(keys), distributed.all_reduce(neighbour_labels)
+    # Merge the neighbours of all processes, and fetch the labels from where the rows are.
+    similarities, indices = (distributed.all_gather_rows(best.T.contiguous()).T
+                             for best in (similarities, indices + offset))
+    similarities, indices = _first(similarities, indices, k)
+    here = (indices >= offset) & (indices < offset + len(bank))
+    found = torch.zeros_like(indices)
+    found[here] = labels.to(indices.device)[indices[here] - offset]
+    return similarities, distributed.all_reduce(found)
 
 
-def _multiply(queries, rows, products):
-    """[q, D] x [r, D] -> [q, r]. All products have one shape: rounding then does not depend on where a bank is cut."""
-    q, r = len(queries), len(rows)
-    if q < QUERY_BLOCK:
-        queries = torch.cat([queries, queries.new_zeros(QUERY_BLOCK - q, queries.shape[1])])
-    if r < BANK_BLOCK:
-        rows = torch.cat([rows, rows.new_zeros(BANK_BLOCK - r, rows.shape[1])])
-    return torch.mm(queries, rows.T, out=products)[:q, :r]
+def _first(similarities, indices, k):
+    """The first k by similarity, [q, m] -> [q, k]. Equal ones stay in the order in which they are."""
+    similarities, order = similarities.sort(dim=1, descending=True, stable=True)
+    return similarities[:, :k], indices.gather(1, order[:, :k])
 
 
-def _merge(best, similarities, first_index):
-    """The k largest keys [q, k] of those in best [q, k] and of similarities [q, r] with rows first_index + 0..r-1."""
-    k = best.shape[1]
-    # Only what beats the k-th best can enter: after the first blocks hardly anything, found in one pass.
-    floor = torch.where(best[:, -1] == NONE, -torch.inf, _values(best[:, -1]))
-    if k <= similarities.shape[1] and bool((best[:, 0] == NONE).all()):
-        kth = similarities.topk(k).values[:, -1]
-        floor = torch.nextafter(kth, torch.full_like(kth, -torch.inf))
-    query, column = (similarities > floor[:, None]).nonzero(as_tuple=True)
-    if len(query) == 0:
-        return best
-    counts = torch.bincount(query, minlength=len(best))
-    position = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
-    entering = best.new_full((len(best), int(counts.max())), NONE)
-    entering[query, position] = _keys(similarities[query, column], first_index + column)
-    return torch.cat([best, entering], 1).topk(k).values
+def _search(queries, rows, coarse, start, best):
+    """Update the neighbours of some queries by bank rows `start` and following.
+
+    best: (similarities, indices), [q, k], changed in place.
+    """
+    offset = (queries.double() @ coarse.mean.double()).float()
+    scores, error = coarse(queries)
+
+    def bound(score):  # twice the rounding to half precision, as the threshold is rounded, too
+        rounding = 2.04 * coarse.unit * score.abs() + 2.0**-22 * (score + offset).abs()
+        return 1.02 * error + rounding
+
+    k = best[0].shape[1]
+    groups = scores.view(GROUPS, -1, len(queries)).amax(0).T.float()
+    kth = groups.topk(min(k, groups.shape[1]), sorted=False).values
+    kth = torch.cat([kth.T - bound(kth.T), best[0].T - offset])
+    least = kth.topk(k, dim=0, sorted=False).values.amin(0)  # of the k-th best similarity
+    close = scores > (least - bound(least)).to(scores.dtype)
+    if int(close.sum()) > close.numel() // 16:  # a product in double precision is faster
+        for piece, part in enumerate(rows.split(4096)):
+            similarities = (queries.double() @ part.double().T).float()
+            indices = torch.arange(len(part), device=rows.device) + start + 4096 * piece
+            _update(best, similarities, indices.expand_as(similarities))
+        return
+
+    row, query = close.nonzero(as_tuple=True)  # bank rows ascending
+    found = torch.empty(len(row), device=rows.device)
+    size = PAIR_BLOCK[rows.device.type] // rows.shape[1]
+    for r, q, out in zip(row.split(size), query.split(size), found.split(size)):
+        products = rows.index_select(0, r).double().mul_(queries.index_select(0, q).double())
+        out.copy_(products.sum(1))
+    query, order = query.sort(stable=True)
+    row, found = row[order], found[order]
+    counts = query.bincount(minlength=len(queries))
+    position = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[query]
+    similarities = found.new_full((len(queries), int(counts.max())), -torch.inf)
+    indices = row.new_zeros(similarities.shape)
+    similarities[query, position], indices[query, position] = found, row + start
+    _update(best, similarities, indices)
 
 
-def _keys(values, indices):
-    """int64 that order as (value, then the lower index): float32 values, indices in 0..2^32-1."""
-    bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in the order of the floats
-    return ordered * 2**32 + (_LAST - indices)
-
-
-def _values(keys):
-    ordered = (keys >> 32).int()
-    return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
-
-
-def _indices(keys):
-    return _LAST - (keys & _LAST)
+def _update(best, similarities, indices):
+    """Let [q, m] new similarities and indices, ascending, compete with the best [q, k], in place."""
+    both = [torch.cat(pair, dim=1) for pair in zip(best, (similarities, indices))]
+    for old, new in zip(best, _first(*both, best[0].shape[1])):
+        old.copy_(new)

@@ -42,7 +42,7 @@ def brute_force(queries, bank, labels, num_classes, ks, temperature):
 
 
 def predict_shard(queries, bank, labels, num_classes, ks, temperature, block):
-    knn.QUERY_BLOCK, knn.BANK_BLOCK = block
+    knn.TILES["cpu"] = block
     rows = distributed.shard(len(bank))
     return knn_predict(queries, bank[rows], labels[rows], num_classes, ks, temperature)
 
@@ -68,14 +68,14 @@ def test_any_number_of_processes_and_any_blocks(world_size):
     queries, bank, labels = problem()
     bank[100:150] = bank[:50]  # equal rows, with other labels: the lower index counts
     expected = brute_force(queries, bank, labels, 7, KS, 0.07)
-    for found in run_processes(predict_shard, world_size, queries, bank, labels, 7, KS, 0.07, (32, 40)):
+    for found in run_processes(predict_shard, world_size, queries, bank, labels, 7, KS, 0.07, (40, 32)):
         for k in KS:
             assert torch.equal(found[k], expected[k])
 
 
 def uneven_shards(sizes, signal_on=None):
     """Neighbours of three queries in a bank of rows that point ever less their way, a part of it on each process."""
-    knn.BANK_BLOCK = 8
+    knn.TILES["cpu"] = (8, 512)
     if distributed.rank() == signal_on:
         program._signal_received = 15
     size, rank = sum(sizes), distributed.rank()
@@ -97,7 +97,7 @@ def test_a_signal_on_one_process_stops_the_search_on_all():
 
 
 def test_neighbours_are_sorted_and_ties_go_to_the_lowest_index(monkeypatch):
-    monkeypatch.setattr(knn, "BANK_BLOCK", 16)
+    monkeypatch.setitem(knn.TILES, "cpu", (16, 512))
     bank = F.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 1], [-1, 0]])).repeat(10, 1)  # rows i and i + 4 are equal
     similarities, indices = nearest_neighbours(torch.tensor([[1.0, 0.0]]), bank, torch.arange(40), 25)
     assert indices[0].tolist() == [*range(0, 40, 4), *range(2, 40, 4), 1, 5, 9, 13, 17]
