@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from odc import distributed
-from odc.data import loader
 from odc.data.augmentation import evaluation_transform
 from odc.data.images import ImageSet
 from odc.data.layouts import check_same_images, open_dataset
+from odc.data.loader import default_workers, gather_unreadable
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.evaluation.weights import load_backbone
-from odc.features import cache_path, unreadable_images, weights_fingerprint
+from odc.features import cache_path, weights_fingerprint
 from odc.model import ARCHS, ResNet
 from odc.runtime import program
 from odc.runtime.arguments import whole
@@ -103,11 +103,12 @@ class Frozen:
 
         Call it after the images were read. A collective.
         """
-        unreadable = unreadable_images(self.val)
-        if len(unreadable):
+        readable = torch.ones(len(self.val), dtype=torch.bool)
+        if unreadable := gather_unreadable(self.val):
+            readable[unreadable] = False
             print_main(f"{len(unreadable)} of {len(self.val):,} val images cannot be read; they "
                        "are left out")
-        return torch.ones(len(self.val), dtype=torch.bool).index_fill_(0, unreadable, False)
+        return readable
 
     def description(self):
         """What was judged on what, for the JSON file. A collective."""
@@ -115,7 +116,7 @@ class Frozen:
             weights=self.weights, arch=self.backbone.arch, small_stem=self.backbone.small_stem,
             amp=self.amp, image_size=self.image_size, dataset=self.train.name,
             train_images=len(self.train), val_images=len(self.val),
-            unreadable_val_images=len(unreadable_images(self.val)), classes=len(self.val.classes),
+            unreadable_val_images=len(gather_unreadable(self.val)), classes=len(self.val.classes),
             processes=distributed.world_size())
 
     def label(self, args):
@@ -161,7 +162,7 @@ def prepare(args):
     backbone = backbone.to(device, memory_format=torch.channels_last).requires_grad_(False)
     workers = args.workers
     if workers is None:
-        workers = loader.default_workers(train.pixels is not None)
+        workers = default_workers(train.pixels is not None)
     print_main(f"{train.name}: {len(train):,} train and {len(val):,} val images of "
                f"{len(val.classes)} classes, {size} pixels")
     return Frozen(backbone, description, train, val, size, workers, device, args.amp)

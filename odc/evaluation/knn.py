@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from odc import distributed
 from odc.data.augmentation import evaluation_transform
 from odc.data.layouts import open_dataset
+from odc.data.loader import gather_unreadable
 from odc.distributed import print_main
 from odc.errors import UserError
-from odc.features import extract, unreadable_images
+from odc.features import extract
 from odc.products import CoarseScores, full_precision
 from odc.runtime import program
 
@@ -84,8 +85,9 @@ def knn_accuracy(backbone, train, val, image_size, device, batch_size=64, worker
     k = min(20, int(distributed.all_reduce(torch.tensor(len(bank)))))
     predictions = knn_predict(queries, bank, train.labels[rows], len(train.classes), [k])[k]
     hits = predictions[:, 0].cpu() == images.labels[asked]
-    readable = torch.ones(len(images)).index_fill_(0, unreadable_images(images), 0)[asked].bool()
-    return float(hits[readable].double().mean())
+    readable = torch.ones(len(images), dtype=torch.bool)
+    readable[gather_unreadable(images)] = False
+    return float(hits[readable[asked]].double().mean())
 
 
 def knn_predict(queries, bank, labels, num_classes, ks=(10, 20, 100, 200), temperature=0.07):
