@@ -15,7 +15,7 @@ import contextlib
 
 import torch
 
-PIECE = 512  # rows that are prepared at a time
+PIECES = {"cpu": 512, "cuda": 16384}  # rows that are prepared at a time
 
 
 @contextlib.contextmanager
@@ -61,7 +61,8 @@ class CoarseScores:
         self.rows[n:, d] = -torch.inf
         accumulation = (d + 4) * 2.0**-23  # relative error of a sum of d products in float32
         length = length_error = bias_error = torch.zeros((), device=device)
-        for part, coarse in zip(rows.split(PIECE), self.rows[:n].split(PIECE)):
+        size = PIECES[device.type]
+        for part, coarse in zip(rows.split(size), self.rows[:n].split(size)):
             centred = part.float() - self.mean
             bias = (centred @ self.mean).double()
             coarse[:, :d] = centred

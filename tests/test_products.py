@@ -14,7 +14,7 @@ from tests.processes import ROOT, environment
 @pytest.mark.parametrize("common, spread", [(0, 1), (5, 1), (1, 1e-4), (0, 1e-12), (0, 1e3)])
 def test_the_bound_holds(monkeypatch, dtype, common, spread):
     monkeypatch.setattr(products, "coarse_dtype", lambda device: dtype)
-    monkeypatch.setattr(products, "PIECE", 100)
+    monkeypatch.setitem(products.PIECES, "cpu", 100)
     generator = torch.Generator().manual_seed(0)
     rows = common + spread * torch.randn(333, 70, generator=generator)
     queries = common + spread * torch.randn(50, 70, generator=generator)

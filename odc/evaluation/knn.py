@@ -31,7 +31,7 @@ HELD_OUT_EVERY = 10  # without a val split, each 10th training image is held out
 # Bank rows and queries of a tile: about 0.6 GB on a CPU, 3 GB on a GPU.
 TILES = {"cpu": (131072, 256), "cuda": (131072, 2048)}
 GROUPS = 16  # the largest of every 16 scores are looked at to find the k-th largest
-PAIR_BLOCK = {"cpu": 2**17, "cuda": 2**27}  # numbers multiplied in double precision at a time
+PAIR_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # numbers multiplied in double precision at a time
 
 
 def pooled(maps):

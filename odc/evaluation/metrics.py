@@ -39,8 +39,7 @@ def adjusted_rand_index(clusters, classes):
 def purity(clusters, classes):
     """Share of the images that are of the most frequent class of their cluster, in 0..1.
 
-    This is the many-to-one accuracy: several clusters may stand for one class. It is the accuracy
-    to report where there are more clusters than classes.
+    This is the many-to-one accuracy, to report where there are more clusters than classes.
     """
     return float(contingency(clusters, classes).amax(1).sum()) / len(clusters)
 
@@ -57,10 +56,9 @@ def hungarian_accuracy(clusters, classes):
 def _best_assignment(gains):
     """The largest sum of gains [rows, columns] with one column for every row; rows <= columns.
 
-    The Hungarian method with shortest augmenting paths (Jonker and Volgenant 1987): rows are added
-    one by one. A path from the new row to a free column alternates between a column that a row may
-    take and the row that owns it. The path whose reduced costs are least is flipped, and the prices
-    change so that no reduced cost becomes negative.
+    The Hungarian method with shortest augmenting paths (Jonker and Volgenant 1987). Rows are added
+    one by one. The new row takes a column, its owner takes another one, and so on up to a free
+    column. Of all such paths the cheapest is taken. Prices keep all reduced costs at 0 or above.
     """
     costs = gains.max() - gains
     num_rows, num_columns = costs.shape

@@ -54,7 +54,11 @@ class Fits:
     coefficients: torch.Tensor  # [S, P, n] float64: b
     decisions: torch.Tensor  # [S, P, n] float64: f, also of rows that are not in the problem
     errors: torch.Tensor  # [S, P] float64: bound on ||w - w*|| / ||w||
-    converged: torch.Tensor  # [S, P] bool: errors <= TOLERANCE
+
+    @property
+    def converged(self):
+        """[S, P] bool. Problems that did not converge must not be used."""
+        return self.errors <= TOLERANCE
 
 
 def gram_matrix(rows, others=None):
@@ -85,11 +89,10 @@ def fit(gram, targets, costs, progress=lambda fits: None):
 
     gram: [n, n] float64, see `gram_matrix`. targets: [P, n] integer: 1 positive, -1 negative, 0 not
     in the problem. costs: S numbers. progress: called with the number of fits after each cost.
-    A problem with `converged` False must not be used.
     """
     targets = targets.double()
     S, (P, n) = len(costs), targets.shape
-    fits = Fits(gram.new_zeros(S, P, n), gram.new_zeros(S, P, n), gram.new_zeros(S, P), None)
+    fits = Fits(gram.new_zeros(S, P, n), gram.new_zeros(S, P, n), gram.new_zeros(S, P))
     solver = _Solver(gram[None], *strongest_eigenvectors(gram))
     b = f = torch.zeros_like(targets)[None]
     for s in sorted(range(S), key=lambda s: costs[s]):
@@ -97,7 +100,6 @@ def fit(gram, targets, costs, progress=lambda fits: None):
         b, f, errors = solver.solve(targets[None], slope[None], b, f)
         fits.coefficients[s], fits.decisions[s], fits.errors[s] = b[0], f[0], errors[0]
         progress(P)
-    fits.converged = fits.errors <= TOLERANCE
     return fits
 
 
@@ -278,15 +280,11 @@ class _Solver:
     def _factorise(self, active, ridge, rhs, rank, careful):
         """Solve by a Cholesky factorisation of each problem's active rows -> x, None for A x."""
         x = torch.zeros_like(rhs)
-        counts, order = active.sum(-1).cpu().flatten().sort()
-        group, problem = order // x.shape[1], order % x.shape[1]
-        start = 0
-        while start < len(counts):  # problems with about equally many active rows together
-            stop = start + 1
-            while stop < len(counts) and (stop + 1 - start) * counts[stop] ** 2 <= 2**16:
-                stop += 1
-            g, p = group[start:stop].to(x.device), problem[start:stop].to(x.device)
-            size, start = int(counts[stop - 1]), stop
+        counts, order = active.sum(-1).cpu().flatten().sort()  # about equal ones are solved together
+        together = max(1, 2**16 // max(1, int(counts[-1])) ** 2)
+        for size, part in zip(counts.split(together), order.split(together)):
+            g, p = (part // x.shape[1]).to(x.device), (part % x.shape[1]).to(x.device)
+            size = int(size[-1])
             if size == 0:
                 continue
             # Active rows come first. Rows that fill up the shorter problems are cut loose.

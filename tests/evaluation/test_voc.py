@@ -272,7 +272,7 @@ def test_fits_that_did_not_converge_are_not_used(monkeypatch):
 
     def without_first_cost(*arguments, **options):
         fits = fit(*arguments, **options)
-        fits.converged[0] = False
+        fits.errors[0] = torch.inf
         return fits
 
     def subsets_without_first_cost(*arguments, **options):
