@@ -1,4 +1,4 @@
-"""Inner products whose error is known: full float32, or half precision with a bound.
+"""Inner products whose error is known: in full float32, or in half precision with a bound.
 
 A bfloat16 product is several times faster than a float32 one. An exact search can spend its time in
 it all the same, because the error of every score has a bound: what lies below the best scores by
@@ -20,7 +20,7 @@ PIECES = {"cpu": 512, "cuda": 16384}  # rows that are prepared at a time
 
 @contextlib.contextmanager
 def full_precision():
-    """Keep float32 products from TF32, and bfloat16 products from adding up in bfloat16.
+    """Products in the precision of their factors: no autocast, no TF32, no sums in bfloat16.
 
     Containers may switch TF32 on by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, and its error is 1e-3.
     """
@@ -29,7 +29,8 @@ def full_precision():
     torch.set_float32_matmul_precision("highest")
     matmul.allow_bf16_reduced_precision_reduction = False
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before[0])
         matmul.allow_bf16_reduced_precision_reduction = before[1]
@@ -50,6 +51,7 @@ class CoarseScores:
     `multiple` fills the rows up to a multiple of it; these rows score -inf.
     """
 
+    @full_precision()
     def __init__(self, rows, multiple=1):
         (n, d), device = rows.shape, rows.device
         dtype = coarse_dtype(device)
@@ -71,10 +73,12 @@ class CoarseScores:
             lost = bias - coarse[:, d : d + 2].double().sum(1)
             bias_error = torch.maximum(bias_error, lost.abs().max().float())
             length = torch.maximum(length, _length(centred).max())
-            length_error = torch.maximum(length_error, _length(centred - coarse[:, :d].float()).max())
+            rounding = _length(centred - coarse[:, :d].float())
+            length_error = torch.maximum(length_error, rounding.max())
         self.length, self.length_error = length, length_error + accumulation * length
         self.bias_error = bias_error + accumulation * length * self.mean.norm() + 1e-30
 
+    @full_precision()
     def __call__(self, queries):
         """Scores [n, q] and bounds [q] for queries [q, d] float32.
 

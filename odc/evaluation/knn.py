@@ -1,12 +1,13 @@
 """Weighted nearest-neighbour classification (Wu et al., CVPR 2018): exact, the bank split over W.
 
-The neighbours are those of a search in double precision. It takes three steps, a tile of bank rows
-and queries at a time:
+The neighbours are those of a search in double precision. It goes through tiles of bank rows and
+queries, in three steps:
 
 1. `odc.products` gives coarse scores of the tile, with a bound on their error.
-2. The k-th largest of some scores is at most the k-th largest of all. Pairs that score lower by
-   more than the bounds, or lower than the k neighbours found so far, are dropped.
-3. The similarities of the others are computed in double precision and rounded to float32.
+2. Pairs that cannot be among a query's k best are dropped: their score lies further below than the
+   bound. The k-th best similarity is at least the k-th of any k similarities. These are taken from
+   the neighbours found so far and the largest scores, one of each GROUP.
+3. The similarities of the other pairs are computed in double precision and rounded to float32.
 
 Similarities that are equal as float32 numbers are ties, and the lower bank index comes first. So
 the result depends on the queries and the bank alone, not on tiles, processes, threads or devices.
@@ -30,7 +31,7 @@ from odc.runtime import program
 HELD_OUT_EVERY = 10  # without a val split, each 10th training image is held out of the bank
 # Bank rows and queries of a tile: about 0.6 GB on a CPU, 3 GB on a GPU.
 TILES = {"cpu": (131072, 256), "cuda": (131072, 2048)}
-GROUPS = 16  # the largest of every 16 scores are looked at to find the k-th largest
+GROUP = 16  # scores of which the largest stands for all
 PAIR_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # numbers multiplied in double precision at a time
 
 
@@ -124,20 +125,18 @@ def nearest_neighbours(queries, bank, labels, k):
     sizes = distributed.all_gather_rows(torch.tensor([len(bank)]))
     offset = int(sizes[: distributed.rank()].sum())
     if not 1 <= k <= int(sizes.sum()):
-        raise UserError(f"--k {k}: the bank has {int(sizes.sum())} images; choose at most so many.")
+        raise UserError(f"--k {k}: the bank has {int(sizes.sum())} images; choose less.")
     num_rows, num_queries = TILES[queries.device.type]
     finite = bool(queries.sum().isfinite())
     similarities = torch.full((len(queries), k), -torch.inf, device=queries.device)
     indices = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
     for start in range(0, int(sizes.max()), num_rows):
-        program.check_signals()
         rows = bank[start : start + num_rows].float()
         finite = finite and bool(rows.sum().isfinite())
-        if len(rows) == 0 or not finite:
-            continue
-        with full_precision():
-            coarse = CoarseScores(rows, GROUPS)
-            for first in range(0, len(queries), num_queries):
+        coarse = CoarseScores(rows, GROUP) if finite and len(rows) else None
+        for first in range(0, len(queries), num_queries):
+            program.check_signals()
+            if coarse:
                 tile = slice(first, first + num_queries)
                 best = similarities[tile], indices[tile]
                 _search(queries[tile].float(), rows, coarse, start, best)
@@ -160,23 +159,24 @@ def _first(similarities, indices, k):
     return similarities[:, :k], indices.gather(1, order[:, :k])
 
 
+@full_precision()
 def _search(queries, rows, coarse, start, best):
     """Update the neighbours of some queries by bank rows `start` and following.
 
     best: (similarities, indices), [q, k], changed in place.
     """
-    offset = (queries.double() @ coarse.mean.double()).float()
     scores, error = coarse(queries)
+    offset = queries.double() @ coarse.mean.double()  # similarities less offset are near the scores
 
-    def bound(score):  # twice the rounding to half precision, as the threshold is rounded, too
-        rounding = 2.04 * coarse.unit * score.abs() + 2.0**-22 * (score + offset).abs()
-        return 1.02 * error + rounding
+    def bound(score):  # with twice the rounding to half precision: the threshold is rounded, too
+        ties = 2.0**-22 * (score + offset).abs()  # are decided by the index
+        return 1.02 * error + 2.04 * coarse.unit * score.abs() + ties
 
     k = best[0].shape[1]
-    groups = scores.view(GROUPS, -1, len(queries)).amax(0).T.float()
-    kth = groups.topk(min(k, groups.shape[1]), sorted=False).values
-    kth = torch.cat([kth.T - bound(kth.T), best[0].T - offset])
-    least = kth.topk(k, dim=0, sorted=False).values.amin(0)  # of the k-th best similarity
+    largest = scores.view(GROUP, -1, len(queries)).amax(0).T.double()
+    largest = largest.topk(min(k, largest.shape[1]), sorted=False).values.T
+    least = torch.cat([largest - bound(largest), best[0].T - offset])
+    least = least.topk(k, dim=0, sorted=False).values.amin(0)  # the k-th best is no less
     close = scores > (least - bound(least)).to(scores.dtype)
     if int(close.sum()) > close.numel() // 16:  # a product in double precision is faster
         for piece, part in enumerate(rows.split(4096)):

@@ -197,13 +197,15 @@ def test_collapsed_features():
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
-def test_the_precision_that_a_program_allows_for_products_changes_nothing(monkeypatch):
-    monkeypatch.setattr(products, "coarse_dtype", lambda device: torch.float32)
-    queries, bank, labels = problem(num_queries=300, size=2000, width=512)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_precision_that_a_program_allows_for_products_changes_nothing(monkeypatch, dtype):
+    monkeypatch.setattr(products, "coarse_dtype", lambda device: dtype)
+    queries, bank, labels = problem(num_queries=300, size=20_000, width=512)
     expected = nearest_neighbours(queries, bank, labels, 20)
     torch.set_float32_matmul_precision("medium")
     try:
-        found = nearest_neighbours(queries, bank, labels, 20)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = nearest_neighbours(queries, bank, labels, 20)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
