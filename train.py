@@ -28,7 +28,7 @@ from odc.data.loader import (
     check_unreadable, gather_unreadable, steps_per_epoch, training_batches)
 from odc.distributed import all_gather_rows, print_main
 from odc.errors import Interrupted, UserError
-from odc.evaluation import heldout as knn, metrics
+from odc.evaluation import knn, metrics
 from odc.evaluation.weights import load_pretrained
 from odc.features import extract, save_rows
 from odc.kmeans import kmeans

@@ -1,26 +1,102 @@
-"""How well clusters agree with classes that the training never saw."""
+"""How well clusters agree with classes that the training never saw, and with the features."""
 
+import numpy as np
 import torch
 
 
-def _contingency(clusters, classes):
-    """Counts [K, classes] of the images in cluster k of class c, as float64."""
+def contingency(clusters, classes):
+    """Counts [K, classes] float64: the images of each class in each cluster."""
     num_classes = int(classes.max()) + 1
-    counts = (clusters * num_classes + classes).bincount(minlength=(int(clusters.max()) + 1) * num_classes)
+    counts = clusters * num_classes + classes
+    counts = counts.bincount(minlength=(int(clusters.max()) + 1) * num_classes)
     return counts.view(-1, num_classes).double()
 
 
 def nmi(clusters, classes):
-    """Normalised mutual information of two labelings [N] int64, in 0..1 (arithmetic mean of the entropies)."""
-    joint = _contingency(clusters, classes) / len(clusters)
-    p_cluster, p_class = joint.sum(dim=1), joint.sum(dim=0)
+    """Normalised mutual information of two labelings [N] int64, in 0..1.
+
+    The mean of the two entropies normalises it. One cluster and one class agree fully.
+    """
+    joint = contingency(clusters, classes) / len(clusters)
+    p_cluster, p_class = joint.sum(1), joint.sum(0)
     information = torch.special.xlogy(joint, joint).sum()
-    information -= torch.special.xlogy(p_cluster, p_cluster).sum() + torch.special.xlogy(p_class, p_class).sum()
     entropies = torch.special.entr(p_cluster).sum() + torch.special.entr(p_class).sum()
-    # One cluster and one class tell each other everything there is to tell, which is nothing.
+    information += entropies
     return float(2 * information / entropies) if entropies > 0 else 1.0
 
 
+def adjusted_rand_index(clusters, classes):
+    """Agreement over all pairs of images, 0 for chance and 1 for equal labelings (Hubert 1985)."""
+    counts = contingency(clusters, classes)
+    both, same_cluster, same_class, pairs = (
+        float((n * (n - 1) / 2).sum())
+        for n in (counts, counts.sum(1), counts.sum(0), counts.sum()))
+    chance = same_cluster * same_class / max(pairs, 1)
+    highest = (same_cluster + same_class) / 2
+    return (both - chance) / (highest - chance) if highest != chance else 1.0
+
+
 def purity(clusters, classes):
-    """Share of the images [N] that belong to the most frequent class of their cluster, in 0..1."""
-    return float(_contingency(clusters, classes).amax(dim=1).sum()) / len(clusters)
+    """Share of the images that are of the most frequent class of their cluster, in 0..1.
+
+    This is the many-to-one accuracy, to report where there are more clusters than classes.
+    """
+    return float(contingency(clusters, classes).amax(1).sum()) / len(clusters)
+
+
+def hungarian_accuracy(clusters, classes):
+    """Share of the images that the best one-to-one assignment of clusters to classes gets right.
+
+    Clusters or classes that are left over when the other side runs out count as wrong.
+    """
+    counts = contingency(clusters, classes).numpy()
+    return _best_assignment(counts if len(counts) <= counts.shape[1] else counts.T) / len(clusters)
+
+
+def _best_assignment(gains):
+    """The largest sum of gains [rows, columns] with one column for every row; rows <= columns.
+
+    The Hungarian method with shortest augmenting paths (Jonker and Volgenant 1987). Rows are added
+    one by one. The new row takes a column, its owner takes another one, and so on up to a free
+    column. Of all such paths the cheapest is taken. Prices keep all reduced costs at 0 or above.
+    """
+    costs = gains.max() - gains
+    num_rows, num_columns = costs.shape
+    row_price, column_price = np.zeros(num_rows), np.zeros(num_columns)
+    owner, column_of = np.full(num_columns, -1), np.full(num_rows, -1)
+    for new in range(num_rows):
+        distance, before = np.full(num_columns, np.inf), np.full(num_columns, -1)
+        open_columns, row, shortest = np.ones(num_columns, bool), new, 0.0
+        while row >= 0:  # Dijkstra's search for the nearest free column
+            through = shortest + costs[row] - row_price[row] - column_price
+            nearer = (through < distance) & open_columns
+            distance[nearer], before[nearer] = through[nearer], row
+            column = int(np.where(open_columns, distance, np.inf).argmin())
+            shortest, row = distance[column], owner[column]
+            open_columns[column] = False
+        passed = np.flatnonzero(~open_columns & (owner >= 0))
+        row_price[new] += shortest
+        row_price[owner[passed]] += shortest - distance[passed]
+        column_price[passed] -= shortest - distance[passed]
+        row = -1
+        while row != new:  # every row on the path takes the next column
+            row = owner[column] = before[column]
+            column_of[row], column = column, column_of[row]
+    return float(gains[np.arange(num_rows), column_of].sum())
+
+
+def silhouette(features, labels, centroids):
+    """The simplified silhouette of every image, in -1..1 (Hruschka 2004): [N] float32.
+
+    (b - a) / max(a, b) with a the distance of the features [N, d] to the own centroid, and b to the
+    nearest of the other centroids [K, d]. An image that is alone in its cluster has 0. The mean is
+    the score of the clustering.
+    """
+    values = torch.empty(len(features), device=features.device)
+    sizes = labels.bincount(minlength=len(centroids))
+    for rows in torch.arange(len(features), device=features.device).split(4096):
+        distances = torch.cdist(features[rows], centroids)
+        own = (features[rows] - centroids[labels[rows]]).norm(dim=1)
+        other = distances.scatter(1, labels[rows, None], torch.inf).amin(1)
+        values[rows] = torch.nan_to_num((other - own) / torch.maximum(other, own))
+    return values.masked_fill_(sizes[labels] == 1, 0)

@@ -1,13 +1,15 @@
-"""Backbone weights from anywhere: our own files and the layouts that other self-supervised methods leave.
+"""Backbone weights from anywhere: our own files and those of other self-supervised methods.
 
-One rule covers them all: among the state dicts inside a file, find the prefix under which the parameters of a
-torchvision-style ResNet lie, and take the backbone only if every one of them is there, with its shape.
+One rule covers all: among the dicts of tensors in a file, find the prefix under which a ResNet lies
+in torchvision's names, and take it only if every parameter is there with its shape. Files are read
+by torch's restricted unpickler. It calls nothing that a file names, but for what rebuilds tensors.
 """
 
 import pickle
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 
 import torch
 from torch.serialization import safe_globals
@@ -15,24 +17,26 @@ from torch.serialization import safe_globals
 from odc.errors import UserError
 from odc.model import ARCHS, ResNet, use_small_stem
 
-# Where a file keeps the network to evaluate, best first: ours, then what the field uses (teacher before student as DINO
-# evaluates its teacher). Any other dict is looked at too, after these.
+# Where a file keeps the network to evaluate, best first (the teacher, as DINO evaluates it). Other
+# dicts come after these.
 CONTAINERS = ("backbone", "", "state_dict", "model", "teacher", "student")
-# A moving-average copy beside the trained network (MoCo's key encoder, BYOL's target) comes second.
+# A moving average beside the trained network (MoCo's key encoder, BYOL's target) comes second.
 COPY = re.compile(r"encoder_k|momentum|target|ema")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Names that belong to a ResNet's trunk; one of these that our ResNet lacks means another network.
+# Names of a ResNet's trunk: one of these that our ResNet lacks means another network.
 TRUNK = re.compile(r"(conv|bn|layer|norm|stem)\d*\.")
+# timm's names of networks with all tensors of a ResNet and other pooling, which has no tensors.
+OTHER_POOLING = re.compile(r"resnet(?:aa|blur)\d+")
 
 
 def load_backbone(weights, arch=None, image_size=224, seed=0):
-    """The backbone of a weights file, or with weights="random" one with seeded Kaiming-normal (fan_in) convolutions.
+    """The backbone of a weights file, or for "random" one with seeded random convolutions.
 
-    arch: a key of ARCHS; None recognises it from the file, and is resnet50 for "random".
-    image_size: decides the stem of a random network; a file's stem is recognised from its first convolution.
-    Returns (ResNet in eval mode on the CPU, one line that says what was matched and what was left over).
-    Raises UserError for a file that is missing, damaged, wants to run code, or is not wholly a ResNet of `arch`.
-    No collectives: call it within `distributed.together` once the process group stands.
+    arch: a key of ARCHS; by default as recognised in the file, or resnet50 for "random".
+    image_size: decides the stem of a random network. A file's stem is recognised.
+    Returns (ResNet in eval mode on the CPU, one line about what was matched and what was not).
+    Raises UserError for a file that is missing, damaged, wants to run code, or is not wholly a
+    ResNet of `arch`.
     """
     if arch is not None and arch not in ARCHS:
         raise UserError(f"--arch {arch}: choose one of {', '.join(ARCHS)}.")
@@ -41,23 +45,33 @@ def load_backbone(weights, arch=None, image_size=224, seed=0):
             torch.manual_seed(seed)
             backbone = ResNet(arch or "resnet50", use_small_stem(image_size))
         return backbone.eval(), f"{_describe(backbone)}, random weights from seed {seed}"
-    states = _state_dicts(_read(weights))
-    candidates = [_match(where, state, prefix, arch) for where, state in states for prefix in _prefixes(state)]
+    content, passed_over = _read(weights)
+    states = [(where, _torchvision_names(state)) for where, state in _state_dicts(content)]
+    candidates = [_match(where, state, prefix, arch)
+                  for where, state in states for prefix in _prefixes(state)]
     if not candidates:
-        raise UserError(_no_resnet(weights, states))
-    # The first fit place decides, not the one that fits best: a damaged network must not be taken for its copy.
-    fit = [candidate for candidate in candidates if candidate["recognised"] in (ARCHS if arch is None else [arch])]
-    best = (fit or candidates)[0]
+        raise UserError(_no_resnet(weights, states, passed_over))
+    # The first place of this architecture decides, even if it is damaged and a copy is not.
+    known = ARCHS if arch is None else [arch]
+    best = next((c for c in candidates if c["recognised"] in known), candidates[0])
+    if best["channels"] != 3:
+        raise UserError(f"{weights}: its first convolution takes {best['channels']} channels"
+                        f"{' (of a Sobel filter, perhaps)' if best['channels'] == 2 else ''}, and "
+                        "images here have 3; this network cannot be evaluated.")
     if best["problems"]:
         raise UserError(
-            f"{weights}: its weights are not a whole {best['arch']}: {_some(best['problems'], '; ')} "
-            f"({len(best['matched'])} tensors matched under '{best['place']}'); give the right file or --arch."
-        )
+            f"{weights}: its weights are not a whole {best['arch']}: "
+            f"{_some(best['problems'], '; ')} ({len(best['matched'])} tensors matched under "
+            f"'{best['place']}'); give the right file or --arch.")
     backbone = ResNet(best["arch"], best["small_stem"])
     backbone.load_state_dict(best["matched"], strict=False)
     left_over = best["left_over"]
-    text = f"{_describe(backbone)} from {weights}: {len(best['matched'])} tensors matched under '{best['place']}', " \
-           f"0 missing, {len(left_over)} left over" + (f" ({_some(left_over)})" if left_over else "")
+    text = (f"{_describe(backbone)} from {weights}: {len(best['matched'])} tensors matched under "
+            f"'{best['place']}', 0 missing, {len(left_over)} left over")
+    text += f" ({_some(left_over)})" if left_over else ""
+    text += f"; passed over: objects of {_some(passed_over)}" if passed_over else ""
+    if named := next(filter(None, map(OTHER_POOLING.search, [weights, *_strings(content)])), None):
+        text += f"; it names {named[0]}, whose pooling this backbone lacks: features will differ"
     return backbone.eval(), text
 
 
@@ -84,11 +98,11 @@ def _some(names, separator=", ", limit=3):
     return separator.join(names[:limit]) + (f"{separator}and {more} more" if more > 0 else "")
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
-class _Ignored:
-    """Stands in for what some training scripts store beside their tensors; it is read, does nothing, and is dropped."""
+class _Object:
+    """Stands in for a class or function that a file names: takes any arguments, does nothing."""
 
     def __new__(cls, *arguments):
         return super().__new__(cls)
@@ -97,48 +111,75 @@ class _Ignored:
         pass
 
     def __setstate__(self, state):
-        pass
+        self.state = state
 
 
-# DINO keeps its arguments, MMEngine its log and NumPy numbers. None of these is needed, none is ever imported.
-IGNORED = [
-    (_Ignored, name)
-    for name in (
-        "argparse.Namespace", "pathlib.PosixPath", "_codecs.encode", "numpy.dtype", "numpy.ndarray",
-        "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-        "mmengine.logging.history_buffer.HistoryBuffer",
-    )
-]
+class _Dict(_Object):
+    """Stands in for a kind of dict."""
+
+    def __new__(cls, *arguments):
+        return OrderedDict()
+
+
+class _List(_Object):
+    """Stands in for a kind of list."""
+
+    def __new__(cls, *arguments):
+        return []
+
+
+# What torch's unpickler says of a name that it does not know, or of a stand-in of the wrong kind.
+REFUSALS = (
+    (_Object, re.compile(r"Unsupported global: GLOBAL (\S+) was not")),
+    (_Dict, re.compile(r"Can only SETITEMS? for .*, but got .*\.<(.+)>'>")),
+    (_List, re.compile(r"Can only (?:app|ext)end (?:to )?lists, but got .*\.<(.+)>'>")),
+)
+
+
+def _load(path, is_zip):
+    """The content of a file, and the names that it has objects of, which are passed over.
+
+    Unknown names are found one by one. Each gets a stand-in, and the file is read again.
+    """
+    kinds = {}
+    while True:
+        stand_ins = [(type(f"<{name}>", (kind,), {}), name) for name, kind in kinds.items()]
+        try:
+            with safe_globals(stand_ins), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return content, list(kinds)
+        except pickle.UnpicklingError as error:
+            kind, name = next(((kind, match[1]) for kind, refusal in REFUSALS
+                               if (match := refusal.search(str(error)))), (None, ""))
+            name = name if "." in name else f"builtins.{name}"
+            if kind is None or kinds.get(name) is kind:
+                raise
+            kinds[name] = kind
 
 
 def _read(path):
-    """A file's content, tensors on the CPU and memory-mapped where its format allows; it can run no code."""
+    """As `_load`, with tensors memory-mapped where the format allows it. Raises UserError."""
     try:
         with open(path, "rb") as file:
             start = file.read(4)
     except OSError as error:
-        raise UserError(f"--weights {path}: {error.strerror}; give a weights file or the word random.") from error
-    damaged = UserError(f"{path} is truncated or damaged; copy or download it again.")
+        raise UserError(f"--weights {path}: {error.strerror}; give a weights file or the word "
+                        "random.") from error
     is_zip = start == b"PK\x03\x04"
     if not start or (is_zip and not _zip_is_whole(path)):
-        raise damaged
+        raise UserError(f"{path} is truncated or damaged; copy or download it again.")
     try:
-        with safe_globals(IGNORED), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)|function <[\w-]+ (?:\w+ )?([\w.]+)", str(error))
-        if refused:
-            raise UserError(
-                f"{path} is refused: reading it would run {refused[1] or refused[2]}, and weights need no code; "
-                "save the network's state_dict() alone."
-            ) from error
-        raise UserError(f"{path} is not a weights file that torch.save wrote, or it is damaged.") from error
-    except Exception as error:  # torch.load has no error class of its own for a file that is not what it expects
+        return _load(path, is_zip)
+    except Exception as error:  # torch.load has no error class of its own
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(f"{path} is refused: reading it would run {refused[1]}, and weights "
+                            "need no code; save the network's state_dict() alone.") from error
         if "TorchScript" in str(error):
-            raise UserError(f"{path} is a TorchScript program, which is refused; save its state_dict().") from error
-        raise UserError(f"{path} is not a weights file that torch.save wrote, or it is damaged.") from error
+            raise UserError(f"{path} is a TorchScript program, which is refused; save its "
+                            "state_dict().") from error
+        raise UserError(f"{path} is not a weights file that torch.save wrote, or it is "
+                        "damaged.") from error
 
 
 def _zip_is_whole(path):
@@ -150,53 +191,104 @@ def _zip_is_whole(path):
         return False
 
 
-# --- finding the backbone --------------------------------------------------------------------------------------------
+# --- finding the backbone ------------------------------------------------------------------------
 
 
 def _state_dicts(content, where="", depth=0):
-    """(name, {key: tensor}) of every dict of tensors inside a file, in the order of CONTAINERS."""
+    """(name, {key: tensor}) of every dict of tensors in a file, in the order of CONTAINERS."""
     found = []
     if isinstance(content, dict):
-        tensors = {key: value for key, value in content.items() if isinstance(key, str) and torch.is_tensor(value)}
+        tensors = {key: value for key, value in content.items()
+                   if isinstance(key, str) and torch.is_tensor(value)}
         if tensors:
             found.append((where, tensors))
         if depth < 4:
             for key, value in content.items():
                 found += _state_dicts(value, f"{where}/{key}" if where else str(key), depth + 1)
     if depth == 0:
-        found.sort(key=lambda item: CONTAINERS.index(item[0]) if item[0] in CONTAINERS else len(CONTAINERS))
+        found.sort(key=lambda item: ([*CONTAINERS, item[0]]).index(item[0]))
     return found
 
 
+def _strings(content, depth=0):
+    """All strings in a file, as far as they are not keys."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, _Object):
+        yield from _strings(vars(content).get("state"), depth)
+    elif depth < 4 and isinstance(content, (dict, list, tuple)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _strings(value, depth + 1)
+
+
+# Hugging Face's names of a ResNet's parts, and CIFAR ResNets' of the shortcut, in torchvision's.
+NAMES = (
+    (r"\bembedder\.embedder\.convolution\.", lambda m: "conv1."),
+    (r"\bembedder\.embedder\.normalization\.", lambda m: "bn1."),
+    (r"\bencoder\.stages\.(\d)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
+    (r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
+    (r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),
+    (r"\.shortcut\.(0|convolution)\.", lambda m: ".downsample.0."),
+    (r"\.shortcut\.(1|normalization)\.", lambda m: ".downsample.1."),
+)
+CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # in torchvision's order
+
+
+def _torchvision_names(state):
+    """A state dict with the parts of a ResNet under torchvision's names.
+
+    The parts may have Hugging Face's names, or be the numbered children of an nn.Sequential.
+    """
+    for pattern, name in NAMES:
+        state = {re.sub(pattern, name, key): value for key, value in state.items()}
+    blocks = [re.fullmatch(r"((?:.*\.)?)\d+\.0\.conv1\.weight", key) for key in state]
+    for prefix in {block[1] for block in blocks if block}:
+        child = re.compile(re.escape(prefix) + r"(\d+)\.")
+        numbers = sorted({int(m[1]) for m in map(child.match, state) if m})  # those with tensors
+        names = dict(zip(map(str, numbers), CHILDREN))
+        state = {child.sub(lambda m: f"{prefix}{names.get(m[1], m[1])}.", key, count=1)
+                 if child.match(key) else key: value for key, value in state.items()}
+    return state
+
+
 def _prefixes(state):
-    """The prefixes under which a ResNet's first convolution and first block lie, moving-average copies last."""
+    """The prefixes of a first convolution with a first block, moving averages last."""
     prefixes = [key.removesuffix("conv1.weight") for key in state if key.endswith("conv1.weight")]
-    prefixes = [p for p in prefixes if f"{p}layer1.0.conv1.weight" in state and state[f"{p}conv1.weight"].dim() == 4]
+    prefixes = [p for p in prefixes
+                if f"{p}layer1.0.conv1.weight" in state and state[f"{p}conv1.weight"].dim() == 4]
     return sorted(prefixes, key=lambda prefix: bool(COPY.search(prefix)))
 
 
 def _match(where, state, prefix, arch):
-    """Compare what lies under a prefix with the backbone it should be."""
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    """Compare what lies under a prefix with the backbone that it should be."""
+    own = {key.removeprefix(prefix): value for key, value in state.items()
+           if key.startswith(prefix)}
     place = f"{where}: {prefix}" if where and prefix else where or prefix or "top level"
-    small_stem = own["conv1.weight"].shape[2:] == (3, 3)
-    recognised = _recognise(own)
+    channels, *kernel = own["conv1.weight"].shape[1:]
+    structure = _structure(own)
+    recognised = next((name for name, (block, blocks, width) in ARCHS.items()
+                       if structure == (tuple(blocks), block.expansion, width)), None)
     arch = arch or recognised
     if arch is None:
-        blocks, kind, width = _structure(own)
-        text = f"{kind} blocks {blocks} and a stem of {width} channels are none of {', '.join(ARCHS)}"
-        return dict(arch="known ResNet", recognised=None, place=place, problems=[text], matched={})
+        blocks, expansion, width = structure
+        kind = "bottleneck" if expansion == 4 else "basic"
+        problems = [f"{kind} blocks {blocks} and a stem of {width} channels are none of "
+                    f"{', '.join(ARCHS)}"]
+        return dict(arch="known ResNet", recognised=None, place=place, channels=channels,
+                    problems=problems, matched={})
+    small_stem = kernel == [3, 3]
     with torch.device("meta"):
         wanted = ResNet(arch, small_stem).state_dict()
     matched, problems = {}, []
     for key, value in wanted.items():
+        counter = key.endswith("num_batches_tracked")  # not in files from before PyTorch 0.4.1
         if key not in own:
-            if not key.endswith("num_batches_tracked"):  # files from before PyTorch 0.4.1 have no such counters
-                problems.append(f"{key} is missing")
+            problems += [] if counter else [f"{key} is missing"]
         elif own[key].shape != value.shape:
             problems.append(f"{key} has shape {tuple(own[key].shape)}, not {tuple(value.shape)}")
-        elif own[key].dtype not in FLOATS and not key.endswith("num_batches_tracked"):
-            problems.append(f"{key} has type {str(own[key].dtype).removeprefix('torch.')}, not a float of 16 to 64 bits")
+        elif own[key].dtype not in FLOATS and not counter:
+            problems.append(f"{key} has type {str(own[key].dtype).removeprefix('torch.')}, not a "
+                            "float of 16 to 64 bits")
         elif own[key].layout != torch.strided or own[key].is_meta:
             problems.append(f"{key} holds no plain numbers")
         elif own[key].is_floating_point() and not own[key].isfinite().all():
@@ -204,30 +296,35 @@ def _match(where, state, prefix, arch):
         else:
             matched[key] = own[key]
     problems += [f"{key} is left over" for key in own if key not in wanted and TRUNK.match(key)]
-    left_over = [key for key in state if not key.startswith(prefix) or key.removeprefix(prefix) not in wanted]
-    return dict(arch=arch, recognised=recognised, small_stem=small_stem, place=place, matched=matched, problems=problems,
-                left_over=left_over)
+    left_over = [key for key in state
+                 if not key.startswith(prefix) or key.removeprefix(prefix) not in wanted]
+    return dict(arch=arch, recognised=recognised, place=place, channels=channels,
+                problems=problems, matched=matched, small_stem=small_stem, left_over=left_over)
 
 
 def _structure(own):
-    """Blocks of each stage, kind of block and width of the stem, as the keys tell."""
-    stages = [{key.split(".")[1] for key in own if key.startswith(f"layer{stage}.")} for stage in (1, 2, 3, 4)]
-    kind = "bottleneck" if "layer1.0.conv3.weight" in own else "basic"
-    return tuple(len(stage) for stage in stages), kind, len(own["conv1.weight"])
+    """Blocks of each stage, expansion of the blocks and width of the stem, as the keys tell."""
+    stages = [{key.split(".")[1] for key in own if key.startswith(f"layer{stage}.")}
+              for stage in (1, 2, 3, 4)]
+    expansion = 4 if "layer1.0.conv3.weight" in own else 1
+    return tuple(map(len, stages)), expansion, len(own["conv1.weight"])
 
 
-def _recognise(own):
-    for arch, (block, blocks, width) in ARCHS.items():
-        if _structure(own) == (tuple(blocks), "bottleneck" if block.expansion == 4 else "basic", width):
-            return arch
-    return None
-
-
-def _no_resnet(path, states):
+def _no_resnet(path, states, passed_over):
+    """What a file without a ResNet holds, in one sentence."""
     keys = [key for _, state in states for key in state]
+    only = f"only ResNets can be evaluated: {', '.join(ARCHS)}."
+
+    def of(pattern):
+        return _some([key for key in keys if re.search(pattern, key)])
+
     if not keys:
-        return f"{path} holds no state dict (a dict of named tensors); save the network's state_dict()."
-    if any(re.search(r"patch_embed|pos_embed|cls_token|class_token|conv_proj", key) for key in keys):
-        return f"{path} holds a Vision Transformer ({_some(keys)}); only ResNets can be evaluated: {', '.join(ARCHS)}."
-    return (f"{path} holds no ResNet in torchvision's names, conv1.weight, layer1.0.conv1.weight, ... with any prefix; "
-            f"its keys are {_some(keys)}.")
+        objects = f", but objects of {_some(passed_over)}" if passed_over else ""
+        return (f"{path} holds no state dict (a dict of named tensors){objects}; save the "
+                "network's state_dict().")
+    if named := of(r"patch_embed|cls_token|class_token|class_embedding|conv_proj"):
+        return f"{path} holds a Vision Transformer ({named}); {only}"
+    if named := of(r"attn|pos_embed"):
+        return f"{path} holds a network with attention ({named}); {only}"
+    return (f"{path} holds no ResNet in torchvision's names, conv1.weight, layer1.0.conv1.weight, "
+            f"... with any prefix; its keys are {_some(keys)}.")

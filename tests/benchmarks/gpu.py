@@ -168,13 +168,12 @@ def support_vectors(table, small):
     sizes = (300, 200, 256) if small else (5011, 4952, 8192)
     train, targets, test, test_targets = made_up_features(*sizes)
     shots = (1, 2) if small else voc.SHOTS
-    costs = voc.COSTS[:4] if small else voc.COSTS
     samples = voc.draw_low_shot_targets(targets, 0, shots)
     train, test = train.to(table.device), test.to(table.device)
     times = interleave({
-        "full table": lambda: voc.full_svm(train, targets, test, test_targets, costs),
-        "low-shot table": lambda: voc.low_shot(train, samples, test, test_targets, costs),
-        "Gram matrix": lambda: svm.gram(train)}, rounds=1)
+        "full table": lambda: voc.full_svm(train, targets, test, test_targets),
+        "low-shot table": lambda: voc.low_shot(train, samples, test, test_targets),
+        "Gram matrix": lambda: svm.gram_matrix(train)}, rounds=1)
     table.times("SVM", times)
 
 

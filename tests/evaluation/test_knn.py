@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from odc.runtime import program
-from odc.errors import UserError
-from odc.errors import Interrupted
-from odc import distributed
+from odc import distributed, products
+from odc.errors import Interrupted, UserError
 from odc.evaluation import knn
 from odc.evaluation.knn import knn_predict, nearest_neighbours
+from odc.runtime import program
 from tests.processes import run_processes
 
 KS = (1, 10, 20)
@@ -42,7 +41,7 @@ def brute_force(queries, bank, labels, num_classes, ks, temperature):
 
 
 def predict_shard(queries, bank, labels, num_classes, ks, temperature, block):
-    knn.QUERY_BLOCK, knn.BANK_BLOCK = block
+    knn.TILES["cpu"] = block
     rows = distributed.shard(len(bank))
     return knn_predict(queries, bank[rows], labels[rows], num_classes, ks, temperature)
 
@@ -68,21 +67,23 @@ def test_any_number_of_processes_and_any_blocks(world_size):
     queries, bank, labels = problem()
     bank[100:150] = bank[:50]  # equal rows, with other labels: the lower index counts
     expected = brute_force(queries, bank, labels, 7, KS, 0.07)
-    for found in run_processes(predict_shard, world_size, queries, bank, labels, 7, KS, 0.07, (32, 40)):
+    arguments = (queries, bank, labels, 7, KS, 0.07, (40, 32))
+    for found in run_processes(predict_shard, world_size, *arguments):
         for k in KS:
             assert torch.equal(found[k], expected[k])
 
 
 def uneven_shards(sizes, signal_on=None):
-    """Neighbours of three queries in a bank of rows that point ever less their way, a part of it on each process."""
-    knn.BANK_BLOCK = 8
+    """Neighbours of three queries in a bank of rows that point ever less their way."""
+    knn.TILES["cpu"] = (8, 512)
     if distributed.rank() == signal_on:
         program._signal_received = 15
     size, rank = sum(sizes), distributed.rank()
     bank = torch.stack([torch.linspace(1, 0.1, size), torch.zeros(size)], dim=1)
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     try:
-        return nearest_neighbours(torch.tensor([[1.0, 0.0]] * 3), bank[rows], torch.arange(size)[rows], 4)[1].tolist()
+        queries, labels = torch.tensor([[1.0, 0.0]] * 3), torch.arange(size)[rows]
+        return nearest_neighbours(queries, bank[rows], labels, 4)[1].tolist()
     except Interrupted:
         return "interrupted"
 
@@ -97,9 +98,11 @@ def test_a_signal_on_one_process_stops_the_search_on_all():
 
 
 def test_neighbours_are_sorted_and_ties_go_to_the_lowest_index(monkeypatch):
-    monkeypatch.setattr(knn, "BANK_BLOCK", 16)
-    bank = F.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 1], [-1, 0]])).repeat(10, 1)  # rows i and i + 4 are equal
-    similarities, indices = nearest_neighbours(torch.tensor([[1.0, 0.0]]), bank, torch.arange(40), 25)
+    monkeypatch.setitem(knn.TILES, "cpu", (16, 512))
+    # Rows i and i + 4 are equal.
+    bank = F.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 1], [-1, 0]])).repeat(10, 1)
+    query = torch.tensor([[1.0, 0.0]])
+    similarities, indices = nearest_neighbours(query, bank, torch.arange(40), 25)
     assert indices[0].tolist() == [*range(0, 40, 4), *range(2, 40, 4), 1, 5, 9, 13, 17]
     assert similarities[0].tolist() == sorted(similarities[0].tolist(), reverse=True)
     assert float(similarities[0, -1]) == 0.0
@@ -111,7 +114,8 @@ def test_all_features_alike():
 
 
 def test_classes_without_a_vote_are_not_predicted():
-    predictions = knn_predict(torch.eye(4), torch.eye(4), torch.tensor([3, 1, 2, 6]), 8, (1, 2), temperature=1.0)
+    labels = torch.tensor([3, 1, 2, 6])
+    predictions = knn_predict(torch.eye(4), torch.eye(4), labels, 8, (1, 2), temperature=1.0)
     assert predictions[1].tolist() == [[c, -1, -1, -1, -1] for c in (3, 1, 2, 6)]
     assert predictions[2][0].tolist() == [3, 1, -1, -1, -1]
 
@@ -141,9 +145,67 @@ def test_features_that_are_not_finite():
         knn_predict(queries, bank, labels, 7, (5,))
 
 
-def test_keys_order_as_value_then_lower_index():
-    values = torch.tensor([-1.5, -0.0, 0.0, 1e-30, 1.0, -1e30])
-    indices = torch.tensor([5, 4, 3, 2, 1, 2**32 - 1])
-    keys = knn._keys(values, indices)
-    assert keys.argsort(descending=True).tolist() == [4, 3, 2, 1, 0, 5]
-    assert torch.equal(knn._values(keys), values) and torch.equal(knn._indices(keys), indices)
+def oracle(queries, bank, k):
+    """The k nearest by similarities in float64, rounded to float32; the lower index first."""
+    similarities = (queries.double() @ bank.double().T).float()
+    similarities, indices = similarities.sort(dim=1, descending=True, stable=True)
+    return similarities[:, :k], indices[:, :k]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["spread", "close", "common part", "few values", "not unit"])
+def test_neighbours_are_those_of_a_search_in_double_precision(monkeypatch, dtype, kind):
+    """Whatever the precision of the coarse product, on features that are easy and hard for it."""
+    monkeypatch.setattr(products, "coarse_dtype", lambda device: dtype)
+    monkeypatch.setitem(knn.TILES, "cpu", (1000, 64))
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(4321, 48, generator=generator)
+    queries = torch.randn(150, 48, generator=generator)
+    if kind == "close":  # similarities that half precision cannot tell apart
+        bank, queries = bank * 1e-3 + bank[0], queries * 1e-3 + bank[0]
+    if kind == "common part":
+        bank, queries = bank.relu() + 3, queries.relu() + 3
+    if kind == "few values":  # many ties
+        bank, queries = (bank > 1).float() + 0.5, (queries > 1).float() + 0.5
+    if kind == "not unit":
+        bank, queries = 100 * bank, 100 * queries
+    elif kind != "few values":
+        bank, queries = F.normalize(bank), F.normalize(queries)
+    bank[2000:2200] = bank[:200]
+    for k in (1, 20, 200):
+        found = nearest_neighbours(queries, bank, torch.arange(len(bank)), k)
+        expected = oracle(queries, bank, k)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_an_easy_search_compares_few_pairs_in_double_precision(monkeypatch):
+    queries, bank, labels = problem(num_queries=300, size=20_000, width=64)
+    pairs, update = [], knn._update
+    monkeypatch.setattr(knn, "_update", lambda best, similarities, indices: (
+        pairs.append(int(similarities.isfinite().sum())), update(best, similarities, indices)))
+    nearest_neighbours(queries, bank, labels, 20)
+    assert sum(pairs) < 300 * 20_000 / 50
+
+
+def test_collapsed_features():
+    """Of a network whose features are all equal but for rounding, or all equal."""
+    generator = torch.Generator().manual_seed(0)
+    noise = 1e-7 * torch.rand(3000, 32, generator=generator)
+    for bank in (F.normalize(1 + noise), torch.ones(3000, 32) / 32**0.5):
+        found = nearest_neighbours(bank[:40], bank, torch.arange(3000), 50)
+        expected = oracle(bank[:40], bank, 50)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_precision_that_a_program_allows_for_products_changes_nothing(monkeypatch, dtype):
+    monkeypatch.setattr(products, "coarse_dtype", lambda device: dtype)
+    queries, bank, labels = problem(num_queries=300, size=20_000, width=512)
+    expected = nearest_neighbours(queries, bank, labels, 20)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = nearest_neighbours(queries, bank, labels, 20)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

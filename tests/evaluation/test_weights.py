@@ -1,10 +1,15 @@
 """Weights of every layout in the field load; anything else is one sentence."""
 
 import argparse
+import collections
+import datetime
 import os
 import pickle
+import re
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +18,8 @@ import torch
 import torchvision
 
 from odc.errors import UserError
-from odc.model import ResNet
 from odc.evaluation.weights import load_backbone
+from odc.model import ResNet
 from tests.processes import ROOT, environment
 
 
@@ -34,40 +39,87 @@ def _prefixed(state, prefix, **others):
 
 
 TENSOR = torch.ones(2, 2)
-# What the method's own training script saves, with its neighbours: (content from the backbone's state, where it is).
+# What the method's own training script saves, made from the backbone's state.
 LAYOUTS = {
-    "ours, checkpoint": lambda s: {"backbone": s, "neck": {"fc1.weight": TENSOR}, "head": {"weight": TENSOR},
-                                   "arch": "resnet18", "small_stem": False, "epoch": 3},
+    "ours, checkpoint": lambda s: {
+        "backbone": s, "neck": {"fc1.weight": TENSOR}, "head": {"weight": TENSOR},
+        "arch": "resnet18", "small_stem": False, "epoch": 3},
     "ours, backbone.pth": lambda s: dict(s),
     "torchvision": lambda s: {**s, "fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)},
     "OpenSelfSup": lambda s: {"meta": {"time": "now"}, "state_dict": _prefixed(
-        s, "backbone.", **{"head.fc_cls.weight": TENSOR, "neck.fc0.weight": TENSOR, "memory_bank.centroids": TENSOR})},
+        s, "backbone.", **{"head.fc_cls.weight": TENSOR, "neck.fc0.weight": TENSOR,
+                           "memory_bank.centroids": TENSOR})},
     "MMSelfSup 1.x": lambda s: {"meta": {"lr": np.float64(0.1)}, "state_dict": _prefixed(
         s, "backbone.", **{"data_preprocessor.mean": TENSOR, "target_net.0.bn1.weight": TENSOR})},
-    "MoCo v1, v2": lambda s: {"epoch": 200, "optimizer": {"state": {0: {"buffer": TENSOR}}}, "state_dict": {
-        **_prefixed(_zeros(s), "module.encoder_k."), **_prefixed(s, "module.encoder_q."),
-        "module.encoder_q.fc.0.weight": TENSOR, "module.queue": TENSOR, "module.queue_ptr": torch.zeros(1)}},
+    "MoCo v1, v2": lambda s: {
+        "epoch": 200, "optimizer": {"state": {0: {"buffer": TENSOR}}}, "state_dict": {
+            **_prefixed(_zeros(s), "module.encoder_k."), **_prefixed(s, "module.encoder_q."),
+            "module.encoder_q.fc.0.weight": TENSOR, "module.queue": TENSOR,
+            "module.queue_ptr": torch.zeros(1)}},
     "MoCo v3": lambda s: {"state_dict": {
         **_prefixed(_zeros(s), "module.momentum_encoder."), **_prefixed(s, "module.base_encoder."),
         "module.base_encoder.fc.0.weight": TENSOR, "module.predictor.0.weight": TENSOR}},
     "SimSiam": lambda s: {"state_dict": {
         **_prefixed(s, "module.encoder."), "module.encoder.fc.0.weight": TENSOR,
         "module.encoder.fc.1.running_mean": TENSOR, "module.predictor.0.weight": TENSOR}},
-    "DINO": lambda s: {"student": {**_prefixed(_zeros(s), "module.backbone."), "module.head.mlp.0.weight": TENSOR},
+    "DINO": lambda s: {"student": {**_prefixed(_zeros(s), "module.backbone."),
+                                   "module.head.mlp.0.weight": TENSOR},
                        "teacher": {**_prefixed(s, "backbone."), "head.mlp.0.weight": TENSOR},
                        "args": argparse.Namespace(arch="resnet18"), "epoch": 100},
-    "SwAV, DeepCluster-v2": lambda s: {**_prefixed(s, "module."), "module.projection_head.0.weight": TENSOR,
-                                       "module.prototypes.weight": TENSOR},
-    "DeepCluster-v2 heads": lambda s: {"state_dict": {**_prefixed(s, "module."), "module.prototypes.prototypes0.weight":
-                                                      TENSOR}, "amp": {"loss_scale": 1.0}},
-    "Barlow Twins, checkpoint": lambda s: {"epoch": 9, "model": {
-        **_prefixed(s, "module.backbone."), "module.projector.0.weight": TENSOR, "module.bn.running_mean": TENSOR}},
+    "SwAV, DeepCluster-v2": lambda s: _prefixed(
+        s, "module.", **{"module.projection_head.0.weight": TENSOR,
+                         "module.prototypes.weight": TENSOR}),
+    "DeepCluster-v2 heads": lambda s: {"state_dict": _prefixed(
+        s, "module.", **{"module.prototypes.prototypes0.weight": TENSOR}),
+        "amp": {"loss_scale": 1.0}},
+    "Barlow Twins, checkpoint": lambda s: {"epoch": 9, "model": _prefixed(
+        s, "module.backbone.", **{"module.projector.0.weight": TENSOR,
+                                  "module.bn.running_mean": TENSOR})},
     "VISSL": lambda s: {"classy_state_dict": {"base_model": {"model": {
         "trunk": _prefixed(s, "_feature_blocks."), "heads": {"0.clf.weight": TENSOR}}}}},
     "torch.compile, DDP": lambda s: _prefixed(s, "module._orig_mod."),
     "encoder.": lambda s: {"state_dict": _prefixed(s, "encoder.")},
-    "half precision": lambda s: {key: value.half() if value.is_floating_point() else value for key, value in s.items()},
+    "half precision": lambda s: {key: value.half() if value.is_floating_point() else value
+                                 for key, value in s.items()},
+    "nn.Sequential": lambda s: _sequential(s),
+    "nn.Sequential, all children": lambda s: {**_sequential(s), "9.weight": TENSOR},
+    "lightly": lambda s: {"state_dict": _prefixed(
+        _sequential(s), "backbone.", **{"projection_head.layers.0.weight": TENSOR})},
+    "BYOL": lambda s: {**_prefixed(_sequential(_zeros(s)), "target_encoder.net."),
+                       **_prefixed(_sequential(s), "online_encoder.net."),
+                       "online_encoder.projector.net.0.weight": TENSOR},
+    "Hugging Face": lambda s: {**_hugging_face(s), "classifier.1.weight": TENSOR},
+    "CIFAR ResNets": lambda s: {key.replace("downsample", "shortcut"): value
+                                for key, value in s.items()},
 }
+
+
+def _sequential(state):
+    """The names that nn.Sequential gives to the children of torchvision's ResNet."""
+    numbers = dict(conv1=0, bn1=1, layer1=4, layer2=5, layer3=6, layer4=7)
+    return {re.sub(r"^\w+", lambda m: str(numbers[m[0]]), key): value
+            for key, value in state.items()}
+
+
+def _hugging_face(state):
+    """The names in the ResNets of Hugging Face's transformers."""
+    renamed = {}
+    for key, value in state.items():
+        first, rest = key.split(".", 1)
+        if first in ("conv1", "bn1"):
+            kind = "convolution" if first == "conv1" else "normalization"
+            renamed[f"resnet.embedder.embedder.{kind}.{rest}"] = value
+            continue
+        block, part, rest = rest.split(".", 2)
+        if part == "downsample":
+            kind, rest = rest.split(".", 1)
+            part = "shortcut." + ("convolution" if kind == "0" else "normalization")
+        else:
+            kind = "convolution" if part[:-1] == "conv" else "normalization"
+            part = f"layer.{int(part[-1]) - 1}.{kind}"
+        stage = int(first.removeprefix("layer")) - 1
+        renamed[f"resnet.encoder.stages.{stage}.layers.{block}.{part}.{rest}"] = value
+    return renamed
 
 
 def _zeros(state):
@@ -97,8 +149,8 @@ def test_file_from_before_the_zip_format(resnet18, tmp_path):
     assert torch.equal(backbone.conv1.weight, resnet18["conv1.weight"])
 
 
-@pytest.mark.parametrize("arch, small", [(a, s) for a in ("resnet18", "resnet34", "resnet50", "resnet101", "narrow")
-                                         for s in (False, True)])
+@pytest.mark.parametrize("small", (False, True))
+@pytest.mark.parametrize("arch", ("resnet18", "resnet34", "resnet50", "resnet101", "narrow"))
 def test_architecture_is_recognised(arch, small, tmp_path):
     torch.save(ResNet(arch, small).state_dict(), tmp_path / "w.pth")
     backbone, _ = load_backbone(str(tmp_path / "w.pth"))
@@ -106,7 +158,8 @@ def test_architecture_is_recognised(arch, small, tmp_path):
 
 
 def test_networks_of_torchvision_and_timm(tmp_path):
-    for network in (torchvision.models.resnet50(num_classes=7), timm.create_model("resnet50", num_classes=0)):
+    for network in (torchvision.models.resnet50(num_classes=7),
+                    timm.create_model("resnet50", num_classes=0)):
         torch.save(network.state_dict(), tmp_path / "w.pth")
         backbone, _ = load_backbone(str(tmp_path / "w.pth"))
         network.eval()
@@ -133,7 +186,124 @@ def test_random_is_seeded_and_leaves_the_generator_alone():
     assert weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- objects beside the tensors ------------------------------------------------------------------
+
+
+@pytest.fixture
+def packages():
+    """Modules of packages that need not be installed: call it with "module.Class" and a class.
+
+    They are gone before a file is read, so that reading cannot import them.
+    """
+    made = []
+
+    def put(name, kind):
+        module, kind.__qualname__ = name.rsplit(".", 1)
+        kind.__name__, kind.__module__ = kind.__qualname__, module
+        for function in filter(callable, vars(kind).values()):
+            function.__qualname__ = f"{kind.__name__}.{function.__name__}"
+            function.__module__ = module
+        parts = module.split(".")
+        for i in range(len(parts)):
+            made.append(".".join(parts[: i + 1]))
+            sys.modules.setdefault(made[-1], types.ModuleType(made[-1]))
+        setattr(sys.modules[module], kind.__name__, kind)
+        return kind
+
+    def remove():
+        for name in made:
+            sys.modules.pop(name, None)
+
+    yield put, remove
+    remove()
+
+
+def _mmengine(put):
+    """What MMEngine 0.10 saves as "message_hub": the same pickle, operation by operation."""
+
+    class HistoryBuffer:
+        def __init__(self):
+            self.max_length = 1_000_000
+            self._log_history = np.array([7.0, 6.0])
+            self._count_history = np.array([1, 1])
+            # Functions of a class are pickled as the call getattr(HistoryBuffer, "min").
+            self.statistics_methods = {"min": HistoryBuffer.min, "mean": HistoryBuffer.mean}
+
+        def min(self):
+            pass
+
+        def mean(self):
+            pass
+
+    buffer = put("mmengine.logging.history_buffer.HistoryBuffer", HistoryBuffer)()
+    return {"message_hub": {"log_scalars": collections.OrderedDict({"train/loss": buffer})}}
+
+
+def _lightning(put):
+    """Settings and callbacks as trainers on top of Lightning keep them, solo-learn among them."""
+
+    class DictConfig:  # of omegaconf
+        def __init__(self):
+            self._content = {"lr": 0.3}
+
+        def __getstate__(self):
+            return {"_content": self._content, "_flags_cache": None}
+
+    class Slotted:
+        __slots__ = ("patience",)
+
+    AttributeDict = put("lightning_fabric.utilities.data.AttributeDict", type("_", (dict,), {}))
+    EasyDict = put("easydict.EasyDict", type("_", (dict,), {}))
+    settings = EasyDict(lr=0.3)
+    settings.lr = 0.3  # as an item and as an attribute
+    stopping = put("pytorch_lightning.callbacks.EarlyStopping", Slotted)()
+    stopping.patience = 3
+    return {
+        "hyper_parameters": put("omegaconf.dictconfig.DictConfig", DictConfig)(),
+        "more": AttributeDict(optimizer=AttributeDict(lr=0.3)), "args": settings,
+        "callbacks": {type(stopping): stopping}, "date": datetime.datetime(2026, 1, 1),
+        "log": collections.defaultdict(list, loss=[1.0]), "last": collections.deque([1, 2]),
+        "path": Path("a"), "scheduler": torch.optim.lr_scheduler.StepLR(
+            torch.optim.SGD([torch.nn.Parameter(TENSOR)], lr=0.1), 1),
+    }
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+@pytest.mark.parametrize("beside, names", [
+    (_mmengine, ["mmengine.logging.history_buffer.HistoryBuffer", "and 2 more"]),
+    (_lightning, ["omegaconf.dictconfig.DictConfig", "AttributeDict", "easydict.EasyDict"])])
+def test_objects_beside_the_tensors_are_passed_over_by_name(
+        resnet18, tmp_path, packages, beside, names, zip_format):
+    put, remove = packages
+    torch.save({"state_dict": resnet18, **beside(put)}, tmp_path / "w.pth",
+               _use_new_zipfile_serialization=zip_format)
+    remove()
+    backbone, text = load_backbone(str(tmp_path / "w.pth"))
+    assert torch.equal(backbone.conv1.weight, resnet18["conv1.weight"])
+    assert "passed over: objects of" in text and all(name in text for name in names)
+    assert not any(name in sys.modules for name in ("mmengine", "easydict", "pytorch_lightning"))
+
+
+def test_a_state_dict_in_another_kind_of_dict(resnet18, tmp_path):
+    torch.save(collections.defaultdict(list, model=collections.defaultdict(list, resnet18)),
+               tmp_path / "w.pth")
+    assert "120 tensors matched under 'model'" in load_backbone(str(tmp_path / "w.pth"))[1]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("resnetblur50-84f4748f.pth", lambda s: s),
+    ("w.pth", lambda s: {"state_dict": s, "args": argparse.Namespace(model="resnetaa50")}),
+    ("w.pth", lambda s: {"model": s, "cfg": {"model": {"architecture": "resnetblur50"}}})])
+def test_other_pooling_is_named(resnet18, tmp_path, name, content):
+    """Anti-aliased networks of timm have all tensors of a ResNet, and compute something else."""
+    torch.save(content(resnet18), tmp_path / name)
+    text = load_backbone(str(tmp_path / name))[1]
+    assert re.search("it names resnet(aa|blur)50, whose pooling this backbone lacks", text)
+    torch.save(resnet18, tmp_path / "resnet50.pth")
+    assert "whose pooling" not in load_backbone(str(tmp_path / "resnet50.pth"))[1]
+
+
+# --- what is refused -----------------------------------------------------------------------------
 
 
 class Malicious:
@@ -162,22 +332,39 @@ def test_malicious_pickle(tmp_path, monkeypatch, zip_format):
 
 
 def test_whole_module_is_refused_by_name(tmp_path):
-    assert "torchvision.models.resnet.ResNet" in _refused(torchvision.models.resnet18(), tmp_path / "w.pth")
+    message = _refused(torchvision.models.resnet18(), tmp_path / "w.pth")
+    assert "no state dict" in message and "torchvision.models.resnet.ResNet" in message
 
 
-def test_ignored_stand_ins_hide_no_code(tmp_path):
-    """The classes that are read as nothing must not open a way for others."""
-    class Hidden(argparse.Namespace):
-        def __reduce__(self):
-            return eval, ("1 + 1",)
-
-    assert "eval" in _refused({"args": argparse.Namespace(inner=Hidden())}, tmp_path / "w.pth")
+class Hidden(argparse.Namespace):
+    def __reduce__(self):
+        return eval, ("open('ran.txt', 'w').close()",)
 
 
-def test_vision_transformer(tmp_path):
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_code_beside_the_tensors_does_not_run(tmp_path, monkeypatch, resnet18, zip_format):
+    monkeypatch.chdir(tmp_path)
+    hidden = {"args": argparse.Namespace(inner=Hidden()), "list": [Hidden()]}
+    assert "builtins.eval" in _refused(hidden, "w.pth")
+    torch.save({**hidden, "model": resnet18}, "w.pth", _use_new_zipfile_serialization=zip_format)
+    assert "passed over: objects of argparse.Namespace, builtins.eval" in load_backbone("w.pth")[1]
+    assert not os.path.exists("ran.txt")
+
+
+def test_networks_with_attention(tmp_path):
     network = timm.create_model("vit_tiny_patch16_224", depth=2)
     assert "Vision Transformer" in _refused(network.state_dict(), tmp_path / "w.pth")
     assert "Vision Transformer" in _refused({"teacher": network.state_dict()}, tmp_path / "w.pth")
+    for name in ("resnet50_clip", "botnet26t_256"):
+        message = _refused(timm.create_model(name).state_dict(), tmp_path / "w.pth")
+        assert "a network with attention (" in message and "Transformer" not in message
+
+
+def test_two_input_channels(tmp_path, resnet18):
+    """DeepCluster's networks see the two channels of a Sobel filter."""
+    sobel = {**resnet18, "conv1.weight": resnet18["conv1.weight"][:, :2]}
+    message = _refused(_prefixed(sobel, "backbone."), tmp_path / "w.pth")
+    assert "its first convolution takes 2 channels (of a Sobel filter, perhaps)" in message
 
 
 def test_other_content(tmp_path, resnet18):
@@ -197,18 +384,21 @@ def test_other_content(tmp_path, resnet18):
 
 def test_partial_match_names_the_keys(tmp_path, resnet18):
     path = tmp_path / "w.pth"
-    missing = {k: v for k, v in resnet18.items() if k not in ("layer4.1.bn2.weight", "layer2.0.bn1.bias")}
+    missing = {key: value for key, value in resnet18.items()
+               if key not in ("layer4.1.bn2.weight", "layer2.0.bn1.bias")}
     message = _refused(missing, path)
     assert "layer4.1.bn2.weight is missing" in message and "layer2.0.bn1.bias is missing" in message
     shape = {**resnet18, "layer3.0.bn1.weight": torch.ones(7)}
     assert "layer3.0.bn1.weight has shape (7,), not (256,)" in _refused(shape, path)
-    assert "layer2.0.se.weight is left over" in _refused({**resnet18, "layer2.0.se.weight": TENSOR}, path)
+    more = {**resnet18, "layer2.0.se.weight": TENSOR}
+    assert "layer2.0.se.weight is left over" in _refused(more, path)
     assert "layer1.0.bn1.bias is not finite" in _refused(
         {**resnet18, "layer1.0.bn1.bias": torch.full((64,), torch.nan)}, path)
     assert "resnet34" in _refused(resnet18, path, "resnet34")
     assert "choose one of" in _refused(resnet18, path, "resnet19")
-    for value in ((resnet18["conv1.weight"] * 100).to(torch.int8), resnet18["conv1.weight"].to(torch.complex64),
-                  resnet18["conv1.weight"].to(torch.float8_e4m3fn)):
+    first = resnet18["conv1.weight"]
+    for value in ((first * 100).to(torch.int8), first.to(torch.complex64),
+                  first.to(torch.float8_e4m3fn)):
         assert "conv1.weight has type" in _refused({**resnet18, "conv1.weight": value}, path)
     assert "conv1.weight holds no plain numbers" in _refused(
         {**resnet18, "conv1.weight": resnet18["conv1.weight"].to_sparse()}, path)
@@ -222,15 +412,18 @@ def test_a_damaged_network_is_not_taken_for_its_copy(tmp_path, resnet18):
     del moco["module.encoder_q.layer4.1.bn2.weight"]
     assert "layer4.1.bn2.weight is missing" in _refused({"state_dict": moco}, tmp_path / "w.pth")
     broken = {**resnet18, "bn1.bias": torch.full((64,), torch.nan)}
-    assert "bn1.bias is not finite" in _refused({"teacher": broken, "student": resnet18}, tmp_path / "w.pth")
+    content = {"teacher": broken, "student": resnet18}
+    assert "bn1.bias is not finite" in _refused(content, tmp_path / "w.pth")
 
 
 def test_two_networks_in_one_file_are_told_apart_by_arch(tmp_path, resnet18):
-    torch.save({"model": torchvision.models.resnet34().state_dict(), "student": resnet18}, tmp_path / "w.pth")
+    torch.save({"model": torchvision.models.resnet34().state_dict(), "student": resnet18},
+               tmp_path / "w.pth")
     assert load_backbone(str(tmp_path / "w.pth"))[0].arch == "resnet34"
     assert load_backbone(str(tmp_path / "w.pth"), "resnet18")[0].arch == "resnet18"
     for known, unknown in (("model", "teacher"), ("student", "teacher")):  # whichever comes first
-        torch.save({known: resnet18, unknown: torchvision.models.resnet152().state_dict()}, tmp_path / "w.pth")
+        torch.save({known: resnet18, unknown: torchvision.models.resnet152().state_dict()},
+                   tmp_path / "w.pth")
         assert load_backbone(str(tmp_path / "w.pth"))[0].arch == "resnet18"
 
 
@@ -258,11 +451,13 @@ def test_flipped_bytes(tmp_path, resnet18):
 def test_what_lies_beside_the_backbone_is_not_read_into_memory(tmp_path, resnet18):
     program = ("import sys; from odc.evaluation.weights import load_backbone\n"
                "for path in sys.argv[1:]:\n    load_backbone(path)\n"
-               "    print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))")
+               "    status = open('/proc/self/status').read()\n"
+               "    print(status.split('VmHWM:')[1].split()[0])")
     optimizer = {"state": {0: {"momentum_buffer": torch.zeros(300 * 2**20 // 4)}}}
     torch.save(resnet18, tmp_path / "small.pth")
     torch.save({"state_dict": resnet18, "optimizer": optimizer}, tmp_path / "large.pth")
-    out = subprocess.run([sys.executable, "-c", program, tmp_path / "small.pth", tmp_path / "large.pth"], cwd=ROOT,
-                         env=environment(), capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "small.pth", tmp_path / "large.pth"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     small, large = (int(kib) / 1024 for kib in out.stdout.split())
     assert large - small < 100  # MiB

@@ -1,0 +1,85 @@
+"""Clustering metrics against scikit-learn and SciPy."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import (adjusted_rand_score, normalized_mutual_info_score, pairwise_distances,
+                             silhouette_samples)
+from sklearn.metrics.cluster import contingency_matrix
+
+from odc.evaluation import metrics
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
+def test_against_scikit_learn(size, num_clusters, num_classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    clusters = torch.randint(num_clusters, (size,), generator=generator)
+    classes = torch.randint(num_classes, (size,), generator=generator)
+    expected = normalized_mutual_info_score(classes, clusters)
+    assert metrics.nmi(clusters, classes) == pytest.approx(expected, abs=1e-9)
+    expected = adjusted_rand_score(classes, clusters)
+    assert metrics.adjusted_rand_index(clusters, classes) == pytest.approx(expected, abs=1e-9)
+    counts = contingency_matrix(clusters, classes)
+    assert metrics.purity(clusters, classes) == pytest.approx(counts.max(1).sum() / size)
+    best = counts[linear_sum_assignment(counts, maximize=True)].sum() / size
+    assert metrics.hungarian_accuracy(clusters, classes) == pytest.approx(best)
+
+
+def test_equal_labelings_under_other_names():
+    classes = torch.randint(10, (500,), generator=torch.Generator().manual_seed(0))
+    clusters = torch.randperm(10, generator=torch.Generator().manual_seed(1))[classes]
+    for metric in (metrics.nmi, metrics.adjusted_rand_index, metrics.purity,
+                   metrics.hungarian_accuracy):
+        assert metric(clusters, classes) == pytest.approx(1)
+
+
+def test_one_cluster_for_all():
+    classes = torch.tensor([0, 0, 0, 1, 2])
+    one = torch.zeros(5, dtype=torch.int64)
+    assert metrics.nmi(one, classes) == pytest.approx(0)
+    assert metrics.adjusted_rand_index(one, classes) == pytest.approx(0)
+    assert metrics.purity(one, classes) == metrics.hungarian_accuracy(one, classes) == 0.6
+    assert metrics.nmi(one, one) == metrics.adjusted_rand_index(one, one) == 1
+
+
+def test_a_thousand_clusters_and_classes_take_seconds():
+    """Labels by chance are hard: most assignments are about equally good."""
+    generator = torch.Generator().manual_seed(0)
+    clusters, classes = torch.randint(1000, (2, 50_000), generator=generator)
+    start = time.process_time()
+    accuracy = metrics.hungarian_accuracy(clusters, classes)
+    assert time.process_time() - start < 20  # about 3
+    counts = contingency_matrix(clusters, classes)
+    best = counts[linear_sum_assignment(counts, maximize=True)].sum()
+    assert accuracy == pytest.approx(best / 50_000)
+
+
+def test_silhouette():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5000, 8, generator=generator)
+    centroids = torch.randn(7, 8, generator=generator)
+    labels = torch.randint(6, (5000,), generator=generator)
+    labels[17] = 6  # alone in its cluster
+    found = metrics.silhouette(features, labels, centroids)
+    distances = pairwise_distances(features, centroids)
+    own = distances[np.arange(5000), labels]
+    distances[np.arange(5000), labels] = np.inf
+    other = distances.min(1)
+    expected = (other - own) / np.maximum(own, other)
+    expected[17] = 0
+    assert found.numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_silhouette_of_points_on_their_centroids_is_scikit_learns():
+    points = torch.tensor([[0.0, 0], [0, 3], [4, 0]])
+    features, labels = points.repeat_interleave(4, 0), torch.arange(3).repeat_interleave(4)
+    found = metrics.silhouette(features, labels, points)
+    assert found.tolist() == silhouette_samples(features, labels).tolist() == [1.0] * 12
+    one = torch.zeros(12, dtype=torch.int64)
+    assert metrics.silhouette(features, one, points[:1]).tolist() == [0.0] * 12
