@@ -5,10 +5,11 @@ it all the same, because the error of every score has a bound: what lies below t
 more than twice the bound cannot be among the best, and the little that remains is compared in
 double precision.
 
-The bound is small because rows and queries are taken relative to the mean row m: up to a number
-that all rows share, <q, r> is <q - m, r - m> + <m, r - m>, and short vectors have small rounding
-errors. The second term is a bias of the row. It makes two more columns of the product, its rounded
-value and the remainder.
+The bound is small because rows and queries are taken relative to the mean row m, and short vectors
+have small rounding errors. Up to a number that all rows share, the inner product <q, r> is
+<q - m, r - m> + <m, r - m>, and -|q - r|^2 / 2 is <q - m, r - m> - |r - m|^2 / 2. The second terms
+are a bias of the row. It makes two more columns of the product, its rounded value and the
+remainder.
 """
 
 import contextlib
@@ -48,11 +49,12 @@ def coarse_dtype(device):
 class CoarseScores:
     """Coarse inner products of rows [n, d] with queries: CoarseScores(rows)(queries).
 
-    `multiple` fills the rows up to a multiple of it; these rows score -inf.
+    With euclidean, -|q - r|^2 / 2 takes the place of the inner product. `multiple` fills the rows
+    up to a multiple of it; these rows score -inf.
     """
 
     @full_precision()
-    def __init__(self, rows, multiple=1):
+    def __init__(self, rows, multiple=1, euclidean=False):
         (n, d), device = rows.shape, rows.device
         dtype = coarse_dtype(device)
         self.unit = torch.finfo(dtype).eps / 2  # relative error of rounding to dtype
@@ -66,7 +68,8 @@ class CoarseScores:
         size = PIECES[device.type]
         for part, coarse in zip(rows.split(size), self.rows[:n].split(size)):
             centred = part.float() - self.mean
-            bias = (centred @ self.mean).double()
+            bias = centred.square().sum(1) / -2 if euclidean else centred @ self.mean
+            bias = bias.double()
             coarse[:, :d] = centred
             coarse[:, d] = bias
             coarse[:, d + 1] = bias - coarse[:, d].double()
@@ -76,13 +79,15 @@ class CoarseScores:
             rounding = _length(centred - coarse[:, :d].float())
             length_error = torch.maximum(length_error, rounding.max())
         self.length, self.length_error = length, length_error + accumulation * length
-        self.bias_error = bias_error + accumulation * length * self.mean.norm() + 1e-30
+        self.bias_error = bias_error + accumulation * length * (
+            length if euclidean else self.mean.norm()) + 1e-30  # below float32's range
 
     @full_precision()
     def __call__(self, queries):
         """Scores [n, q] and bounds [q] for queries [q, d] float32.
 
-        <q, r> - <q, m> differs from a score by the query's bound and `unit` of the score, at most.
+        The true score differs by the query's bound and `unit` of the score, at most. True scores
+        are less by a number that a query's scores share, <q, m> for the inner product.
         """
         d = queries.shape[1]
         coarse = self.rows.new_zeros(len(queries), self.rows.shape[1])

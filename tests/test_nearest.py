@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from odc import nearest
+from odc import nearest, products
 from odc.nearest import NearestCentroid, assign
 
 
@@ -26,7 +26,7 @@ def unit_features(n, d, seed, latent=8):
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def product_dtype(request, monkeypatch):
     """Both kinds of product, whatever this machine would choose."""
-    monkeypatch.setattr(nearest, "_product_dtype", lambda device: request.param)
+    monkeypatch.setattr(products, "coarse_dtype", lambda device: request.param)
 
 
 @pytest.mark.parametrize("inner_product", [False, True])
