@@ -9,7 +9,6 @@ happen. odc/settings.py has the arguments, whose defaults are the published reci
 
 import copy
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from odc import distributed, settings
 from odc.batchnorm import synchronise
-from odc.clusters import final_clusters
+from odc.clusters import cluster_images
 from odc.data.augmentation import Augmentation, augment_batch, evaluation_transform
 from odc.data.layouts import check_same_images, open_dataset
 from odc.data.loader import (
@@ -30,7 +29,7 @@ from odc.distributed import all_gather_rows, print_main
 from odc.errors import Interrupted, UserError
 from odc.evaluation import knn, metrics
 from odc.evaluation.weights import load_pretrained
-from odc.features import extract, save_rows
+from odc.features import extract, pixel_features, save_rows
 from odc.kmeans import kmeans
 from odc.memory import ODCMemory
 from odc.model import ODC, use_small_stem
@@ -61,6 +60,7 @@ class State:
     scaler: torch.amp.GradScaler
     memory: ODCMemory
     progress: Progress
+    labels_before: torch.Tensor | None = None  # [N], at the end of the epoch before
     clusters: dict | None = None  # what odc.assign needs, once `write_clusters` has made it
 
 
@@ -70,15 +70,13 @@ def train_epoch(args, state, model, dataset, log, autocast):
         state.memory, state.optimizer, state.scaler, state.progress)
     epoch, device, began, timed = progress.epoch, memory.labels.device, time.monotonic(), 0
     steps = steps_per_epoch(len(dataset), args.batch_size)
-    online = not args.recluster_interval  # else labels stay as the last k-means made them
+    online = epoch >= args.offline_epochs  # else labels stay as the last k-means made them
     augmentation = Augmentation(min_scale=args.crop_scale, jitter=tuple(args.jitter))
     batches = iter(training_batches(
         dataset, augmentation, args.image_size, args.batch_size, args.seed, epoch, progress.step,
         args.workers, pin_memory=device.type == "cuda"))
     model.train()
     state.clusters = None  # those of other weights
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * args.lr_gamma ** sum(epoch >= drop for drop in args.lr_steps)
     loss_weights = memory.loss_weights(args.reweight_power)
     bar = progress_bar(steps, f"epoch {epoch + 1}/{args.epochs}", initial=progress.step)
 
@@ -103,6 +101,8 @@ def train_epoch(args, state, model, dataset, log, autocast):
             z = all_gather_rows(z.detach().float())  # [W * B, d]
             change_ratio = memory.update_samples(indices, z)
         # 4. Learn. DDP averages the gradients over the processes.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, epoch + step / steps)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -137,6 +137,13 @@ def train_epoch(args, state, model, dataset, log, autocast):
     bar.close()
 
 
+def learning_rate(args, epoch):
+    """The learning rate at a place in the run, in epochs."""
+    if args.lr_schedule == "cosine":  # from lr to 0
+        return args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+    return args.lr * args.lr_gamma ** sum(epoch >= drop for drop in args.lr_steps)
+
+
 def seed_step(seed, epoch, step):
     """Seed torch's global generators from the place in the run and the process."""
     place = ((seed * 1_000_003 + epoch) * 1_000_003 + step) * 65_537 + distributed.rank()
@@ -168,21 +175,31 @@ def check_step(args, progress, loss, failed, dataset):
 def cluster_everything(args, state, dataset, autocast):
     """Features of all images, k-means, both memories, a new head (paper, before the first step)."""
     network, memory, progress = state.network, state.memory, state.progress
-    device = memory.labels.device
+    device, transform = memory.labels.device, evaluation_transform(args.image_size)
     share_buffers(network)
     network.eval()
     with autocast:
         features = extract(
             lambda images: F.normalize(network.neck(network.backbone(images)[-1]).float()),
-            dataset, evaluation_transform(args.image_size), args.feature_dim, device,
-            args.batch_size, args.workers)
+            dataset, transform, args.feature_dim, device, args.batch_size, args.workers)
     progress.failed = sorted({*progress.failed, *gather_unreadable(dataset)})
-    labels, _ = kmeans(features, args.num_clusters, args.kmeans_iterations,
-                       args.seed + progress.epoch)
+    labels, _ = kmeans(features if args.initial == "network" else pixel_features(
+        dataset, transform, args.image_size, device, args.batch_size, args.workers),
+        args.num_clusters, args.kmeans_iterations, args.seed)
     memory.initialize(features, distributed.all_gather_uneven_rows(labels))
-    torch.manual_seed(args.seed + progress.epoch + 1)
+    state.labels_before = memory.labels.cpu().clone()
+    torch.manual_seed(args.seed + 1)
     network.reset_head()
-    progress.step, progress.clustered = 0, progress.epoch
+
+
+def recluster(args, state, dataset):
+    """Both memories from the images as they are: k-means continues, and the head stays."""
+    share_buffers(state.network)
+    clusters = cluster_images(
+        state.network, dataset, state.memory.labels, args.num_clusters, args.min_cluster_size,
+        args.image_size, state.memory.labels.device, args.batch_size, args.workers)
+    state.memory.initialize(clusters.features, clusters.labels)
+    state.progress.clustered = state.progress.epoch
 
 
 def share_buffers(network):
@@ -203,6 +220,9 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
             raise Interrupted(f"Stopped at the end of epoch {epoch}, as a signal asked; the same "
                               "command continues.") from None
     progress.epoch, progress.step = epoch, 0
+    labels = memory.labels.cpu()
+    record["nmi_epoch_before"] = metrics.nmi(labels, state.labels_before)
+    state.labels_before = labels.clone()
     log_measures(log, state, dataset, f"epoch {epoch}", record)
     if is_due(args.gallery_interval, epoch) and epoch < args.epochs:
         write_clusters(args, state, dataset, log)
@@ -220,12 +240,13 @@ def write_clusters(args, state, dataset, log):
     """Cluster all images by the network as it is, and write what people and programs read."""
     output, unreadable = Path(args.output), set(state.progress.failed)
     share_buffers(state.network)
-    clusters = final_clusters(
+    clusters = cluster_images(
         state.network, dataset, state.memory.labels, args.num_clusters, args.min_cluster_size,
         args.image_size, state.memory.labels.device, args.batch_size, args.workers)
     if state.clusters is None:  # else the run had ended before, and its log says so
-        log_measures(log, state, dataset, f"epoch {state.progress.epoch}, final clusters", {},
-                     clusters.labels)
+        log_measures(log, state, dataset, f"epoch {state.progress.epoch}, final clusters",
+                     dict(silhouette=metrics.mean_silhouette(
+                         clusters.features, clusters.labels, clusters.centroids)), clusters.labels)
     state.clusters = dict(neck=clusters.neck.state_dict(), centroids=clusters.centroids)
     save_rows(output / "features.npy", clusters.features, len(dataset), f"--output {output}")
     with distributed.together():
@@ -255,11 +276,10 @@ def log_measures(log, state, dataset, when, record, clusters=None):
     clusters: int64 [N], by default the memory's.
     """
     if dataset.labels is not None:
-        clusters = state.memory.labels.cpu() if clusters is None else clusters
-        record = dict(nmi=metrics.nmi(clusters, dataset.labels),
-                      purity=metrics.purity(clusters, dataset.labels), **record)
-        print_main(f"{when}: clusters against labels: NMI {record['nmi']:.3f}, "
-                   f"purity {record['purity']:.1%}")
+        measures, line = metrics.agreement(
+            state.memory.labels.cpu() if clusters is None else clusters, dataset.labels)
+        record = {**measures, **record}
+        print_main(f"{when}: {line}")
     if "knn_accuracy" in record:
         print_main(f"{when}: nearest-neighbour accuracy {record['knn_accuracy']:.1%}")
     if record:
@@ -284,7 +304,8 @@ def save(args, state, dataset, log):
         backbone=network.backbone.state_dict(), neck=network.neck.state_dict(),
         head=network.head.state_dict(), optimizer=state.optimizer.state_dict(),
         scaler=state.scaler.state_dict(), memory=state.memory.state_dict(),
-        clusters=state.clusters, progress=asdict(progress), log_position=log.position(),
+        labels_before=state.labels_before, clusters=state.clusters, progress=asdict(progress),
+        log_position=log.position(),
     ), state.memory.features, len(dataset))
 
 
@@ -298,7 +319,7 @@ def restore(args, state, saved, dataset):
     with distributed.together():
         features = checkpoint.load_rows(Path(args.output, "checkpoint.pth"), saved, memory.rows)
     memory.load_state_dict(saved["memory"], features)
-    state.clusters = saved["clusters"]
+    state.labels_before, state.clusters = saved["labels_before"].clone(), saved["clusters"]
     progress = state.progress = Progress(**saved["progress"])
     # With another number of processes a step has another size: continue at the nearest whole one.
     done = progress.step * saved["global_batch"]
@@ -308,34 +329,21 @@ def restore(args, state, saved, dataset):
     print_main(f"Continuing {args.output} at epoch {progress.epoch + 1}, step {progress.step}.")
 
 
-def open_output(output):
-    """The checkpoint in the output folder, or None. The folder is made, and must be writable."""
-    output.mkdir(parents=True, exist_ok=True)
-    if not os.access(output, os.W_OK):
-        raise UserError(f"--output {output}: the folder is not writable; choose another.")
-    if distributed.is_main():
-        checkpoint.remove_temporary_files(output)
-    path = output / "checkpoint.pth"
-    saved = checkpoint.load(path) if path.exists() else None
-    if saved and saved.get("program") != "odc train":
-        raise UserError(f"{path} is not a checkpoint of train.py; choose another --output.")
-    return saved
-
-
 def main(arguments=None):
     # Process group and device.
-    args, no_data = settings.parse(arguments)
+    args, given, no_data = settings.parse(arguments)
     device, output = distributed.init(args.device), Path(args.output)
     program.catch_signals()
     if no_data and args.data == "shapes":
         print_main("No --data and no data/imagenet: this is the demonstration, on drawn shapes.\n")
-    print_settings(vars(args))
 
     # Data, and the checkpoint of an earlier start.
     with distributed.together():
-        dataset = open_dataset(args.data, "train")
-        saved = open_output(output)
+        dataset = open_dataset(args.data, "train", args.background)
+        saved = checkpoint.open_run(output)
     check_same_images(dataset)
+    settings.follow_data(args, given, dataset, saved, device)
+    print_settings(vars(args))
     settings.check(args, dataset, saved, device)
     held_out = knn.open_held_out(args.data, dataset) if args.knn_interval else None
 
@@ -348,8 +356,10 @@ def main(arguments=None):
             description = load_pretrained(network.backbone, args.weights, args.image_size)
         print_main(description)
     network.to(device, memory_format=torch.channels_last)
-    if device.type == "cuda" and distributed.world_size() > 1:
-        network = synchronise(network)  # batch norm, as the recipe has it
+    if device.type == "cuda" and distributed.world_size() > 1:  # batch norm over all processes
+        network.backbone = synchronise(network.backbone)
+        if args.neck_norm == "synchronised":
+            network.neck = synchronise(network.neck)
     optimizer = torch.optim.SGD([
         {"params": [*network.backbone.parameters(), *network.neck.parameters()]},
         {"params": network.head.parameters(), "momentum": 0.0},
@@ -391,11 +401,10 @@ def main(arguments=None):
 
     while state.progress.epoch < args.epochs and not args.export_only:
         progress = state.progress
-        if is_due(args.recluster_interval, progress.epoch) and progress.clustered != progress.epoch:
-            before = memory.labels.cpu().clone()
-            cluster_everything(args, state, dataset, autocast)
-            log_measures(log, state, dataset, f"k-means after epoch {progress.epoch}",
-                         dict(nmi_previous=metrics.nmi(memory.labels.cpu(), before)))
+        due = (is_due(args.recluster_interval, progress.epoch)
+               or progress.epoch == args.offline_epochs)
+        if due and progress.clustered != progress.epoch:
+            recluster(args, state, dataset)
             save(args, state, dataset, log)
         train_epoch(args, state, model, dataset, log, autocast)
         end_epoch(args, state, dataset, held_out, log, autocast)

@@ -1,9 +1,10 @@
-"""The clusters that a user gets: of the finished network's features of the images as they are.
+"""The clusters of the images as they are, without augmentation, by the network of the moment.
 
 The samples memory serves the training. Its features come from augmented images, with dropout, by
-weights of many steps, and the neck's batch norm statistics lag behind (momentum 0.001). So at the
-end all images pass through the network once more, without augmentation, and k-means continues from
-the memory's clusters on these features. New images are assigned by the same features and centroids.
+weights of many steps, and the neck's batch norm statistics lag behind (momentum 0.001). So for the
+clusters that a user gets all images pass through the finished network once more, and k-means
+continues from the memory's clusters on these features. New images are assigned by the same features
+and centroids.
 """
 
 import copy
@@ -32,11 +33,11 @@ class Clusters:
     neck: torch.nn.Module | None = None  # the network's, with batch norm statistics of all images
 
 
-def final_clusters(network, dataset, labels, num_clusters, min_cluster_size, image_size, device,
+def cluster_images(network, dataset, labels, num_clusters, min_cluster_size, image_size, device,
                    batch_size=64, workers=0):
     """Cluster the images by a network as it is.
 
-    labels: int64 [N], the memory's clusters, from which k-means starts. Small clusters are
+    labels: int64 [N], the clusters from which k-means starts. Small clusters are
     dissolved and refilled as in training. Returns Clusters. A collective.
     """
     backbone, neck = network.backbone.eval(), copy.deepcopy(network.neck).eval()

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from odc import distributed
@@ -57,6 +58,21 @@ def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, 
     if cache and not failed:
         save_rows(cache, features, len(images), f"--features-cache {os.path.dirname(cache)}")
     return features
+
+
+def pixel_features(dataset, transform, size, device, batch_size=64, workers=0):
+    """The pixels of every image, less their mean, L2-normalised: this process's rows [n, 3 s s].
+
+    size: of the transform's images [3, size, size]. They are averaged to s = 32 if they are larger.
+    """
+    side = min(size, 32)
+
+    def pixels(images):
+        x = F.adaptive_avg_pool2d(images, side).flatten(1)
+        return F.normalize(x - x.mean(dim=1, keepdim=True))
+
+    return extract(pixels, dataset, transform, 3 * side**2, device, batch_size, workers,
+                   name="pixels")
 
 
 # --- rows of all processes in one file -----------------------------------------------------------

@@ -89,7 +89,8 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
             sums.add(features[changed], labels[changed], sign=-1)
         sums.add(features[changed], new_labels[changed])
         labels = new_labels
-        counts = torch.cat([labels.bincount(minlength=K), labels.new_tensor([len(labels[changed])])])
+        num_changed = labels.new_tensor([len(labels[changed])])
+        counts = torch.cat([labels.bincount(minlength=K), num_changed])
         *sizes, num_changed = distributed.all_reduce(counts).tolist()
         bar.set_postfix(changed=f"{num_changed / num_rows:.2%}", refresh=False)
         bar.update()

@@ -1,4 +1,4 @@
-"""The network: a ResNet that returns its five feature maps, the ODC neck, and the classifier head."""
+"""The network: a ResNet that returns its five feature maps, the ODC neck, and the classifier."""
 
 import torch
 from torch import nn
@@ -10,7 +10,8 @@ ARCHS = {
     "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
     "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
     "resnet101": (Bottleneck, (3, 4, 23, 3), 64),
-    "narrow": (BasicBlock, (1, 1, 1, 1), 16),  # ours, for small images on a CPU: a tenth of resnet18's arithmetic or less
+    # Ours, for small images on a CPU: at most a tenth of resnet18's arithmetic.
+    "narrow": (BasicBlock, (1, 1, 1, 1), 16),
 }
 
 
@@ -20,10 +21,11 @@ def use_small_stem(image_size):
 
 
 class ResNet(nn.Module):
-    """Backbone (v1.5: the stride is in the 3x3 convolution), with torchvision's parameter names and no `fc`.
+    """The backbone: v1.5 (the stride is in the 3x3 convolution), torchvision's names, no `fc`.
 
     arch: a key of ARCHS. small_stem: see `use_small_stem`.
-    Convolutions start Kaiming-normal, fan_in (recipe odc_resnet50_8xb64-steplr-440e_in1k).
+    Convolutions start Kaiming-normal with fan_in, as in OpenSelfSup's r50_v1, which made the
+    published SVM, low-shot and ImageNet linear rows. MMSelfSup's recipe has fan_out.
     """
 
     def __init__(self, arch="resnet50", small_stem=False):
@@ -40,14 +42,15 @@ class ResNet(nn.Module):
         self.out_channels = [width]
         for stage, count in enumerate(blocks):
             in_channels, planes = self.out_channels[-1], width * 2**stage
-            setattr(self, f"layer{stage + 1}", _stage(block, in_channels, planes, count, stride=1 if stage == 0 else 2))
+            setattr(self, f"layer{stage + 1}",
+                    _stage(block, in_channels, planes, count, stride=1 if stage == 0 else 2))
             self.out_channels.append(planes * block.expansion)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
     def forward(self, images):
-        """[B, 3, S, S] -> [feature1, ..., feature5], feature1 being the stem before its max-pool."""
+        """[B, 3, S, S] -> [feature1, ..., feature5]; feature1 precedes the max-pool."""
         feature1 = self.relu(self.bn1(self.conv1(images)))
         feature2 = self.layer1(self.maxpool(feature1))
         feature3 = self.layer2(feature2)
@@ -61,14 +64,14 @@ def _stage(block, in_channels, planes, count, stride):
     downsample = None
     if stride != 1 or in_channels != out_channels:
         downsample = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
-        )
+            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+            nn.BatchNorm2d(out_channels))
     first = block(in_channels, planes, stride, downsample)
     return nn.Sequential(first, *(block(out_channels, planes) for _ in range(count - 1)))
 
 
 class Neck(nn.Module):
-    """Average pool, then two linear layers: [B, in_channels, h, w] -> [B, dim] (recipe's non-linear ODC neck)."""
+    """Average pool and two linear layers, the ODC neck: [B, in_channels, h, w] -> [B, dim]."""
 
     def __init__(self, in_channels, hidden=512, dim=256):
         super().__init__()
@@ -97,7 +100,7 @@ class ODC(nn.Module):
         self.reset_head()
 
     def reset_head(self):
-        """Forget the clusters: N(0, 0.01) weights, zero bias, as the recipe does before the first step."""
+        """Forget the clusters: weights N(0, 0.01) and bias 0, as the recipe starts."""
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 

@@ -1,16 +1,21 @@
-"""The settings of a training run: arguments, the demonstration's, and what cannot work.
+"""The settings of a training run: arguments, settings that follow the data, and what cannot work.
 
-The defaults are the recipe odc_resnet50_8xb64-steplr-440e_in1k.
+The defaults of the arguments are the recipe odc_resnet50_8xb64-steplr-440e_in1k. They suit a
+million images. For a smaller set, `follow_data` replaces those that the user did not give.
 """
 
+import argparse
 import importlib.util
 import os
+
+import torch
 
 from odc import distributed
 from odc.data.loader import default_workers
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.model import ARCHS
+from odc.products import coarse_dtype
 from odc.runtime.arguments import Parser, number, whole
 from odc.runtime.checkpoint import check_same_settings
 
@@ -21,22 +26,32 @@ DEMO = dict(arch="narrow", image_size=32, epochs=20, batch_size=32, lr=0.06, lr_
             knn_interval=5)
 
 
+# Fewer images than this: settings that follow the data.
+SMALL_SET = 200_000
+
+
 def make_parser():
     parser = Parser("Online Deep Clustering: learn a ResNet from images without labels.")
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="PATH", help="folder of images, in any known layout, or the word shapes "
         "(default: data/imagenet if it exists, else shapes)")
     add("--output", metavar="DIR", default="out", help="where the run writes, and continues from")
+    add("--recipe", action="store_true", help="the published settings, also for fewer than "
+        f"{SMALL_SET:,} images, whose settings follow from the images otherwise")
     add("--image-size", metavar="PIXELS", type=whole(8, 4096), default=224, help="side of a crop")
     add("--crop-scale", metavar="SHARE", type=number(0, 1, above=True), default=0.08,
         help="smallest share of an image that a crop covers")
     add("--jitter", metavar=("B", "C", "S", "H"), type=number(0, 10), nargs=4,
         default=[0.4, 0.4, 1.0, 0.5], help="brightness, contrast, saturation and hue jitter")
+    add("--background", choices=["white", "black"], help="lay transparent images on it; otherwise "
+        "their transparency is dropped, as torchvision does")
     add("--workers", metavar="N", type=whole(0, 256), default=None, help="processes that read "
-        "images, per training process (default: up to 4; 0 for shapes)")
+        "images, per training process (default: up to 4; 0 for images in memory)")
 
     add = parser.add_argument_group("network").add_argument
-    add("--arch", choices=list(ARCHS), default="resnet50", help="backbone; narrow: for small images")
+    add("--arch", choices=list(ARCHS), default="resnet50", help="backbone; narrow: small images")
+    add("--neck-norm", choices=["synchronised", "local"], default="synchronised",
+        help="the neck's batch norm on GPUs: over the images of all processes, or of each one")
     add("--feature-dim", metavar="D", type=whole(1, 65536), default=256, help="width of a feature")
     add("--weights", metavar="FILE", help="start from this pre-trained backbone")
 
@@ -52,14 +67,20 @@ def make_parser():
         help="a cluster's loss weight is its size to the power of -P")
     add("--kmeans-iterations", metavar="N", type=whole(1), default=20,
         help="iterations of the initial k-means")
-    add("--recluster-interval", metavar="EPOCHS", type=whole(0), default=0,
-        help="ablation: instead of online clusters, k-means every so many epochs; 0: never")
+    add("--initial", choices=["network", "pixels"], default="network",
+        help="features of the initial k-means: of the random network, or the pixels")
+    add("--recluster-interval", metavar="EPOCHS", type=whole(0), default=0, help="epochs between "
+        "two times that both memories are made again from all images, and k-means continues; "
+        "0: never")
+    add("--offline-epochs", metavar="EPOCHS", type=whole(0), default=0,
+        help="first epochs, in which only k-means moves the labels")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", metavar="N", type=whole(1, 10**6), default=440, help="epochs in all")
     add("--batch-size", metavar="N", type=whole(2, 65536), default=64,
         help="images in a batch, per process")
     add("--lr", metavar="LR", type=number(0, 1e6), default=0.06, help="learning rate")
+    add("--lr-schedule", choices=["step", "cosine"], default="step", help="cosine: down to 0")
     add("--lr-steps", metavar="EPOCH", type=whole(1), nargs="*", default=[400],
         help="epochs at which the learning rate drops")
     add("--lr-gamma", metavar="G", type=number(0, 1), default=0.4, help="what it drops by")
@@ -89,25 +110,99 @@ def make_parser():
 
 
 def parse(arguments=None):
-    """The arguments, with the demonstration's defaults where the data are the drawn shapes."""
+    """The arguments, the names of those that were given, and whether --data was not.
+
+    Without --data, and without data/imagenet, the data are the drawn shapes.
+    """
     args = make_parser().parse_args(arguments)
+    marked = argparse.Namespace(**dict.fromkeys(vars(args), "not given"))
+    marked = vars(make_parser().parse_args(arguments, marked))
+    given = {name for name, value in marked.items() if value != "not given"}
     no_data = args.data is None
     if no_data:
         args.data = "data/imagenet" if os.path.isdir("data/imagenet") else "shapes"
-    if args.data == "shapes":
-        parser = make_parser()
-        parser.set_defaults(**DEMO)
-        args = parser.parse_args(arguments)
-        args.data = "shapes"
-    if args.workers is None:
-        args.workers = default_workers(args.data == "shapes")
-    return args, no_data
+    return args, given, no_data
 
+
+def follow_data(args, given, dataset, saved, device):
+    """Set what was not given on the command line from the data; print what and why.
+
+    A run that continues keeps the settings of its checkpoint. Sets of SMALL_SET images or more,
+    and --recipe, keep the published settings.
+    """
+    chosen, reasons = {}, {}
+    if saved:
+        chosen = {name: value for name, value in saved["settings"].items()
+                  if name not in PER_START}
+    elif args.data == "shapes":
+        chosen = DEMO
+    elif len(dataset) < SMALL_SET and not args.recipe:
+        chosen, reasons = small_set(args, dataset, device)
+    for name, value in chosen.items():
+        if name not in given:
+            setattr(args, name, value)
+    if args.workers is None:
+        args.workers = default_workers(dataset.pixels is not None)
+    if reasons:
+        print_main(f"{len(dataset):,} images: these settings follow from the data. Every argument "
+                   "that is given wins, and --recipe asks for the published ones.")
+        for name, reason in reasons.items():
+            if name not in given:
+                print_main(f"  --{name.replace('_', '-')} {_plain(chosen[name])}: {reason}")
+        print_main("")
+
+
+def small_set(args, dataset, device):
+    """Settings for a small set: ({name: value}, {name: why}). Choices of K and epochs win.
+
+    The rules come from `tests/benchmarks/learning.py`'s trials, which chose without labels.
+    """
+    N, W = len(dataset), distributed.world_size()
+    side = dataset.typical_side()
+    size = max(24, min(side, 64 if device.type == "cpu" else 224)) // 4 * 4
+    K = max(2, min(1000, N // 40))
+    epochs = max(30, min(200, 2_000_000 // N))
+    chosen, reasons = {}, {}
+
+    def choose(reason, **values):
+        chosen.update(values)
+        reasons.update(dict.fromkeys(values, reason))
+
+    choose(f"images of about {side} pixels" + ("" if size > side - 4 else
+           f", made smaller for a {device.type.upper()}"), image_size=size)
+    choose("suits this size and device",
+           arch="narrow" if size <= 64 and device.type == "cpu" else "resnet18")
+    choose(f"{N:,} images, {N // K} a cluster", num_clusters=K)
+    choose("an eighth of a mean cluster", min_cluster_size=max(1, N // K // 8))
+    choose("64 in all; few images need many steps", batch_size=max(2, 64 // W))
+    choose(f"{epochs * N:,} images seen", epochs=epochs)
+    choose("ends at 0, whatever the number of epochs", lr_schedule="cosine")
+    choose("pixels know more of a small set than a random network", initial="pixels")
+    choose("the memory starts every epoch from the images as they are", recluster_interval=1)
+    choose("so its features need to move little", memory_momentum=0.1)
+    choose("the first epoch learns the clusters of the pixels", offline_epochs=1)
+    choose("at least half of an image", crop_scale=0.5)
+    choose("brightness and contrast twice the recipe's: pixels do not see past them",
+           jitter=[0.8, 0.8, 1.0, 0.5])
+    if coarse_dtype(device) == torch.bfloat16:
+        choose("this device multiplies it faster", amp="bf16")
+    if dataset.labels is not None:
+        choose("there are labels to measure by", knn_interval=max(1, epochs // 5))
+    choose("the checkpoint is enough", save_interval=0)
+    return chosen, reasons
+
+
+def _plain(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+# Settings of one start, which a continued run does not take from its checkpoint.
+PER_START = {"data", "output", "workers", "device", "weights", "compile", "tensorboard",
+             "export_only", "recipe"}
 
 # Settings that may differ when a run is continued.
-MAY_DIFFER = {"data", "output", "epochs", "batch_size", "workers", "device", "weights", "compile",
-              "log_interval", "save_interval", "checkpoint_interval", "gallery_interval",
-              "knn_interval", "tensorboard", "export_only"}
+MAY_DIFFER = PER_START | {"epochs", "batch_size", "log_interval", "save_interval",
+                          "checkpoint_interval", "gallery_interval", "knn_interval"}
 
 
 def check(args, dataset, saved, device):
@@ -140,7 +235,7 @@ def check(args, dataset, saved, device):
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard, or "
                         "leave it out.")
-    if args.lr == 0.06 and args.data != "shapes" and global_batch != 512:
+    if args.lr == 0.06 and N >= SMALL_SET and args.data != "shapes" and global_batch != 512:
         print_main(f"The recipe's --lr 0.06 is for a global batch of 512; here it is "
                    f"{global_batch}.")
     if N < 2 * needed:

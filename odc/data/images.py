@@ -91,6 +91,17 @@ class ImageSet:
             labels=None if self.labels is None else self.labels[indices], targets=None,
             unreadable={}, transparent=None)
 
+    def typical_side(self, sample=100):
+        """The median of the shorter sides of some images, in pixels."""
+        if self.pixels is not None:
+            return min(self.pixels.shape[1:3])
+        sides = []
+        for i in np.linspace(0, len(self) - 1, min(sample, len(self))).round():
+            with contextlib.suppress(Exception):  # unreadable: the loader will say so
+                with Image.open(os.path.join(self.root, self.name_of(i))) as image:
+                    sides.append(min(image.size))
+        return int(np.median(sides)) if sides else 224
+
     def name_of(self, i):
         """The path of image i relative to the root; for images in memory, the index as text."""
         return self.names[int(i)] if self.pixels is None else str(int(i))

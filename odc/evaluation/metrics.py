@@ -3,6 +3,17 @@
 import numpy as np
 import torch
 
+from odc import distributed
+
+
+def agreement(clusters, classes):
+    """All measures of agreement of two labelings [N] int64, and a line that says them."""
+    values = dict(nmi=nmi(clusters, classes), purity=purity(clusters, classes),
+                  adjusted_rand_index=adjusted_rand_index(clusters, classes),
+                  hungarian_accuracy=hungarian_accuracy(clusters, classes))
+    return values, ("clusters against labels: NMI {:.3f}, purity {:.1%}, ARI {:.3f}, Hungarian "
+                    "accuracy {:.1%}").format(*values.values())
+
 
 def contingency(clusters, classes):
     """Counts [K, classes] float64: the images of each class in each cluster."""
@@ -85,18 +96,29 @@ def _best_assignment(gains):
     return float(gains[np.arange(num_rows), column_of].sum())
 
 
-def silhouette(features, labels, centroids):
+def silhouette(features, labels, centroids, sizes=None):
     """The simplified silhouette of every image, in -1..1 (Hruschka 2004): [N] float32.
 
     (b - a) / max(a, b) with a the distance of the features [N, d] to the own centroid, and b to the
     nearest of the other centroids [K, d]. An image that is alone in its cluster has 0. The mean is
-    the score of the clustering.
+    the score of the clustering. sizes: [K], of the clusters, if there are more images than these.
     """
     values = torch.empty(len(features), device=features.device)
-    sizes = labels.bincount(minlength=len(centroids))
+    sizes = labels.bincount(minlength=len(centroids)) if sizes is None else sizes
     for rows in torch.arange(len(features), device=features.device).split(4096):
         distances = torch.cdist(features[rows], centroids)
         own = (features[rows] - centroids[labels[rows]]).norm(dim=1)
         other = distances.scatter(1, labels[rows, None], torch.inf).amin(1)
         values[rows] = torch.nan_to_num((other - own) / torch.maximum(other, own))
     return values.masked_fill_(sizes[labels] == 1, 0)
+
+
+def mean_silhouette(features, labels, centroids):
+    """The mean of `silhouette` over all images. A collective.
+
+    features: [n, d], the rows of this process. labels: [N], of all images. centroids: [K, d].
+    """
+    device, sizes = features.device, labels.bincount(minlength=len(centroids))
+    own = labels[distributed.shard(len(labels))].to(device)
+    values = silhouette(features, own, centroids.to(device), sizes.to(device))
+    return float(distributed.all_reduce(values.double().sum())) / len(labels)

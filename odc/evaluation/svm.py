@@ -280,7 +280,8 @@ class _Solver:
     def _factorise(self, active, ridge, rhs, rank, careful):
         """Solve by a Cholesky factorisation of each problem's active rows -> x, None for A x."""
         x = torch.zeros_like(rhs)
-        counts, order = active.sum(-1).cpu().flatten().sort()  # about equal ones are solved together
+        # Problems of about equal sizes are solved together.
+        counts, order = active.sum(-1).cpu().flatten().sort()
         together = max(1, 2**16 // max(1, int(counts[-1])) ** 2)
         for size, part in zip(counts.split(together), order.split(together)):
             g, p = (part // x.shape[1]).to(x.device), (part % x.shape[1]).to(x.device)

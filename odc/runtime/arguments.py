@@ -14,11 +14,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False,
                          add_help=False)
 
-    def parse_args(self, arguments=None):
+    def parse_args(self, arguments=None, namespace=None):
         group = self.add_argument_group("about")
         group.add_argument("-h", "--help", action="help", help="show this and exit")
         group.add_argument("--version", action="version", version=f"odc {odc.__version__}")
-        return super().parse_args(arguments)
+        return super().parse_args(arguments, namespace)
 
     def error(self, message):
         message = message.removeprefix("argument ")

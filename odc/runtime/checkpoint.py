@@ -88,6 +88,23 @@ def load(path):
                         f"{remedy}") from None
 
 
+def open_run(output):
+    """Make the folder of a run; its checkpoint.pth, or None. Raises UserError if it cannot be used.
+
+    output: a Path.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise UserError(f"--output {output}: the folder is not writable; choose another.")
+    if distributed.is_main():
+        remove_temporary_files(output)
+    path = output / "checkpoint.pth"
+    saved = load(path) if path.exists() else None
+    if saved and saved.get("program") != "odc train":
+        raise UserError(f"{path} is not a checkpoint of train.py; choose another --output.")
+    return saved
+
+
 def save_run(path, state, features, num_rows):
     """Write the checkpoint of a run: state by process 0, features [n, d] by all. A collective.
 
