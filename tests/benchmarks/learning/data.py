@@ -8,10 +8,10 @@ glyphs: the letters A to J, each drawn from many fonts; a set in the manner of n
 families, by a hash of the first word of their names, is for val, so that no typeface is in both
 splits. A font that is nearly the copy of another one is left out.
 
-photographs: tiles of photographs; which photograph a tile is of is its class. The photographs are
-Debian's wallpapers (PHOTOGRAPH_PACKAGES) and the two of scikit-learn. Each is made at most 640
-pixels high and cut into tiles of 32 x 32 that do not overlap. Of every eight columns of tiles the
-last two are for val, so that both splits show all photographs, but other parts of them.
+photographs: crops of photographs; which photograph a crop is of is its class. The photographs are
+Debian's wallpapers (PHOTOGRAPH_PACKAGES) and the two of scikit-learn, made 384 pixels high. Crops
+are 32 x 32 and overlap by half. A photograph is divided into upright bands: 112 pixels for train,
+then 48 for val, and so on. No crop crosses a border, so the splits show different parts of it.
 
 Both write train/CLASS/NAME.png and val/CLASS/NAME.png and print their numbers.
 """
@@ -62,7 +62,8 @@ PHOTOGRAPHS = {
         ("bywater", "BytheWater"), ("cups", "ColorfulCups"), ("evening", "EveningGlow"),
         ("forest", "Path"), ("facade", "Grey"), ("leaves", "FallenLeaf"), ("moss", "OneStandsOut"))
 }
-HEIGHT, TILE = 640, 32  # pixels
+HEIGHT, CROP, STRIDE = 384, 32, 16  # pixels
+TRAIN_BAND, VAL_BAND = 112, 48  # pixels, in turn
 
 
 def draw_glyph(font, letter):
@@ -118,24 +119,29 @@ def make_glyphs(folder, fonts):
     return {split: (count * len(LETTERS), count) for split, count in num_fonts.items()}
 
 
+def split_of(x):
+    """The split that has the column x of a photograph."""
+    return "train" if x % (TRAIN_BAND + VAL_BAND) < TRAIN_BAND else "val"
+
+
 def make_photographs(folder, root):
-    """Write the set. Returns the tiles and the photographs of each split, as `make_glyphs`."""
+    """Write the set. Returns the crops and the photographs of each split, as `make_glyphs`."""
     images = {name: Image.open(root / file) for name, file in PHOTOGRAPHS.items()}
     for name in ("china", "flower"):
         images[name] = Image.fromarray(sklearn.datasets.load_sample_image(f"{name}.jpg"))
-    num_tiles = {"train": 0, "val": 0}
+    num_crops = {"train": 0, "val": 0}
     for name, image in images.items():
-        image = image.convert("RGB")
-        if image.height > HEIGHT:
-            width = round(image.width * HEIGHT / image.height)
-            image = image.resize((width, HEIGHT), Image.Resampling.BOX)
-        for y in range(0, image.height - TILE + 1, TILE):
-            for x in range(0, image.width - TILE + 1, TILE):
-                split = "val" if x // TILE % 8 >= 6 else "train"
-                tile = image.crop((x, y, x + TILE, y + TILE))
-                save(tile, folder / split / name / f"{y:03}_{x:04}.png")
-                num_tiles[split] += 1
-    return {split: (count, len(images)) for split, count in num_tiles.items()}
+        width = round(image.width * HEIGHT / image.height)
+        image = image.convert("RGB").resize((width, HEIGHT), Image.Resampling.BOX)
+        for x in range(0, width - CROP + 1, STRIDE):
+            split = split_of(x)
+            if split != split_of(x + CROP - 1):
+                continue
+            for y in range(0, HEIGHT - CROP + 1, STRIDE):
+                path = folder / split / name / f"{y:03}_{x:04}.png"
+                save(image.crop((x, y, x + CROP, y + CROP)), path)
+                num_crops[split] += 1
+    return {split: (count, len(images)) for split, count in num_crops.items()}
 
 
 def save(image, path):
