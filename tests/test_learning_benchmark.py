@@ -1,4 +1,4 @@
-"""The comparison of methods: its linear probe, its made-up sets, and a small table from end to end."""
+"""The comparison of methods: its probe, its made-up sets, and a small table from end to end."""
 
 import importlib.util
 import json
@@ -90,12 +90,12 @@ def test_a_table_from_end_to_end_and_its_rows_are_not_made_again(folder, tmp_pat
 
 def test_alternating_clusters_get_the_epochs_of_equal_time(tmp_path):
     rows = learning.Rows(tmp_path / "rows.jsonl")
-    key = dict(data="glyphs", seed=0)
-    assert learning.epochs_of_equal_time(rows, key, 20) is None
-    rows.add(dict(key, method="odc", work=100.0))
-    rows.add(dict(key, method="alternating", work=125.0))
-    assert learning.epochs_of_equal_time(rows, key, 20) == 16
-    assert learning.epochs_of_equal_time(rows, dict(key, seed=1), 20) is None
+    key, cpu = dict(data="glyphs", seed=0), torch.device("cpu")
+    assert learning.epochs_of_equal_time(rows, key, 20, cpu) is None
+    rows.add(dict(key, method="odc", processor_minutes=100.0))
+    rows.add(dict(key, method="alternating", processor_minutes=125.0))
+    assert learning.epochs_of_equal_time(rows, key, 20, cpu) == 16
+    assert learning.epochs_of_equal_time(rows, dict(key, seed=1), 20, cpu) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lightly") is None, reason="lightly is not installed")

@@ -8,10 +8,15 @@
 All rows of a table are of the same images, network, first weights, augmentation, batch size and
 number of images drawn. ODC's rows are runs of train.py, whose settings the other rows follow.
 
-kNN: the 20 nearest training images, of the average of the last map. probe: a linear classifier of
-that. NMI, purity and Hungarian accuracy: of K clusters of the training images; those of labels.npy
-for ODC and alternating clusters, else k-means of unit features. epochs and minutes: of the
-training alone, by the clock. Mean and standard deviation over the seeds.
+kNN: by the 20 nearest training images; the features are the average of the last map.
+probe: a linear classifier of the same features.
+NMI, purity, Hungarian accuracy: K clusters of the training images against their classes. The
+    clusters of ODC and of alternating clusters are those of labels.npy, the others come from
+    k-means of unit features. Most of K clusters have no class of their own where there are fewer
+    classes; so the Hungarian accuracy is low there for every method.
+epochs, minutes: of the training alone; minutes by the clock, and the sum over all processors,
+    which other programs on the machine change less.
+Numbers are the mean and the standard deviation over the seeds.
 
 Every finished row is a line of OUTPUT/rows.jsonl and is not made again, so a benchmark that was
 stopped goes on with the row at which it was. Several may run at once with the same --output, of
@@ -57,6 +62,7 @@ COLUMNS = {  # name: (heading, factor, digits)
     "knn": ("kNN, %", 100, 1), "probe": ("probe, %", 100, 1), "nmi": ("NMI", 1, 3),
     "purity": ("purity, %", 100, 1), "hungarian": ("Hungarian, %", 100, 1),
     "epochs": ("epochs", 1, 0), "minutes": ("minutes", 1, 1),
+    "processor_minutes": ("of processors", 1, 1),
 }
 
 
@@ -119,15 +125,16 @@ def run_train(folder, arguments):
     return backbone, torch.from_numpy(np.load(folder / "labels.npy")), initial
 
 
-def epochs_of_equal_time(rows, key, epochs):
+def epochs_of_equal_time(rows, key, epochs, device):
     """Epochs for alternating clusters that take as long as ODC's epochs; None without both rows.
 
-    By processor time, unless a GPU worked: other programs on the machine change it less.
+    By the time of the processors or, if a GPU works, by the clock.
     """
+    measure = "minutes" if device.type == "cuda" else "processor_minutes"
     found = [rows.read(**{**key, "method": method}) for method in ("odc", "alternating")]
     if not all(found):
         return None
-    online, alternating = (row[0]["work"] for row in found)
+    online, alternating = (row[0][measure] for row in found)
     return max(1, round(epochs * online / alternating))
 
 
@@ -139,7 +146,7 @@ def make_row(method, key, rows, output, arguments, device):
     if method in ("odc", "alternating", "alternating-time"):
         more = [] if method == "odc" else ["--recluster-interval", "1"]
         if method == "alternating-time":
-            epochs = epochs_of_equal_time(rows, key, args.epochs)
+            epochs = epochs_of_equal_time(rows, key, args.epochs, device)
             if epochs in (None, args.epochs):
                 return None
             more += scale_epochs(epochs)
@@ -150,10 +157,9 @@ def make_row(method, key, rows, output, arguments, device):
         backbone = methods.train(PEERS[method], args, train, device)
     else:
         backbone = methods.first_network(args)
-    seconds, work = (clock(device) - began).tolist()
     if method in PEERS or clusters is not None:
-        row |= dict(epochs=epochs, minutes=seconds / 60,
-                    work=seconds if device.type == "cuda" else work)
+        minutes, processor_minutes = ((clock(device) - began) / 60).tolist()
+        row |= dict(epochs=epochs, minutes=minutes, processor_minutes=processor_minutes)
 
     if method in ("pixels", "pca"):
         features = [scores.pixels(images, args.image_size).to(device) for images in (train, val)]
