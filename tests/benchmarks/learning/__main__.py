@@ -28,6 +28,7 @@ import json
 import resource
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -269,4 +270,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: subprocess.run then stops train.py, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; the same command goes on."))
     main()
