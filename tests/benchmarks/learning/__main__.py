@@ -1,0 +1,275 @@
+"""ODC against pixels, other methods and labels: one table for each set of images.
+
+    pip install -r tests/benchmarks/learning/requirements.txt
+    python -m tests.benchmarks.learning.data glyphs data/glyphs
+    python -m tests.benchmarks.learning.data photographs data/photographs
+    python -m tests.benchmarks.learning --output learning
+
+All rows of a table are of the same images, network, first weights, augmentation, batch size and
+number of images drawn. ODC's rows are runs of train.py, whose settings the other rows follow.
+
+kNN: by the 20 nearest training images; the features are the average of the last map.
+probe: a linear classifier of the same features.
+NMI, purity, Hungarian accuracy: K clusters of the training images against their classes. The
+    clusters of ODC and of alternating clusters are those of labels.npy, the others come from
+    k-means of unit features. Most of K clusters have no class of their own where there are fewer
+    classes; so the Hungarian accuracy is low there for every method.
+epochs, minutes: of the training alone; minutes by the clock, and the sum over all processors,
+    which other programs on the machine change less.
+Numbers are the mean and the standard deviation over the seeds.
+
+Every finished row is a line of OUTPUT/rows.jsonl and is not made again, so a benchmark that was
+stopped goes on with the row at which it was. Several may run at once with the same --output, of
+other --data or --only; equal time needs the rows of ODC and of equal steps.
+"""
+
+import argparse
+import json
+import resource
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from odc import settings
+from odc.data.layouts import open_dataset
+from odc.evaluation.weights import load_backbone
+from odc.kmeans import kmeans
+from tests.benchmarks.learning import methods, scores
+from tests.benchmarks.timing import machine
+
+ROOT = Path(__file__).resolve().parents[3]
+NETWORK = ["--arch", "narrow", "--image-size", "32", "--crop-scale", "0.5", "--batch-size", "64"]
+DATA = {  # what train.py is given besides --data
+    "fashion": [*NETWORK, "--num-clusters", "100"],
+    "glyphs": [*NETWORK, "--num-clusters", "100"],
+    "photographs": [*NETWORK, "--num-clusters", "100"],
+}
+METHODS = {  # in the order of the table
+    "pixels": "pixels", "pca": "PCA of pixels", "random": "random network", "odc": "ODC",
+    "alternating": "alternating, equal steps", "alternating-time": "alternating, equal time",
+    "simsiam": "SimSiam", "swav": "SwAV", "labels": "with labels (ceiling)",
+}
+PEERS = {"simsiam": methods.SimSiam, "swav": methods.SwAV, "labels": methods.Labels}
+COLUMNS = {  # name: (heading, factor, digits)
+    "knn": ("kNN, %", 100, 1), "probe": ("probe, %", 100, 1), "nmi": ("NMI", 1, 3),
+    "purity": ("purity, %", 100, 1), "hungarian": ("Hungarian, %", 100, 1),
+    "epochs": ("epochs", 1, 0), "minutes": ("minutes", 1, 1),
+    "processor_minutes": ("of processors", 1, 1),
+}
+
+
+class Rows:
+    """The finished rows of a folder, a line of JSON each."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def read(self, **wanted):
+        """All rows with these values, in the order in which they were finished."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        rows = map(json.loads, lines)
+        return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+    def add(self, row):
+        with open(self.path, "a") as file:  # in one write: other processes may add rows, too
+            file.write(json.dumps(row) + "\n")
+
+
+def smaller_set(folder, data, num_train):
+    """A folder with num_train of the training images, and as large a share of the held-out ones."""
+    if not (folder / "done").exists():
+        share = num_train / len(open_dataset(data, "train"))
+        for split in ("train", "val"):
+            images = open_dataset(data, split)
+            generator = torch.Generator().manual_seed(0)
+            chosen = torch.randperm(len(images), generator=generator)
+            for i in chosen[: round(share * len(images))].tolist():
+                path = folder / split / images.classes[images.labels[i]].replace("/", "-")
+                path.mkdir(parents=True, exist_ok=True)
+                images.load(i).save(path / f"{i:06}.png")
+        (folder / "done").touch()
+    return folder
+
+
+def clock(device):
+    """Seconds on the clock, and of this process's and its children's processors."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return np.array([time.perf_counter(), sum(u.ru_utime + u.ru_stime for u in usage)])
+
+
+def run_train(folder, arguments):
+    """Run train.py as a reader would, from the beginning.
+
+    Returns its backbone, its clusters [N], and the log's record of the initial k-means.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with open(folder / "messages.txt", "w") as messages:
+        done = subprocess.run([sys.executable, ROOT / "train.py", *arguments, "--output", folder],
+                              stdout=messages, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{(folder / 'messages.txt').read_text()[-2000:]}\ntrain.py failed.")
+    backbone, _ = load_backbone(str(folder / "backbone.pth"))
+    with open(folder / "log.jsonl") as file:
+        initial = next(record for record in map(json.loads, file) if "nmi" in record)
+    return backbone, torch.from_numpy(np.load(folder / "labels.npy")), initial
+
+
+def epochs_of_equal_time(rows, key, epochs, device):
+    """Epochs for alternating clusters that take as long as ODC's epochs; None without both rows.
+
+    By the time of the processors or, if a GPU works, by the clock.
+    """
+    measure = "minutes" if device.type == "cuda" else "processor_minutes"
+    found = [rows.read(**{**key, "method": method}) for method in ("odc", "alternating")]
+    if not all(found):
+        return None
+    online, alternating = (row[0][measure] for row in found)
+    return max(1, round(epochs * online / alternating))
+
+
+def make_row(method, key, rows, output, arguments, device):
+    """One method with one seed: its scores, or None if there is nothing to measure."""
+    args, _ = settings.parse(arguments)  # what train.py makes of its arguments
+    train, val = (open_dataset(args.data, split) for split in ("train", "val"))
+    row, clusters, epochs, began = {}, None, args.epochs, clock(device)
+    if method in ("odc", "alternating", "alternating-time"):
+        more = [] if method == "odc" else ["--recluster-interval", "1"]
+        if method == "alternating-time":
+            epochs = epochs_of_equal_time(rows, key, args.epochs, device)
+            if epochs in (None, args.epochs):
+                return None
+            more += scale_epochs(epochs)
+        folder = output / "-".join(map(str, key.values())) / method
+        backbone, clusters, initial = run_train(folder, [*arguments, *more])
+        row = {f"initial_{name}": initial[name] for name in ("nmi", "purity")}
+    elif method in PEERS:
+        backbone = methods.train(PEERS[method], args, train, device)
+    else:
+        backbone = methods.first_network(args)
+    if method in PEERS or clusters is not None:
+        minutes, processor_minutes = ((clock(device) - began) / 60).tolist()
+        row |= dict(epochs=epochs, minutes=minutes, processor_minutes=processor_minutes)
+
+    if method in ("pixels", "pca"):
+        features = [scores.pixels(images, args.image_size).to(device) for images in (train, val)]
+        to_cluster, mean = features[0], features[0].mean(0)  # better clusters with the mean
+        features = [rows - mean for rows in features]
+        if method == "pca":
+            features = scores.principal_components(*features, backbone.out_channels[-1], args.seed)
+            to_cluster = features[0]
+    else:
+        features = [scores.network_features(backbone, images, args.image_size, device)
+                    for images in (train, val)]
+        to_cluster = features[0]
+    if clusters is None:
+        clusters, _ = kmeans(F.normalize(to_cluster), args.num_clusters, args.kmeans_iterations,
+                             args.seed)
+    return row | scores.all_scores(*features, train, val, clusters.cpu()) | dict(
+        num_train=len(train), num_val=len(val), num_classes=len(train.classes),
+        num_clusters=args.num_clusters, arch=args.arch, image_size=args.image_size,
+        batch_size=args.batch_size, drawn=args.epochs * len(train), machine=machine())
+
+
+def scale_epochs(epochs):
+    """The arguments for a run of so many epochs."""
+    return ["--epochs", str(epochs), "--lr-steps", str(max(1, round(0.8 * epochs)))]
+
+
+def print_table(data, rows):
+    """The table of a data set: mean and standard deviation over the seeds."""
+    first = rows[0]
+    print(f"\n{data}: {first['num_train']:,} training and {first['num_val']:,} held-out images of "
+          f"{first['num_classes']} classes, K = {first['num_clusters']}; {first['arch']}, "
+          f"{first['image_size']} pixels, batches of {first['batch_size']}, {first['drawn']:,} "
+          f"images drawn; {first['machine']}\n")
+    print("| | " + " | ".join(heading for heading, _, _ in COLUMNS.values()) + " | seeds |")
+    print("|---|" + "---|" * (len(COLUMNS) + 1))
+    for method, title in METHODS.items():
+        own = [row for row in rows if row["method"] == method]
+        if not own:
+            continue
+        if method == "odc":
+            initial = [dict(nmi=row["initial_nmi"], purity=row["initial_purity"]) for row in own]
+            print(line("ODC's initial k-means", initial))
+        print(line(title, own), flush=True)
+
+
+def line(title, rows):
+    cells = []
+    for name, (_, factor, digits) in COLUMNS.items():
+        values = [factor * row[name] for row in rows if name in row]
+        cell = f"{statistics.mean(values):.{digits}f}" if values else ""
+        if len(values) > 1 and max(values) > min(values):
+            cell += f" ± {statistics.stdev(values):.{digits}f}"
+        cells.append(cell)
+    return f"| {title} | " + " | ".join(cells) + f" | {len(rows)} |"
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder of the rows and of train.py's runs")
+    add("--data", choices=[*DATA, "all"], default="all")
+    add("--fashion", metavar="FOLDER", default="/usr/share/datasets/fashion-mnist")
+    add("--glyphs", metavar="FOLDER", default="data/glyphs")
+    add("--photographs", metavar="FOLDER", default="data/photographs")
+    add("--only", metavar="METHOD", nargs="+", choices=list(METHODS), default=list(METHODS),
+        help=" ".join(METHODS))
+    add("--seeds", metavar="N", type=int, default=3, help="seeds 0 to N - 1")
+    add("--images", metavar="N", type=int, help="images drawn in a training, rounded to whole "
+        "epochs (default: as train.py decides)")
+    add("--num-train", metavar="N", type=int, help="use so many training images")
+    add("--train-arguments", metavar="'...'", default="", help="more arguments for train.py")
+    add("--workers", type=int, default=0, help="processes that read images")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def main(arguments=None):
+    args = make_parser().parse_args(arguments)
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = Rows(args.output / "rows.jsonl")
+    names = list(DATA) if args.data == "all" else [args.data]
+    given = dict(images=args.images, num_train=args.num_train, arguments=args.train_arguments)
+    for name in names:
+        if any(row["given"] != given for row in rows.read(data=name)):
+            sys.exit(f"--output {args.output} has rows of {name} with other --images, --num-train "
+                     "or --train-arguments; choose another folder.")
+        folder = getattr(args, name)
+        if args.num_train:
+            folder = smaller_set(args.output / f"{name}-images", folder, args.num_train)
+        for seed in range(args.seeds):
+            for method in args.only:
+                key = dict(data=name, seed=seed)
+                if rows.read(**key, method=method):
+                    continue
+                more = ["--data", str(folder), *DATA[name]]
+                if args.images:
+                    N = len(open_dataset(str(folder), "train"))
+                    more += scale_epochs(max(1, round(args.images / N)))
+                more += [*shlex.split(args.train_arguments), "--seed", str(seed), "--workers",
+                         str(args.workers), "--device", args.device, "--save-interval", "0"]
+                row = make_row(method, key, rows, args.output, more, torch.device(args.device))
+                if row:
+                    rows.add(dict(key, method=method, given=given, **row))
+                    print(f"{name}, seed {seed}: {line(METHODS[method], [row])}", flush=True)
+        if found := rows.read(data=name):
+            print_table(name, found)
+
+
+if __name__ == "__main__":
+    # As Ctrl-C does: subprocess.run then stops train.py, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; the same command goes on."))
+    main()

@@ -1,0 +1,74 @@
+"""What features and clusters know of classes that the training never saw."""
+
+import torch
+import torch.nn.functional as F
+
+from odc.data.augmentation import evaluation_transform
+from odc.data.loader import evaluation_batches
+from odc.evaluation import knn, metrics
+from odc.features import extract
+
+
+def pixels(images, image_size):
+    """Pixels of all images in 0..1: [N, S * S] if all are gray, else [N, 3 * S * S]."""
+    batches = evaluation_batches(images, slice(None), evaluation_transform(image_size), 1024)
+    rows = torch.cat([batch.images for batch in batches])
+    if (rows[:, :1] == rows).all():
+        rows = rows[:, :1]
+    return rows.flatten(1).float() / 255
+
+
+def principal_components(train, val, width, seed):
+    """Rows whose mean is 0 on train, projected on the first `width` principal components of it."""
+    torch.manual_seed(seed)
+    _, _, axes = torch.pca_lowrank(train, min(width, *train.shape), center=False)
+    return train @ axes, val @ axes
+
+
+def network_features(backbone, images, image_size, device):
+    """The average of a frozen backbone's last map: [N, d], on the device."""
+    backbone = backbone.to(device).eval()
+    return extract(lambda batch: backbone(batch)[-1].mean((2, 3)), images,
+                   evaluation_transform(image_size), backbone.out_channels[-1], device, 256)
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, num_classes):
+    """Accuracy of the 20 nearest neighbours, weighted by similarity, in 0..1."""
+    predictions = knn.knn_predict(F.normalize(queries), F.normalize(bank), bank_labels, num_classes,
+                                  [20])[20]
+    return float((predictions[:, 0].cpu() == labels).double().mean())
+
+
+def probe_accuracy(train, train_labels, val, labels, num_classes, decay=1e-3, iterations=200):
+    """Accuracy of a linear classifier of standardised features, in 0..1.
+
+    Logistic regression, L-BFGS on all of train at once:
+    mean cross-entropy + decay / 2 * the squared norm of the weights.
+    """
+    mean, std = train.mean(0), train.std(0)
+    x, targets = (train - mean) / (std + 1e-6), train_labels.to(train.device)
+    weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(num_classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, tolerance_grad=1e-5,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), targets)
+        loss = loss + decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        predictions = F.linear((val - mean) / (std + 1e-6), weight, bias).argmax(1).cpu()
+    return float((predictions == labels).double().mean())
+
+
+def all_scores(train_features, val_features, train, val, clusters):
+    """Every column of the table but the time. clusters: int64 [N] of the training images."""
+    known = train_features, train.labels, val_features, val.labels, len(train.classes)
+    return dict(knn=knn_accuracy(*known), probe=probe_accuracy(*known),
+                nmi=metrics.nmi(clusters, train.labels),
+                purity=metrics.purity(clusters, train.labels),
+                hungarian=metrics.hungarian_accuracy(clusters, train.labels))

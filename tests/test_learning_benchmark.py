@@ -1,0 +1,147 @@
+"""The comparison of methods: its probe, its made-up sets, and a small table from end to end."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from odc.data.layouts import open_dataset
+from odc.evaluation import metrics
+from tests.benchmarks.learning import __main__ as learning
+from tests.benchmarks.learning import data, methods, scores
+
+SMALL = "--num-clusters 6 --min-cluster-size 3 --batch-size 16 --feature-dim 16"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """90 training and 30 held-out images of three colours."""
+    generator = np.random.default_rng(0)
+    for split, count in ("train", 30), ("val", 10):
+        for name, colour in ("red", (150, 0, 0)), ("green", (0, 150, 0)), ("blue", (0, 0, 150)):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 100, (8, 8, 3)) + np.array(colour)
+                path = tmp_path / "images" / split / name / f"{i}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def test_the_linear_probe_is_the_logistic_regression_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 12, generator=generator)
+    labels = torch.randint(4, (700,), generator=generator)
+    rows = 3 * (centres[labels] + 1.5 * torch.randn(700, 12, generator=generator)) + 5
+    scaler = StandardScaler().fit(rows[:400])
+    model = LogisticRegression(C=1 / (400 * 1e-3), max_iter=1000)  # it sums where ours has a mean
+    model.fit(scaler.transform(rows[:400]), labels[:400])
+    expected = model.score(scaler.transform(rows[400:]), labels[400:])
+    accuracy = scores.probe_accuracy(rows[:400], labels[:400], rows[400:], labels[400:], 4)
+    assert accuracy == pytest.approx(expected, abs=0.004)  # one of 300
+
+
+def test_gray_pixels_count_once(folder, tmp_path):
+    assert scores.pixels(open_dataset(str(folder), "train"), 8).shape == (90, 3 * 8 * 8)
+    (tmp_path / "gray").mkdir()
+    Image.new("L", (8, 8), 51).save(tmp_path / "gray" / "0.png")
+    rows = scores.pixels(open_dataset(str(tmp_path / "gray")), 8)
+    torch.testing.assert_close(rows, torch.full((1, 64), 0.2))
+
+
+def test_all_principal_components_keep_all_products():
+    rows = torch.randn(40, 12)
+    rows -= rows.mean(0)
+    turned, val = scores.principal_components(rows, rows[:5], 12, 0)
+    torch.testing.assert_close(turned @ turned.T, rows @ rows.T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(val, turned[:5])
+
+
+def test_a_table_from_end_to_end_and_its_rows_are_not_made_again(folder, tmp_path, capsys):
+    arguments = ["--output", str(tmp_path), "--data", "photographs", "--photographs", str(folder),
+                 "--seeds", "1", "--images", "180", "--device", "cpu", "--train-arguments", SMALL,
+                 "--only", "pixels", "pca", "random", "odc", "labels"]
+    learning.main(arguments)
+    rows = learning.Rows(tmp_path / "rows.jsonl").read()
+    assert [row["method"] for row in rows] == ["pixels", "pca", "random", "odc", "labels"]
+    by_method = {row["method"]: row for row in rows}
+    assert by_method["pixels"]["knn"] == by_method["pixels"]["probe"] == 1  # one colour a class
+    assert by_method["odc"]["drawn"] == 180 and by_method["odc"]["epochs"] == 2
+    run = tmp_path / "photographs-0" / "odc"
+    images = open_dataset(str(folder), "train")
+    clusters = torch.from_numpy(np.load(run / "labels.npy"))
+    assert by_method["odc"]["nmi"] == pytest.approx(metrics.nmi(clusters, images.labels))
+    first = json.loads((run / "log.jsonl").read_text().splitlines()[0])
+    assert by_method["odc"]["initial_nmi"] == first["nmi"]
+
+    shown = capsys.readouterr().out
+    before = (tmp_path / "rows.jsonl").read_text()
+    learning.main(arguments)
+    assert (tmp_path / "rows.jsonl").read_text() == before
+    again = capsys.readouterr().out
+    assert again in shown and "| ODC's initial k-means |" in again
+    with pytest.raises(SystemExit, match="other --images"):
+        learning.main([*arguments, "--images", "90"])
+
+
+def test_alternating_clusters_get_the_epochs_of_equal_time(tmp_path):
+    rows = learning.Rows(tmp_path / "rows.jsonl")
+    key, cpu = dict(data="glyphs", seed=0), torch.device("cpu")
+    assert learning.epochs_of_equal_time(rows, key, 20, cpu) is None
+    rows.add(dict(key, method="odc", processor_minutes=100.0))
+    rows.add(dict(key, method="alternating", processor_minutes=125.0))
+    assert learning.epochs_of_equal_time(rows, key, 20, cpu) == 16
+    assert learning.epochs_of_equal_time(rows, dict(key, seed=1), 20, cpu) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightly") is None, reason="lightly is not installed")
+@pytest.mark.parametrize("method", [methods.SimSiam, methods.SwAV])
+def test_a_peer_learns_from_two_views(method):
+    torch.manual_seed(0)
+    objective = method(8, 4, 3, steps=60)
+    images = torch.randn(16, 8)
+    optimizer = objective.optimizer(objective.parameters(), 128)
+    losses = []
+    for step in range(60):
+        views = [images + 0.1 * torch.randn(16, 8) for _ in range(2)]
+        loss = objective(views, None, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_view_is_drawn_for_each_image_and_again_for_the_second(folder):
+    images = open_dataset(str(folder), "train")
+    views = methods.Views(images, methods.Augmentation(), 8, 5, 2, steps=3, seed=0)
+    pixels, draws, labels = views[1]
+    assert len(views) == 3 and pixels.shape == (10, 3, 8, 8) and draws.shape == (10, 16)
+    assert labels.shape == (5,) and not (draws[:5] == draws[5:]).all(dim=1).any()
+    assert all(torch.equal(a, b) for a, b in zip(views[1], (pixels, draws, labels)))
+    colour = pixels.float().mean((2, 3)).argmax(1)  # blue 0, green 1, red 2 are the classes
+    assert colour.tolist() == (2 - labels).tolist() * 2
+
+
+def test_a_smaller_set_has_the_same_share_of_both_splits(folder, tmp_path):
+    small = learning.smaller_set(tmp_path / "small", str(folder), 45)
+    train, val = open_dataset(str(small), "train"), open_dataset(str(small), "val")
+    assert (len(train), len(val)) == (45, 15) and train.classes == ["blue", "green", "red"]
+
+
+def test_a_crop_of_a_photograph_lies_in_one_band():
+    starts = range(0, 600 - data.CROP, data.STRIDE)
+    inside = [x for x in starts if data.split_of(x) == data.split_of(x + data.CROP - 1)]
+    assert {data.split_of(column) for x in inside if data.split_of(x) == "val"
+            for column in range(x, x + data.CROP)} == {"val"}
+    assert inside[:9] == [0, 16, 32, 48, 64, 80, 112, 128, 160]
+
+
+def test_a_font_without_letters_gives_no_glyphs(tmp_path):
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    assert data.draw_letters(tmp_path / "broken.ttf") is None
+    assert data.make_glyphs(tmp_path / "glyphs", tmp_path) == {"train": (0, 0), "val": (0, 0)}
