@@ -20,7 +20,7 @@ from odc.runtime.arguments import Parser, number, whole
 from odc.runtime.checkpoint import check_same_settings
 
 # The demonstration (--data shapes): a small network, and settings for 5,000 small images that were
-# chosen without their labels (tests/benchmarks/selection.py).
+# chosen without their labels (seeds whose clusters agree most).
 DEMO = dict(arch="narrow", image_size=32, epochs=20, batch_size=32, lr=0.06, lr_steps=[16],
             num_clusters=60, crop_scale=0.5, save_interval=0, checkpoint_interval=100,
             knn_interval=5)

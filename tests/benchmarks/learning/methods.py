@@ -137,7 +137,9 @@ def train(method, args, images, device):
     for step, (pixels, draws, labels) in enumerate(batches):
         crops = augment_batch(pixels.to(device), draws).contiguous(
             memory_format=torch.channels_last)
-        views = [backbone(view)[-1].mean((2, 3)) for view in crops.chunk(method.num_views)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            views = [backbone(view)[-1].mean((2, 3)) for view in crops.chunk(method.num_views)]
+        views = [view.float() for view in views]
         loss = objective(views, labels.to(device), step)
         optimizer.zero_grad()
         loss.backward()
