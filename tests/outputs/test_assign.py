@@ -16,7 +16,6 @@ from odc.errors import UserError
 from odc.model import ODC
 from odc.runtime import checkpoint, program
 from tests.processes import run_processes
-from tests.runs import SMALL, run_main
 
 
 def run_assign(state, data, output, *arguments):

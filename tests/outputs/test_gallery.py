@@ -10,6 +10,7 @@ from PIL import Image
 from odc.clusters import Clusters
 from odc.data.images import ImageSet, Names
 from odc.outputs import gallery
+from tests.runs import SMALL, run_main
 
 
 def some_clusters(N=400, K=20, seed=0):
@@ -107,7 +108,7 @@ def test_an_image_that_cannot_be_read_any_more_leaves_a_gray_square(tmp_path):
     assert (pictures[0] == (0, 90, 0)).all()
 
 
-def test_a_run_draws_at_the_interval_and_at_the_end(folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_draws_at_the_interval_and_at_the_end(folder, tmp_path, monkeypatch):
     titles, draw = [], gallery.draw
     monkeypatch.setattr(gallery, "draw",
                         lambda *arguments: titles.append(arguments[-2]) or draw(*arguments))
