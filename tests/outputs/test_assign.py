@@ -44,7 +44,7 @@ def expected_features(state, dataset):
     return torch.nn.functional.normalize(torch.stack(rows))
 
 
-def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path):  # noqa: F811
+def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path):
     rows = run_assign(finished / "checkpoint.pth", folder, tmp_path / "new.csv",
                       "--neighbours", 4, "--features", tmp_path / "new.npy")
     state, dataset = checkpoint.load(finished / "checkpoint.pth"), open_dataset(str(folder))
@@ -67,7 +67,7 @@ def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path):
     assert len({row["cluster"] for row in rows}) > 1
 
 
-def test_without_neighbours_and_for_another_size_of_image(finished, tmp_path):  # noqa: F811
+def test_without_neighbours_and_for_another_size_of_image(finished, tmp_path):
     Image.new("RGB", (90, 50), (200, 30, 20)).save(tmp_path / "one.png")
     Image.new("L", (10, 50), 40).save(tmp_path / "two.png")
     rows = run_assign(finished / "checkpoint.pth", tmp_path, tmp_path / "new.csv")
@@ -76,7 +76,7 @@ def test_without_neighbours_and_for_another_size_of_image(finished, tmp_path):  
 
 
 def test_agreement_with_labels_is_said_where_there_are_some(
-        finished, folder, tmp_path, capsys):  # noqa: F811
+        finished, folder, tmp_path, capsys):
     rows = run_assign(finished / "checkpoint.pth", folder, tmp_path / "new.csv")
     clusters = [int(row["cluster"]) for row in rows]
     classes = [row["path"].split("/")[0] for row in rows]
@@ -87,7 +87,7 @@ def test_agreement_with_labels_is_said_where_there_are_some(
     assert "NMI" not in capsys.readouterr().out
 
 
-def test_the_built_in_set_and_its_val_split(finished, tmp_path, monkeypatch):  # noqa: F811
+def test_the_built_in_set_and_its_val_split(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("odc.data.shapes.SPLITS", {"train": (12, 0), "val": (5, 1)})
     state = finished / "checkpoint.pth"
     assert len(run_assign(state, "shapes", tmp_path / "train.csv")) == 12
@@ -100,7 +100,7 @@ def test_the_built_in_set_and_its_val_split(finished, tmp_path, monkeypatch):  #
         assert (np.asarray(image) == dataset.pixels[int(row["path"])]).all()
 
 
-def test_the_number_of_processes_changes_nothing(finished, folder, tmp_path):  # noqa: F811
+def test_the_number_of_processes_changes_nothing(finished, folder, tmp_path):
     state = finished / "checkpoint.pth"
     more = ["--neighbours", 2, "--folders"]
     alone = run_assign(state, folder, tmp_path / "1.csv", *more, tmp_path / "alone")
@@ -111,7 +111,7 @@ def test_the_number_of_processes_changes_nothing(finished, folder, tmp_path):  #
     assert files[0] == files[1] and len(files[0]) > 150
 
 
-def test_an_unreadable_image_has_no_cluster(finished, folder, tmp_path):  # noqa: F811
+def test_an_unreadable_image_has_no_cluster(finished, folder, tmp_path):
     for path in folder.glob("*/*"):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / path.name).symlink_to(path)
@@ -154,7 +154,7 @@ def test_names_that_collide_are_kept_apart(tmp_path, copy, monkeypatch):
         assert (tmp_path / "images" / name).exists()
 
 
-def test_folders_of_a_run_hold_links_or_copies(finished, folder, tmp_path):  # noqa: F811
+def test_folders_of_a_run_hold_links_or_copies(finished, folder, tmp_path):
     state = finished / "checkpoint.pth"
     for name, more in (("links", []), ("copies", ["--copy"])):
         rows = run_assign(state, folder, tmp_path / "new.csv", "--folders", tmp_path / name, *more)
@@ -165,7 +165,7 @@ def test_folders_of_a_run_hold_links_or_copies(finished, folder, tmp_path):  # n
         assert len(list((tmp_path / name).glob("*/*"))) == 150
 
 
-def test_a_full_disk_is_one_sentence(finished, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_one_sentence(finished, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device", "somewhere")
 
@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_sentence(finished, tmp_path, monkeypatch):  # noqa: 
 # --- mistakes ------------------------------------------------------------------------------------
 
 
-def test_training_images_elsewhere(finished, folder, tmp_path):  # noqa: F811
+def test_training_images_elsewhere(finished, folder, tmp_path):
     state = checkpoint.load(finished / "checkpoint.pth")
     state["settings"]["data"] = "a/path/that/is/gone"
     checkpoint.save(tmp_path / "checkpoint.pth", state)
@@ -203,7 +203,7 @@ def test_training_images_elsewhere(finished, folder, tmp_path):  # noqa: F811
     (dict(more=["--folders", "."]), "--folders .: is there already"),
 ])
 def test_mistakes_are_one_sentence(
-        finished, folder, tmp_path, monkeypatch, change, words):  # noqa: F811
+        finished, folder, tmp_path, monkeypatch, change, words):
     monkeypatch.chdir(finished)
     with pytest.raises(UserError) as error:
         run_assign(change.get("state", "checkpoint.pth"), change.get("data", folder),
