@@ -1,6 +1,7 @@
 """odc.assign: the cluster of new images, and the training images they resemble."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -34,8 +35,8 @@ def signals(monkeypatch):
 def expected_features(state, dataset):
     """One image at a time, through the whole network."""
     network = ODC(state["arch"], state["small_stem"], dim=32, num_clusters=8)
-    for part in ("backbone", "neck", "head"):
-        getattr(network, part).load_state_dict(state[part])
+    network.backbone.load_state_dict(state["backbone"])
+    network.neck.load_state_dict(state["clusters"]["neck"])
     network.eval()
     transform = evaluation_transform(32)
     with torch.no_grad():
@@ -48,14 +49,15 @@ def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path):
     rows = run_assign(finished / "checkpoint.pth", folder, tmp_path / "new.csv",
                       "--neighbours", 4, "--features", tmp_path / "new.npy")
     state, dataset = checkpoint.load(finished / "checkpoint.pth"), open_dataset(str(folder))
-    features, centroids = expected_features(state, dataset), state["memory"]["centroids"]
+    features, centroids = expected_features(state, dataset), state["clusters"]["centroids"]
     written = np.load(tmp_path / "new.npy")
     assert written.dtype == np.float32 and written == pytest.approx(features.numpy(), abs=1e-5)
-    bank, names = state["memory"]["features"], [dataset.name_of(i) for i in range(150)]
+    bank = torch.from_numpy(np.load(finished / "features.npy"))
+    names = [dataset.name_of(i) for i in range(150)]
     assert [row["path"] for row in rows] == names
     for i, row in enumerate(rows):
-        scores = centroids @ features[i]
-        assert float(scores[int(row["cluster"])]) == pytest.approx(float(scores.max()), abs=1e-5)
+        distances = (centroids - features[i]).norm(dim=1)
+        assert float(distances[int(row["cluster"])]) == pytest.approx(distances.min(), abs=1e-5)
         cosine = torch.cosine_similarity(features[i], centroids[int(row["cluster"])], dim=0)
         assert float(row["similarity"]) == pytest.approx(float(cosine), abs=2e-4)
         nearest = (bank @ features[i]).sort(descending=True).values[:4]
@@ -182,6 +184,7 @@ def test_training_images_elsewhere(finished, folder, tmp_path):
     state = checkpoint.load(finished / "checkpoint.pth")
     state["settings"]["data"] = "a/path/that/is/gone"
     checkpoint.save(tmp_path / "checkpoint.pth", state)
+    shutil.copy(finished / "features.npy", tmp_path)
     arguments = (tmp_path / "checkpoint.pth", folder, tmp_path / "new.csv", "--neighbours", 1)
     with pytest.raises(UserError, match="a/path/that/is/gone does not exist.*--train-data"):
         run_assign(*arguments)
@@ -190,6 +193,22 @@ def test_training_images_elsewhere(finished, folder, tmp_path):
     with pytest.raises(UserError, match="other images.*--train-data"):
         run_assign(*arguments, "--train-data", tmp_path)
     assert "neighbour_1" not in run_assign(*arguments[:3])[0]  # nobody needs their names then
+
+
+def test_vectors_of_the_run_that_are_missing_damaged_or_of_other_images(
+        finished, folder, tmp_path):
+    shutil.copy(finished / "checkpoint.pth", tmp_path)
+    arguments = (tmp_path / "checkpoint.pth", folder, tmp_path / "new.csv")
+    vectors = tmp_path / "features.npy"
+    for content, words in ((None, "missing or damaged"), (b"no array", "missing or damaged"),
+                           (np.zeros((149, 32), np.float32), "149 vectors for 150 images")):
+        if isinstance(content, bytes):
+            vectors.write_bytes(content)
+        elif content is not None:
+            np.save(vectors, content)
+        with pytest.raises(UserError, match=f"features.npy.*{words}.*--export-only"):
+            run_assign(*arguments, "--neighbours", 1)
+    assert len(run_assign(*arguments)) == 150  # nobody needs them then
 
 
 @pytest.mark.parametrize("change, words", [
