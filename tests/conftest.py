@@ -5,7 +5,7 @@ import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
-# Started in the background of a script, tests would ignore SIGINT, and so would all that they start.
+# A script's background jobs ignore SIGINT, and so would all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

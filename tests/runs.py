@@ -84,7 +84,7 @@ def assert_equal_state(a, b, where="checkpoint"):
 
 
 def assert_same_run(a, b):
-    """Two output folders hold the same weights, memories, log, clusters and features, bit for bit."""
+    """Two runs left the same weights, memories, log, clusters and features, bit for bit."""
     states = [state_of(folder) for folder in (a, b)]
     for state in states:
         for name in ("output", "checkpoint_interval"):  # these must make no difference

@@ -123,8 +123,9 @@ def test_processes_that_start_again_on_the_store_of_lost_ones():
     group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
                  TORCHELASTIC_USE_AGENT_STORE="True")
     for _ in range(2):
-        children = [subprocess.Popen([sys.executable, "-c", JOIN], text=True, stderr=subprocess.PIPE,
-                                     env=environment(**group, RANK=str(rank))) for rank in range(2)]
+        children = [subprocess.Popen([sys.executable, "-c", JOIN], text=True,
+                                     env=environment(**group, RANK=str(rank)),
+                                     stderr=subprocess.PIPE) for rank in range(2)]
         try:
             codes = [child.wait(120) for child in children]
             assert codes == [0, 0], [child.stderr.read() for child in children]
