@@ -5,7 +5,7 @@ import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
-# Started in the background of a script, tests would have a SIGINT that is ignored, and so would what they start.
+# A script's background jobs ignore SIGINT, and so would all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -25,7 +25,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for i in range(150):
-        pixels = generator.integers(0, 255, (36, 40, 3)) // 3 + np.array([(80, 0, 0), (0, 80, 0), (0, 0, 80)][i % 3])
+        colour = np.array([(80, 0, 0), (0, 80, 0), (0, 0, 80)][i % 3])
+        pixels = generator.integers(0, 255, (36, 40, 3)) // 3 + colour
         (root / f"class{i % 3}").mkdir(exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(root / f"class{i % 3}" / f"{i:03d}.png")
     return root
@@ -35,5 +36,6 @@ def folder(tmp_path_factory):
 def finished(folder, tmp_path_factory):
     """The output of a short run on the folder, never interrupted."""
     output = tmp_path_factory.mktemp("finished")
-    assert run_main("--data", folder, "--output", output, *SMALL, "--epochs", "2", "--save-interval", "1") == 0
+    assert run_main("--data", folder, "--output", output, *SMALL, "--epochs", "2",
+                    "--save-interval", "1") == 0
     return output

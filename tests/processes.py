@@ -56,8 +56,9 @@ def run_processes(function, world_size, *arguments, timeout=300):
             group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
                          MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             logs.append(open(Path(folder) / f"log{rank}", "w+"))
-            children.append(subprocess.Popen([sys.executable, "-c", _CHILD, str(call)], cwd=ROOT,
-                                             env=environment(**group), stdout=logs[-1], stderr=subprocess.STDOUT))
+            children.append(subprocess.Popen(
+                [sys.executable, "-c", _CHILD, str(call)], cwd=ROOT, env=environment(**group),
+                stdout=logs[-1], stderr=subprocess.STDOUT))
         try:
             codes = [child.wait(timeout) for child in children]
         finally:
@@ -82,5 +83,5 @@ def command(script, *arguments, processes=1):
 
 def run_script(script, *arguments, processes=1, timeout=300, **extra):
     """Run a script to its end; a CompletedProcess with text output."""
-    return subprocess.run(command(script, *arguments, processes=processes), env=environment(**extra), text=True,
-                          capture_output=True, timeout=timeout)
+    return subprocess.run(command(script, *arguments, processes=processes), text=True,
+                          env=environment(**extra), capture_output=True, timeout=timeout)

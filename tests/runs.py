@@ -12,9 +12,9 @@ import train
 from odc.runtime import checkpoint, program
 from tests.processes import command, environment
 
-SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min-cluster-size", "5", "--batch-size", "16",
-         "--feature-dim", "32", "--workers", "0", "--log-interval", "1", "--lr", "0.05", "--device", "cpu",
-         "--crop-scale", "0.5"]
+SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min-cluster-size", "5",
+         "--batch-size", "16", "--feature-dim", "32", "--workers", "0", "--log-interval", "1",
+         "--lr", "0.05", "--device", "cpu", "--crop-scale", "0.5"]
 
 
 def run_main(*arguments):
@@ -84,7 +84,7 @@ def assert_equal_state(a, b, where="checkpoint"):
 
 
 def assert_same_run(a, b):
-    """Two output folders hold the same weights, memories, log and clusters, bit for bit."""
+    """Two runs left the same weights, memories, log, clusters and features, bit for bit."""
     states = [state_of(folder) for folder in (a, b)]
     for state in states:
         for name in ("output", "checkpoint_interval"):  # these must make no difference
@@ -92,7 +92,8 @@ def assert_same_run(a, b):
         state.pop("log_position")  # images_per_second has no fixed length
     assert_equal_state(*states)
     assert log_of(a) == log_of(b)
-    assert (a / "clusters.csv").read_bytes() == (b / "clusters.csv").read_bytes()
+    for name in ("clusters.csv", "features.npy", "centroids.npy"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 def assert_one_sentence(capsys, code, *words):

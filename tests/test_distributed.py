@@ -1,4 +1,4 @@
-"""Which device a process takes, and how processes leave. The collectives are tested where they are used."""
+"""Which device a process takes, and how processes leave. Other tests cover the collectives."""
 
 import subprocess
 import sys
@@ -6,21 +6,22 @@ import sys
 import pytest
 import torch
 
-from odc.runtime import program
-from odc.errors import UserError
 from odc import distributed
+from odc.errors import UserError
+from odc.runtime import program
 from tests.processes import environment, free_port
 
 
 @pytest.mark.parametrize("devices, local, world, answer", [
-    (0, 1, 1, "cpu"), (0, 2, 2, "cpu"), (1, 1, 1, "cuda"), (1, 2, 2, "cpu"), (2, 2, 2, "cuda"), (8, 8, 16, "cuda"),
-    (7, 8, 16, "cuda")])  # the last one is refused then: one machine lacks a device
-def test_auto_takes_cuda_if_each_process_has_a_device(monkeypatch, capsys, devices, local, world, answer):
+    (0, 1, 1, "cpu"), (0, 2, 2, "cpu"), (1, 1, 1, "cuda"), (1, 2, 2, "cpu"), (2, 2, 2, "cuda"),
+    (8, 8, 16, "cuda"), (7, 8, 16, None)])  # in the last, one of two machines lacks a device
+def test_auto_takes_cuda_if_each_process_has_a_device(
+        monkeypatch, capsys, devices, local, world, answer):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     for name, value in (("LOCAL_WORLD_SIZE", local), ("WORLD_SIZE", world), ("LOCAL_RANK", 0)):
         monkeypatch.setenv(name, str(value))
-    if devices and devices < local < world:  # too few on one of several machines: a mistake
+    if answer is None:
         with pytest.raises(UserError, match=f"{devices} CUDA device"):
             distributed.choose_device("auto")
         return
@@ -42,7 +43,8 @@ def test_processes_on_different_devices():
 def test_half_of_a_group_in_the_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(UserError, match="not RANK and MASTER_ADDR and MASTER_PORT: start with torchrun"):
+    words = "not RANK and MASTER_ADDR and MASTER_PORT: start with torchrun"
+    with pytest.raises(UserError, match=words):
         distributed.init("cpu")
 
 
@@ -61,7 +63,8 @@ import time, torch
 from odc import distributed
 from odc.errors import UserError
 from odc.runtime import program
-torch.distributed.destroy_process_group = lambda: time.sleep(600)  # as NCCL's may while others wait in a collective
+# NCCL's may take so long while others wait in a collective.
+torch.distributed.destroy_process_group = lambda: time.sleep(600)
 def main():
     distributed.init("cpu")
     if distributed.rank() == 1:
@@ -73,13 +76,14 @@ program.run_program(main)
 
 def test_an_error_of_one_process_alone_leaves_none_waiting():
     group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    children = [subprocess.Popen([sys.executable, "-c", LEAVE], env=environment(**group, RANK=str(rank)),
-                                 stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    children = [subprocess.Popen([sys.executable, "-c", LEAVE], stderr=subprocess.PIPE, text=True,
+                                 env=environment(**group, RANK=str(rank))) for rank in range(2)]
     try:
         assert [child.wait(60) for child in children] == [1, 2]
         assert "error: process 1 cannot go on." in children[1].stderr.read()
         said = children[0].stderr.read()
-        assert "error: another process has stopped, or cannot be reached (" in said and "Traceback" not in said
+        assert "error: another process has stopped, or cannot be reached (" in said
+        assert "Traceback" not in said
     finally:
         for child in children:
             child.kill()

@@ -1,6 +1,9 @@
-"""Extraction fills one row for every image, on any number of processes, and its cache is never stale."""
+"""Every image gets its row, on any number of processes, and the cache is never wrong."""
 
+import multiprocessing
 import os
+import resource
+import signal
 import warnings
 
 import numpy as np
@@ -11,10 +14,8 @@ from PIL import Image
 from odc import distributed
 from odc.data.augmentation import normalise, resize_center_crop
 from odc.data.layouts import open_dataset
-from odc.errors import UserError
-from odc.features import (
-    Cache, extract, extract_rows, map_pools, map_shapes, pooled_shapes, weights_fingerprint,
-)
+from odc.errors import Interrupted, UserError
+from odc.features import cache_path, extract, save_rows, weights_fingerprint
 from odc.model import ResNet
 from tests.processes import run_processes
 
@@ -26,176 +27,213 @@ def small(image):
 
 
 def sums(images):
-    """Two features that tell every image: sums by channel, and by column."""
-    return [images.sum((2, 3)), images.sum((1, 2))]
+    """[B, 3, 16, 16] -> [B, 19]: sums by channel, and by column. They differ for every image."""
+    return torch.cat([images.sum((2, 3)), images.sum((1, 2))], 1)
 
 
 def picture_folder(folder, count):
     generator = np.random.default_rng(0)
     os.makedirs(folder, exist_ok=True)
     for i in range(count):
-        Image.fromarray(generator.integers(0, 255, (20, 24, 3), np.uint8)).save(f"{folder}/{i:03d}.png")
+        pixels = generator.integers(0, 255, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(f"{folder}/{i:03d}.png")
     return str(folder)
 
 
-# --- pooled maps -----------------------------------------------------------------------------------------------------
+def expected_rows(folder):
+    dataset = open_dataset(folder)
+    return sums(normalise(torch.stack([small(dataset.load(i)) for i in range(len(dataset))])))
 
 
-def test_pooled_dims_of_resnet50_at_224():
-    shapes = map_shapes(ResNet("resnet50"), 224)
-    assert shapes == [(64, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
-    assert [c * h * w for c, h, w in pooled_shapes(shapes)] == [9216, 9216, 8192, 9216, 8192]
-    assert [h for _, h, _ in pooled_shapes(shapes)] == [12, 6, 4, 3, 2]
+def assert_rows(rows, expected):
+    assert not rows.requires_grad
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-3)
 
 
-def test_first_pool_counts_its_padding():
-    pool = map_pools(map_shapes(ResNet("resnet50"), 224))[0]
-    corner = pool(torch.ones(1, 1, 112, 112))[0, 0, 0, 0]
-    assert corner == pytest.approx(36 / 100)  # 6 x 6 pixels of 10 x 10 are in the map
-
-
-@pytest.mark.parametrize("arch, size, grids", [("resnet18", 224, [12, 6, 4, 3, 2]), ("resnet50", 160, [12, 6, 4, 3, 2]),
-                                               ("narrow", 32, [12, 6, 4, 3, 2]), ("resnet18", 48, [12, 6, 4, 3, 2])])
-def test_other_sizes_pool_to_the_same_grid(arch, size, grids):
-    shapes = map_shapes(ResNet(arch, size <= 64), size)
-    pooled = pooled_shapes(shapes)
-    assert [h for _, h, _ in pooled] == [min(grid, h) for grid, (_, h, _) in zip(grids, shapes)]
-    for pool, shape, expected in zip(map_pools(shapes), shapes, pooled):
-        assert pool(torch.zeros(2, *shape)).shape == (2, *expected)
-
-
-def test_a_grid_is_no_larger_than_its_map():
-    shapes = map_shapes(ResNet("resnet18"), 32)  # maps of 16, 8, 4, 2, 1
-    assert [h for _, h, _ in pooled_shapes(shapes)] == [12, 6, 4, 2, 1]
-
-
-# --- extraction ------------------------------------------------------------------------------------------------------
-
-
-def expected_rows(dataset):
-    images = torch.stack([small(dataset.load(i)) for i in range(len(dataset))])
-    return sums(normalise(images))
+# --- rows ----------------------------------------------------------------------------------------
 
 
 def extracted(folder, jobs):
-    """For each of the jobs (batch size, cache folder or None): own rows, all rows, images seen, numbers of own rows."""
-    dataset = open_dataset(folder)
-    results = []
-    for batch_size, cache_folder in jobs:
-        seen = []
+    """For each (batch size, cache): this process's features, and the number of images it used."""
+    dataset, results = open_dataset(folder), []
+    for batch_size, cache in jobs:
+        used = []
 
         def forward(images):
-            seen.append(len(images))
+            used.append(len(images))
             return sums(images)
 
-        cache = cache_folder and Cache(cache_folder, dataset.fingerprint, "small")
-        own = extract_rows(forward, dataset, small, [3, 16], CPU, batch_size, cache=cache)
-        whole = extract(forward, dataset, small, [3, 16], CPU, batch_size, cache=cache)
-        rows = distributed.shard(len(dataset))
-        results.append(([x.clone() for x in own], [x.clone() for x in whole], sum(seen), rows))
+        rows = extract(forward, dataset, small, 19, CPU, batch_size, cache=cache)
+        results.append((rows, sum(used)))
     return results
 
 
 @pytest.mark.parametrize("W", [1, 2])
 def test_every_row_once_in_order(tmp_path, W):
-    folder = picture_folder(tmp_path / "images", 13)
-    expected = expected_rows(open_dataset(folder))
-    cache = str(tmp_path / "cache")
+    folder, cache = picture_folder(tmp_path / "images", 13), str(tmp_path / "cache" / "x.npy")
+    expected = expected_rows(folder)
     jobs = [(3, None), (4, cache), (5, cache), (100, None)]
     ranks = run_processes(extracted, W, folder, jobs) if W > 1 else [extracted(folder, jobs)]
-    for job, (_, folder_of_cache) in enumerate(jobs):
-        for own, whole, _, rows in (results[job] for results in ranks):
-            for part, matrix, truth in zip(own, whole, expected):
-                torch.testing.assert_close(part, truth[rows], rtol=1e-5, atol=1e-3)
-                torch.testing.assert_close(matrix, truth, rtol=1e-5, atol=1e-3)
-    # Without a cache both functions go over the images; with one, only the first that needs them.
-    assert [sum(results[job][2] for results in ranks) for job in range(4)] == [26, 13, 0, 26]
-    assert [name for name in os.listdir(cache) if "partial" in name] == []
-    (again,) = extracted(folder, [(6, cache)])  # W = 1 reads what any W wrote
-    assert again[2] == 0
-    torch.testing.assert_close(again[1][0], expected[0], rtol=1e-5, atol=1e-3)
+    for job in range(4):
+        assert_rows(torch.cat([results[job][0] for results in ranks]), expected)
+    # The cache is written by the first job that names it, and read by the second.
+    assert [sum(results[job][1] for results in ranks) for job in range(4)] == [13, 13, 0, 13]
+    assert os.listdir(tmp_path / "cache") == ["x.npy"]
+    ((again, used),) = extracted(folder, [(6, cache)])  # one process reads what any W wrote
+    assert used == 0
+    assert_rows(again, expected)
+    assert np.load(cache).shape == (13, 19) and np.load(cache).dtype == np.float32
+
+
+def test_two_processes_read_what_one_wrote(tmp_path):
+    folder, cache = picture_folder(tmp_path / "images", 13), str(tmp_path / "x.npy")
+    ((whole, _),) = extracted(folder, [(4, cache)])
+    parts = run_processes(extracted, 2, folder, [(4, cache)])
+    assert [used for ((_, used),) in parts] == [0, 0]
+    assert torch.equal(torch.cat([rows for ((rows, _),) in parts]), whole)
 
 
 def test_more_processes_than_images(tmp_path):
-    folder = picture_folder(tmp_path / "images", 2)
-    jobs = [(4, str(tmp_path / "cache")), (4, None)]
-    for results in run_processes(extracted, 3, folder, jobs):
-        for own, whole, _, rows in results:
-            assert len(own[0]) == rows.stop - rows.start and whole[1].shape == (2, 16)
+    folder, cache = picture_folder(tmp_path / "images", 2), str(tmp_path / "x.npy")
+    for job in zip(*run_processes(extracted, 3, folder, [(4, cache), (4, cache), (4, None)])):
+        assert_rows(torch.cat([rows for rows, _ in job]), expected_rows(folder))
+        assert sorted(len(rows) for rows, _ in job) == [0, 1, 1]
 
 
-def test_a_single_width_gives_a_single_matrix(tmp_path):
-    dataset = open_dataset(picture_folder(tmp_path, 3))
-    rows = extract_rows(lambda images: images.sum((2, 3)), dataset, small, 3, CPU)
-    torch.testing.assert_close(rows, expected_rows(dataset)[0], rtol=1e-5, atol=1e-3)
-    assert not rows.requires_grad
+def test_chosen_images_only(tmp_path):
+    folder = picture_folder(tmp_path, 9)
+    images = torch.tensor([7, 2, 2, 5])
+    rows = extract(sums, open_dataset(folder), small, 19, CPU, 3, images=images)
+    assert_rows(rows, expected_rows(folder)[images])
 
 
-def test_cache_follows_weights_data_and_transform(tmp_path):
+def test_unreadable_images(tmp_path):
+    """Up to 1% are stood in for, and then nothing is kept; above that it is an error."""
+    folder, cache = picture_folder(tmp_path / "images", 150), str(tmp_path / "cache.npy")
+    (tmp_path / "images" / "007.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="007.png"):
+        rows = extract(sums, open_dataset(folder), small, 19, CPU, cache=cache)
+    assert len(rows) == 150 and rows.isfinite().all()
+    assert not os.path.exists(cache)
+    (tmp_path / "images" / "009.png").write_bytes(b"")
+    words = "2 of 150 images in .* cannot be read"
+    with warnings.catch_warnings(), pytest.raises(UserError, match=words):
+        warnings.simplefilter("ignore")
+        extract(sums, open_dataset(folder), small, 19, CPU)
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+def test_other_weights_data_or_transform_have_another_file(tmp_path):
     network, other = ResNet("narrow", True), ResNet("narrow", True)
     other.load_state_dict(network.state_dict())
     assert weights_fingerprint(network) == weights_fingerprint(other)
     other.bn1.running_mean[3] += 1e-6
     assert weights_fingerprint(network) != weights_fingerprint(other)
-    paths = {Cache(tmp_path, *parts).path for parts in (("w", "data", "t"), ("v", "data", "t"), ("w", "data2", "t"),
-                                                        ("w", "data", "t2"))}
-    assert len(paths) == 4
-    assert Cache(tmp_path, "w", "data", "t").path in paths
+    parts = [("w", "data", "t"), ("v", "data", "t"), ("w", "data2", "t"), ("w", "data", "t2")]
+    paths = [cache_path(tmp_path, *of) for of in parts]
+    assert len(set(paths)) == 4 and cache_path(tmp_path, "w", "data", "t") == paths[0]
+    assert {os.path.dirname(path) for path in paths} == {str(tmp_path)}
 
 
-def test_unreadable_images(tmp_path):
-    folder = picture_folder(tmp_path / "images", 150)
-    (tmp_path / "images" / "007.png").write_bytes(b"")
-    dataset = open_dataset(folder)
-    with pytest.warns(UserWarning, match="007.png"):
-        rows = extract_rows(sums, dataset, small, [3, 16], CPU)
-    assert len(rows[0]) == 150 and rows[0].isfinite().all()
-    (tmp_path / "images" / "009.png").write_bytes(b"")
-    with warnings.catch_warnings(), pytest.raises(UserError, match="2 of 150 images cannot be read"):
-        warnings.simplefilter("ignore")
-        extract_rows(sums, open_dataset(folder), small, [3, 16], CPU)
+@pytest.mark.parametrize("keep", [0, 40, -4])
+def test_damaged_cache(tmp_path, keep):
+    """Empty, cut off in the header, and cut off in the last number."""
+    folder, cache = picture_folder(tmp_path / "images", 3), str(tmp_path / "x.npy")
+    extracted(folder, [(4, cache)])
+    os.truncate(cache, keep if keep >= 0 else os.path.getsize(cache) + keep)
+    with pytest.raises(UserError, match="x.npy is damaged; delete it"):
+        extracted(folder, [(4, cache)])
 
 
-def fails_on_one_process(folder, cache_folder):
+def test_cache_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = picture_folder(tmp_path / "images", 3)
+    with pytest.raises(UserError, match=f"--features-cache {tmp_path}/file: .*choose another"):
+        extracted(folder, [(4, str(tmp_path / "file" / "x.npy"))])
+
+
+def test_a_kill_while_writing_leaves_no_cache(tmp_path, monkeypatch):
+    folder, cache = picture_folder(tmp_path / "images", 13), str(tmp_path / "x.npy")
+
+    def killed():
+        monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        extracted(folder, [(4, cache)])
+
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL and not os.path.exists(cache)
+    assert os.path.exists(cache + ".partial")  # it was in the middle
+    for used in (13, 0):
+        ((rows, number),) = extracted(folder, [(4, cache)])
+        assert_rows(rows, expected_rows(folder))
+        assert number == used
+    assert sorted(os.listdir(tmp_path)) == ["images", "x.npy"]
+
+
+def stopped(folder, cache):
+    """What extraction says if process 1 fails in its first batch."""
     def forward(images):
         if distributed.rank() == 1:
             raise UserError("process 1 cannot go on.")
         return sums(images)
 
-    dataset = open_dataset(folder)
     try:
-        extract_rows(forward, dataset, small, [3, 16], CPU, 2, cache=Cache(cache_folder, "x"))
+        extract(forward, open_dataset(folder), small, 19, CPU, 2, cache=cache)
     except UserError as error:
         return str(error)
 
 
 def test_an_error_on_one_process_stops_all_and_leaves_no_files(tmp_path):
     folder = picture_folder(tmp_path / "images", 9)
-    messages = run_processes(fails_on_one_process, 2, folder, str(tmp_path / "cache"), timeout=120)
+    messages = run_processes(stopped, 2, folder, str(tmp_path / "x.npy"), timeout=120)
     assert messages == ["process 1 cannot go on."] * 2
-    assert os.listdir(tmp_path / "cache") == []
+    assert os.listdir(tmp_path) == ["images"]
 
 
-def test_cache_that_cannot_be_opened_leaves_nothing(tmp_path, monkeypatch):
-    """The main process makes the files, and then a process cannot open them."""
-    def refuse(*_):
-        raise OSError(24, "Too many open files")
+def test_a_signal_stops_between_two_batches_and_leaves_no_files(tmp_path, monkeypatch):
+    folder, used = picture_folder(tmp_path / "images", 9), []
 
-    monkeypatch.setattr("odc.features.open", refuse, raising=False)
-    with pytest.raises(UserError, match="Too many open files"), Cache(str(tmp_path), "x").writing(5, 3):
-        pass
+    def forward(images):
+        used.append(len(images))
+        return sums(images)
+
+    monkeypatch.setattr("odc.runtime.program.signal_is_pending", lambda: len(used) == 2)
+    with pytest.raises(Interrupted):
+        extract(forward, open_dataset(folder), small, 19, CPU, 2, cache=str(tmp_path / "x.npy"))
+    assert used == [2, 2] and os.listdir(tmp_path) == ["images"]
+
+
+def written_on_a_full_disk(path, full_rank):
+    """What saving says if a process may not write files above 400 bytes, as on a full disk."""
+    features = torch.ones(100, 3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if distributed.rank() == full_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400, hard))
+    try:
+        save_rows(path, features, 100 * distributed.world_size(), "--output here")
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("W, full_rank", [(1, 0), (2, 0), (2, 1)])
+def test_a_full_disk_is_one_sentence_and_leaves_no_files(tmp_path, W, full_rank):
+    call = written_on_a_full_disk, W, str(tmp_path / "x.npy"), full_rank
+    messages = run_processes(*call) if W > 1 else [written_on_a_full_disk(*call[2:])]
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("--output here: could not be written (")
+    assert messages[0].endswith("; make room, or choose another folder.")
     assert os.listdir(tmp_path) == []
 
 
-def test_cache_that_cannot_be_written_or_read(tmp_path):
-    dataset = open_dataset(picture_folder(tmp_path / "images", 3))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file"):
-        extract_rows(sums, dataset, small, [3, 16], CPU, cache=Cache(str(tmp_path / "file"), "x"))
-    cache = Cache(str(tmp_path / "cache"), "x")
-    extract_rows(sums, dataset, small, [3, 16], CPU, cache=cache)
-    path = os.path.join(cache.path, "1.npy")
-    with open(path, "r+b") as file:
-        file.truncate(os.path.getsize(path) - 4)
-    with pytest.raises(UserError, match="damaged; delete it"):
-        extract_rows(sums, dataset, small, [3, 16], CPU, cache=cache)
+def test_a_cache_is_never_replaced_by_half_of_another(tmp_path):
+    """Where writing fails, the file that was there stays as it was."""
+    path = str(tmp_path / "x.npy")
+    save_rows(path, torch.zeros(5, 3), 5, "--output here")
+    assert "could not be written" in written_on_a_full_disk(path, 0)
+    assert np.array_equal(np.load(path), np.zeros((5, 3)))
+    assert os.listdir(tmp_path) == ["x.npy"]

@@ -1,4 +1,4 @@
-"""k-means against a plain Lloyd, with one, two and four processes, and on data without K different rows."""
+"""k-means against a plain Lloyd, on 1, 2 and 4 processes, and on data without K different rows."""
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from tests.processes import run_processes
 
 
 def unit_features(n, d, seed=0, latent=6):
-    """Non-negative unit features on a curved surface: no clear clusters, so that 20 iterations do not converge."""
+    """Non-negative unit features on a curved surface, where 20 iterations do not converge."""
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, latent, generator=g) @ torch.randn(latent, d, generator=g) + 0.1 * torch.randn(n, d, generator=g)
+    x = torch.randn(n, latent, generator=g) @ torch.randn(latent, d, generator=g)
+    x = x + 0.1 * torch.randn(n, d, generator=g)
     return F.normalize(x.relu())
 
 
@@ -61,12 +62,13 @@ def test_the_data_do_not_converge_in_20_iterations():
 
 def kmeans_shard(features, num_clusters, iterations, seed, initial_centroids=None):
     rows = distributed.shard(len(features))
-    return kmeans(features[rows], num_clusters, iterations, seed, initial_centroids=initial_centroids)
+    return kmeans(features[rows], num_clusters, iterations, seed,
+                  initial_centroids=initial_centroids)
 
 
 def test_any_number_of_processes_gives_the_same_bits():
     features = unit_features(1003, 16)
-    far = torch.cat([features[:20], 50 + torch.rand(15, 16)])  # 15 initial centroids that no row is near
+    far = torch.cat([features[:20], 50 + torch.rand(15, 16)])  # no row is near the last 15
     alike = features[:1].repeat(30, 1)
     one = [kmeans(features, 35, 8, 3), kmeans(features, 35, 1, 3, far), kmeans(alike, 7, 5)]
     for world_size in (2, 4):

@@ -14,7 +14,7 @@ from tests.processes import run_processes
 
 
 class SimpleMemory:
-    """The rules of the paper and the recipe, one image at a time, everything recounted from scratch (float64)."""
+    """The rules of the paper and the recipe, image by image, all recounted in float64."""
 
     def __init__(self, features, labels, num_clusters, momentum, min_cluster_size):
         self.F = F.normalize(features.double())
@@ -28,7 +28,7 @@ class SimpleMemory:
 
     def update_samples(self, indices, z):
         before = self.y.clone()
-        last = {int(i): feature for i, feature in zip(indices, z)}  # a later occurrence overwrites an earlier one
+        last = {int(i): feature for i, feature in zip(indices, z)}  # the last occurrence counts
         for i, feature in last.items():
             moved = self.m * feature.double() / feature.double().norm() + (1 - self.m) * self.F[i]
             self.F[i] = moved / moved.norm()
@@ -72,7 +72,8 @@ def draw(num_samples, dim, num_clusters, seed=0):
 def global_batches(num_samples, dim, batch, steps, generator):
     """Batches with repeated images."""
     for _ in range(steps):
-        yield torch.randint(num_samples, (batch,), generator=generator), torch.rand(batch, dim, generator=generator)
+        yield (torch.randint(num_samples, (batch,), generator=generator),
+               torch.rand(batch, dim, generator=generator))
 
 
 def step(memory, number, indices, z):
@@ -82,7 +83,7 @@ def step(memory, number, indices, z):
     return changed, memory.split_small_clusters()
 
 
-@pytest.mark.parametrize("K", [12, 24])  # the second is more than N / (2 x 15): some clusters stay empty
+@pytest.mark.parametrize("K", [12, 24])  # 24 > N / (2 x 15): some clusters stay empty
 def test_every_rule_against_the_simple_form(K):
     N, d = 400, 16
     features, labels, generator = draw(N, d, K)
@@ -99,7 +100,8 @@ def test_every_rule_against_the_simple_form(K):
         assert (memory.features - simple.F).abs().max() < 1e-5
         assert (memory.centroids - simple.C).abs().max() < 1e-5
         N_c = simple.sizes().double().clamp(min=1)
-        assert torch.allclose(memory.loss_weights().double(), N_c**-0.5 / (N_c**-0.5).sum(), rtol=1e-5)
+        expected = N_c**-0.5 / (N_c**-0.5).sum()
+        assert torch.allclose(memory.loss_weights().double(), expected, rtol=1e-5)
     assert refilled > 5  # otherwise this has not tested the splits
     assert (K == 24) == bool((simple.sizes() == 0).any())
 
@@ -116,7 +118,8 @@ def test_centroids_are_not_normalised_and_empty_ones_stay():
 def test_last_occurrence_wins():
     memory = ODCMemory(3, 2, 1, momentum=1.0)
     memory.initialize(torch.eye(2)[[0, 0, 0]], torch.zeros(3, dtype=torch.int64))
-    memory.update_samples(torch.tensor([1, 1, 2, 1]), torch.tensor([[5.0, 5], [1, 1], [1, 0], [0, 2]]))
+    memory.update_samples(torch.tensor([1, 1, 2, 1]),
+                          torch.tensor([[5.0, 5], [1, 1], [1, 0], [0, 2]]))
     assert torch.allclose(memory.features, torch.tensor([[1.0, 0], [0, 1], [1, 0]]))
 
 
@@ -146,15 +149,16 @@ def test_loss_weights():
     assert torch.allclose(memory.loss_weights(power=0), torch.full((3,), 1 / 3))
 
 
-# --- splits ----------------------------------------------------------------------------------------------------------
+# --- splits --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_two_means_is_as_good_as_scikit_learn(seed):
-    from sklearn.cluster import KMeans  # here, since the processes below import this module and need no scikit-learn
+    from sklearn.cluster import KMeans  # here: the processes below import this module without it
 
     generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(150, 24, generator=generator) + torch.randint(2, (150, 1), generator=generator) * 0.7
+    x = torch.rand(150, 24, generator=generator)
+    x = x + torch.randint(2, (150, 1), generator=generator) * 0.7
     half = two_means(x)
     inertia = sum(float((x[h] - x[h].mean(dim=0)).square().sum()) for h in (half, ~half))
     assert inertia <= KMeans(2, n_init=10, random_state=0).fit(x.numpy()).inertia_ * 1.01
@@ -167,15 +171,17 @@ def test_two_means_halves_identical_points_at_random():
 
 
 def test_two_means_keeps_halves_from_being_small():
-    x = torch.cat([torch.randn(99, 4, generator=torch.Generator().manual_seed(0)) * 0.01, torch.full((1, 4), 9.0)])
-    assert min(int(two_means(x).sum()), 100 - int(two_means(x).sum())) == 1  # k-means proper: an outlier is a cluster
+    x = torch.randn(99, 4, generator=torch.Generator().manual_seed(0)) * 0.01
+    x = torch.cat([x, torch.full((1, 4), 9.0)])
+    second = int(two_means(x).sum())
+    assert min(second, 100 - second) == 1  # as in k-means, an outlier is a cluster
     half = two_means(x, at_least=20)
     assert min(int(half.sum()), 100 - int(half.sum())) == 20
 
 
 @pytest.mark.parametrize("labels", [[0] * 64, [0] * 40 + [1] * 24, list(range(16)) * 4])
 def test_one_cluster_holding_everything_and_all_clusters_small(labels):
-    memory = ODCMemory(64, 3, 16, min_cluster_size=20)  # more than N / K: cannot be reached, must still end
+    memory = ODCMemory(64, 3, 16, min_cluster_size=20)  # above N / K: out of reach, must still end
     memory.initialize(torch.rand(64, 3), torch.tensor(labels))
     for _ in range(5):
         memory.split_small_clusters()
@@ -195,13 +201,15 @@ def test_properties(num_clusters, dim, min_cluster_size, steps, data):
         memory.update_samples(indices, torch.relu(z - 0.5))
         memory.split_small_clusters()
         sizes = memory.cluster_sizes
-        assert torch.equal(sizes, memory.labels.bincount(minlength=num_clusters)) and sizes.sum() == N
+        assert torch.equal(sizes, memory.labels.bincount(minlength=num_clusters))
+        assert sizes.sum() == N
         if sizes.max() >= min_cluster_size:  # else nothing is done
             assert ((sizes >= min_cluster_size) | (sizes == 0)).all()
         if N >= 2 * num_clusters * min_cluster_size:
             assert sizes.min() >= min_cluster_size
         weights = memory.loss_weights()
-        assert torch.isfinite(weights).all() and (weights > 0).all() and abs(float(weights.sum()) - 1) < 1e-5
+        assert torch.isfinite(weights).all() and (weights > 0).all()
+        assert abs(float(weights.sum()) - 1) < 1e-5
     memory.update_centroids()
     for c in memory.labels.unique():
         mean = memory.features[memory.labels == c].double().mean(dim=0)
@@ -216,7 +224,8 @@ def test_no_drift_in_10000_steps():
     for number, (indices, z) in enumerate(global_batches(N, d, 16, 10_000, generator)):
         step(memory, number, indices, z)
     memory.update_centroids()
-    means = torch.stack([memory.features[memory.labels == c].double().mean(dim=0) for c in range(K)])
+    means = torch.stack([memory.features[memory.labels == c].double().mean(dim=0)
+                         for c in range(K)])
     assert (memory.centroids - means).abs().max() < 1e-6
     recounted = ODCMemory(N, d, K, min_cluster_size=20)
     recounted.load_state_dict(memory.state_dict(), memory.features)
@@ -224,11 +233,11 @@ def test_no_drift_in_10000_steps():
     assert torch.equal(memory.cluster_sizes, recounted.cluster_sizes)
 
 
-# --- several processes -----------------------------------------------------------------------------------------------
+# --- several processes ---------------------------------------------------------------------------
 
 
 def train_memory(steps, state=None):
-    """The memory after `steps` steps on the same global batches, as numpy arrays of all N images."""
+    """The memory after `steps` steps on the same global batches, as arrays of all N images."""
     N, d, K = 500, 16, 12
     features, labels, generator = draw(N, d, K)
     memory = ODCMemory(N, d, K, min_cluster_size=15)

@@ -17,9 +17,10 @@ def plain(features, centroids, inner_product):
 
 
 def unit_features(n, d, seed, latent=8):
-    """Non-negative unit features on a curved surface, as a ReLU network gives them: many centroids are about as near."""
+    """Features as of a ReLU network, on a curved surface: many centroids are about as near."""
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, latent, generator=g) @ torch.randn(latent, d, generator=torch.Generator().manual_seed(7))
+    surface = torch.randn(latent, d, generator=torch.Generator().manual_seed(7))
+    x = torch.randn(n, latent, generator=g) @ surface
     return F.normalize(x.relu() + 1e-3 * torch.rand(n, d, generator=g))
 
 
@@ -30,26 +31,31 @@ def product_dtype(request, monkeypatch):
 
 
 @pytest.mark.parametrize("inner_product", [False, True])
-@pytest.mark.parametrize("n, K, d", [(300, 1, 5), (1, 7, 16), (999, 40, 64), (2000, 333, 256), (1500, 1001, 33)])
+@pytest.mark.parametrize("n, K, d", [(300, 1, 5), (1, 7, 16), (999, 40, 64), (2000, 333, 256),
+                                     (1500, 1001, 33)])
 def test_equals_the_plain_search(product_dtype, n, K, d, inner_product):
     features, centroids = unit_features(n, d, 0), unit_features(4 * K, d, 1).view(K, 4, d).mean(1)
-    assert torch.equal(assign(features, centroids, inner_product), plain(features, centroids, inner_product))
+    assert torch.equal(assign(features, centroids, inner_product),
+                       plain(features, centroids, inner_product))
 
 
 @pytest.mark.parametrize("inner_product", [False, True])
-@pytest.mark.parametrize("scale, offset", [(1e-20, 0.0), (1e-4, 0.0), (1e12, 0.0), (1.0, 100.0), (1e-3, -5.0)])
+@pytest.mark.parametrize("scale, offset", [(1e-20, 0.0), (1e-4, 0.0), (1e12, 0.0), (1.0, 100.0),
+                                           (1e-3, -5.0)])
 def test_any_scale_and_offset(product_dtype, scale, offset, inner_product):
     g = torch.Generator().manual_seed(0)
     features = torch.randn(500, 32, generator=g) * scale + offset
     centroids = torch.randn(90, 32, generator=g) * scale + offset
-    assert torch.equal(assign(features, centroids, inner_product), plain(features, centroids, inner_product))
+    assert torch.equal(assign(features, centroids, inner_product),
+                       plain(features, centroids, inner_product))
 
 
 @pytest.mark.parametrize("inner_product", [False, True])
 def test_differences_far_below_bfloat16_decide(product_dtype, inner_product):
     g = torch.Generator().manual_seed(0)
     centroid = F.normalize(torch.rand(64, generator=g), dim=0)
-    centroids = torch.cat([centroid + 1e-5 * torch.randn(5, 64, generator=g), torch.randn(100, 64, generator=g) / 16])
+    centroids = torch.cat([centroid + 1e-5 * torch.randn(5, 64, generator=g),
+                           torch.randn(100, 64, generator=g) / 16])
     features = F.normalize(centroid + 0.1 * torch.randn(400, 64, generator=g))
     expected = plain(features, centroids, inner_product)
     assert len(expected.unique()) >= 4
@@ -61,8 +67,9 @@ def test_the_lowest_index_wins_ties(product_dtype, inner_product):
     features = unit_features(400, 24, 0)
     centroids = unit_features(50, 24, 1)
     repeated = torch.cat([centroids, centroids.flip(0), centroids])
-    assert torch.equal(assign(features, repeated, inner_product), assign(features, centroids, inner_product))
-    assert torch.equal(assign(torch.zeros(3, 24), repeated, True), torch.zeros(3, dtype=torch.int64))
+    assert torch.equal(assign(features, repeated, inner_product),
+                       assign(features, centroids, inner_product))
+    assert assign(torch.zeros(3, 24), repeated, True).tolist() == [0, 0, 0]
     alike = torch.ones(77, 24)
     assert torch.equal(assign(features, alike, inner_product), torch.zeros(400, dtype=torch.int64))
 
@@ -71,7 +78,8 @@ def test_blocks_do_not_matter(product_dtype, monkeypatch):
     features, centroids = unit_features(3000, 64, 0), unit_features(500, 64, 1)
     whole = assign(features, centroids)
     search = NearestCentroid(centroids)
-    assert torch.equal(torch.cat([search(part) for part in features.split([1, 0, 999, 2000])]), whole)
+    parts = [search(part) for part in features.split([1, 0, 999, 2000])]
+    assert torch.equal(torch.cat(parts), whole)
     monkeypatch.setattr(nearest, "BLOCK", 17)
     assert torch.equal(assign(features, centroids), whole)
 

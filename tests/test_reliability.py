@@ -1,4 +1,4 @@
-"""What a run survives: kills, signals, lost processes, full disks, odd numbers, long hours. The README has the list."""
+"""What a run survives: kills, signals, lost processes, full disks, odd numbers, long hours."""
 
 import os
 import random
@@ -27,20 +27,28 @@ from tests.runs import (
 
 
 def arguments_for(folder, output, *extra):
-    return ["--data", folder, "--output", output, *SMALL, "--epochs", "3", "--checkpoint-interval", "1", *extra]
+    return ["--data", folder, "--output", output, *SMALL, "--epochs", "3",
+            "--checkpoint-interval", "1", *extra]
 
 
 def start_two(folder, output, *torchrun):
     line = command("train.py", *arguments_for(folder, output), processes=2)
     line[line.index("--standalone") : line.index("--standalone")] = torchrun
-    return subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return quiet(line)
+
+
+def quiet(line):
+    """Start a command whose output nobody reads."""
+    return subprocess.Popen(list(map(str, line)), env=environment(), stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
 
 
 def workers_of(torchrun):
     """Process ids of the ranks that a torchrun process has started."""
     try:
         children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-        return [int(pid) for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+        return [int(pid) for pid in children
+                if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
     except FileNotFoundError:  # the run has come to its end meanwhile
         return []
 
@@ -56,7 +64,7 @@ def kill(pid):
 
 @pytest.mark.slow
 def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):
-    """Also within the write of a checkpoint: half of the kills happen when the temporary file is seen."""
+    """Half of the kills wait for a checkpoint's temporary file, to come within its write."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start_two(folder, whole).wait(600) == 0
     killed.mkdir()
@@ -66,7 +74,8 @@ def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):
         if number == 20:
             break
         run = start_two(folder, killed)
-        done = sum("loss" in record for record in log_of(killed)) if (killed / "log.jsonl").exists() else 0
+        records = log_of(killed) if (killed / "log.jsonl").exists() else []
+        done = sum("loss" in record for record in records)
         wait_for_step(run, killed, done + draw.randrange(4))
         partial = killed / "checkpoint.pth.partial"
         deadline = time.monotonic() + (5 if number % 2 else draw.uniform(0, 0.2))
@@ -90,8 +99,7 @@ def test_four_processes_go_on_to_the_last_bit(folder, tmp_path):
     """With more than two, the order in which gradients are added matters."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script("train.py", *arguments_for(folder, whole), processes=4).returncode == 0
-    run = subprocess.Popen(command("train.py", *arguments_for(folder, killed), processes=4), env=environment(),
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = quiet(command("train.py", *arguments_for(folder, killed), processes=4))
     wait_for_step(run, killed, 4)
     assert kill(workers_of(run)[2])
     run.wait(300)
@@ -110,15 +118,17 @@ os._exit(0)  # lost: nothing is cleaned up
 
 
 def test_processes_that_start_again_on_the_store_of_lost_ones():
-    """As torchrun starts them: its store outlives the processes, and so does what they wrote there."""
+    """torchrun's store outlives the processes, and so does what they wrote there."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
                  TORCHELASTIC_USE_AGENT_STORE="True")
     for _ in range(2):
-        children = [subprocess.Popen([sys.executable, "-c", JOIN], env=environment(**group, RANK=str(rank)),
-                                     stderr=subprocess.PIPE, text=True) for rank in range(2)]
+        children = [subprocess.Popen([sys.executable, "-c", JOIN], text=True,
+                                     env=environment(**group, RANK=str(rank)),
+                                     stderr=subprocess.PIPE) for rank in range(2)]
         try:
-            assert [child.wait(60) for child in children] == [0, 0], [child.stderr.read() for child in children]
+            codes = [child.wait(120) for child in children]
+            assert codes == [0, 0], [child.stderr.read() for child in children]
         finally:
             for child in children:
                 child.kill()
@@ -166,7 +176,8 @@ def test_1_2_4_1_processes(folder, tmp_path):
             assert all(run_processes(restores_the_memory, W, tmp_path))
         result = run_script("train.py", *arguments, "--epochs", epoch, processes=W)
         assert result.returncode == 0, result.stderr
-    assert [record["epoch"] for record in log_of(tmp_path) if "nmi" in record] == [0, 1, 2, 3, 4]
+    epochs = [record["epoch"] for record in log_of(tmp_path) if "nmi" in record]
+    assert epochs == [0, 1, 1, 2, 2, 3, 3, 4, 4]  # each start measures its final clusters, too
 
 
 def test_another_number_of_processes_within_an_epoch(folder, tmp_path, monkeypatch):
@@ -199,7 +210,7 @@ def restores_the_memory(output):
     return torch.equal(memory.features, whole[memory.rows])
 
 
-# --- signals ---------------------------------------------------------------------------------------------------------
+# --- signals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -216,7 +227,8 @@ def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number):
 
     monkeypatch.setattr(module, phase, interrupted)
     if phase == "extract":
-        monkeypatch.setattr(train, "kmeans", lambda *_: pytest.fail("extraction has not seen the signal"))
+        monkeypatch.setattr(train, "kmeans",
+                            lambda *_: pytest.fail("extraction has not seen the signal"))
     assert run_main(*arguments_for(folder, tmp_path)) == 128 + number
     path = tmp_path / "checkpoint.pth"
     assert path.exists() == (phase == "save")  # before that there is nothing worth saving
@@ -225,7 +237,8 @@ def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number):
     monkeypatch.undo()
     monkeypatch.setattr(program, "_signal_received", None)
     assert run_main(*arguments_for(folder, tmp_path)) == 0
-    assert [record["epoch"] for record in log_of(tmp_path) if "nmi" in record] == [0, 1, 2, 3]
+    epochs = [record["epoch"] for record in log_of(tmp_path) if "nmi" in record]
+    assert epochs == [0, 1, 2, 3, 3]  # the last one is of the final clusters
 
 
 def test_a_signal_during_the_measurement_at_an_epochs_end(folder, tmp_path, monkeypatch):
@@ -273,13 +286,14 @@ def test_a_signal_on_one_process_stops_all(folder, tmp_path):
 
 def test_sigterm_to_torchrun_saves_and_stops(folder, tmp_path):
     """What SLURM sends before it requeues a job."""
-    line = command("train.py", *arguments_for(folder, tmp_path, "--checkpoint-interval", "1000"), processes=2)
-    run = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = arguments_for(folder, tmp_path, "--checkpoint-interval", "1000")
+    run = quiet(command("train.py", *arguments, processes=2))
     wait_for_step(run, tmp_path, 4)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) != 0
-    state = checkpoint.load(tmp_path / "checkpoint.pth")
-    assert state["progress"]["global_step"] >= 4 and state["progress"]["step"] > 0  # within an epoch: saved because of the signal
+    progress = checkpoint.load(tmp_path / "checkpoint.pth")["progress"]
+    assert progress["global_step"] >= 4
+    assert progress["step"] > 0  # within an epoch, so it was saved because of the signal
 
 
 def test_a_second_signal_exits_at_once(folder, tmp_path):
@@ -295,8 +309,9 @@ def stuck(*arguments):
 train.check_step = stuck
 program.run_program(train.main, sys.argv[1:])
 """)
-    child = subprocess.Popen([sys.executable, script, *map(str, arguments_for(folder, tmp_path / "out"))],
-                             env=environment(), stdout=subprocess.PIPE, text=True)
+    arguments = map(str, arguments_for(folder, tmp_path / "out"))
+    child = subprocess.Popen([sys.executable, script, *arguments], env=environment(), text=True,
+                             stdout=subprocess.PIPE)
     try:
         while "stuck" not in child.stdout.readline():
             assert child.poll() is None
@@ -309,7 +324,14 @@ program.run_program(train.main, sys.argv[1:])
         child.kill()
 
 
-# --- disk ------------------------------------------------------------------------------------------------------------
+# --- disk ----------------------------------------------------------------------------------------
+
+
+def on_a_full_disk(line):
+    """Run a command that cannot write files above 100 kB."""
+    limit = (100_000, 100_000)
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
 
 
 def test_a_full_disk_during_a_run(folder, tmp_path):
@@ -317,10 +339,9 @@ def test_a_full_disk_during_a_run(folder, tmp_path):
     before = (tmp_path / "checkpoint.pth").read_bytes()
     for name in ("checkpoint.pth.partial", "backbone.pth.partial"):
         (tmp_path / name).write_bytes(b"left by a run that was killed")
-    result = subprocess.run(
-        command("train.py", *arguments_for(folder, tmp_path)), env=environment(), capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    assert result.returncode == 2 and result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
+    result = on_a_full_disk(command("train.py", *arguments_for(folder, tmp_path)))
+    assert result.returncode == 2 and result.stderr.count("error: ") == 1
+    assert "Traceback" not in result.stderr
     assert "could not be written" in result.stderr and "from before is kept" in result.stderr
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     assert not list(tmp_path.glob("*.partial"))
@@ -328,14 +349,12 @@ def test_a_full_disk_during_a_run(folder, tmp_path):
 
 def test_a_full_disk_stops_every_process(folder, tmp_path):
     """Only the main process writes; the other must not wait for it for ever."""
-    line = command("train.py", *arguments_for(folder, tmp_path), processes=2)
-    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120,
-                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    result = on_a_full_disk(command("train.py", *arguments_for(folder, tmp_path), processes=2))
     assert result.returncode != 0 and result.stderr.count("error: ") == 1
     assert "could not be written" in result.stderr
 
 
-# --- lost workers, and machines that are not alike ---------------------------------------------------------------
+# --- lost workers, and machines that are not alike -----------------------------------------------
 
 
 def test_a_killed_worker_ends_the_run(folder, tmp_path):
@@ -356,7 +375,8 @@ program.run_program(train.main, sys.argv[1:])
 """)
     line = [sys.executable, script, *arguments_for(folder, tmp_path / "out", "--workers", "2")]
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and "error: a loader worker has died" in result.stderr, result.stderr
+    assert result.returncode == 2, result.stderr
+    assert "error: a loader worker has died" in result.stderr
 
 
 def train_with_another_rate_on_one_process(folder, output):
@@ -372,49 +392,54 @@ def test_processes_with_different_arguments(folder, tmp_path):
     assert all("different arguments" in words for words in said)
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- numbers -------------------------------------------------------------------------------------
 
 NUMBERS = [action.option_strings[0] for action in settings.make_parser()._actions
            if action.type is not None and action.nargs in (None, "*")]
 # These would work, but not within a test.
-TOO_LONG = {("--epochs", "65536"), ("--image-size", "4000"), ("--batch-size", "65536"), ("--workers", "200"),
-            ("--feature-dim", "65536")}
+TOO_LONG = {("--epochs", "200"), ("--epochs", "4000"), ("--epochs", "65536"),
+            ("--image-size", "4000"), ("--batch-size", "4000"), ("--batch-size", "65536"),
+            ("--workers", "200"), ("--feature-dim", "65536")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", NUMBERS)
 def test_any_number_is_a_sentence_or_a_working_run(folder, tmp_path, capsys, flag):
     for value in ("0", "-1", "1", "0.5", "4000", "65536", "200", "1e30", "nan", "-inf", "many", ""):
-        if (flag, value) in TOO_LONG or (flag in ("--epochs", "--image-size", "--batch-size") and value == "4000"):
+        if (flag, value) in TOO_LONG:
             continue
-        base = [a for a in SMALL]
+        base = list(SMALL)
         if flag in base:
             del base[base.index(flag) : base.index(flag) + 2]
         epochs = [] if flag == "--epochs" else ["--epochs", "1"]
-        if flag == "--epochs" and value == "200":
-            continue
         capsys.readouterr()
-        code = run_main("--data", folder, "--output", tmp_path / f"out {value}", *base, *epochs, f"{flag}={value}")
+        code = run_main("--data", folder, "--output", tmp_path / f"out {value}", *base, *epochs,
+                        f"{flag}={value}")
         if code != 0:
             assert_one_sentence(capsys, code)
 
 
 @pytest.mark.parametrize("K, smallest", [(150, 0), (150, 1), (1, 20), (1, 150), (7, 21)])
 def test_extreme_numbers_of_clusters(folder, tmp_path, K, smallest):
-    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1", "--num-clusters", K,
-                    "--min-cluster-size", smallest, "--batch-size", "64") == 0
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1",
+                    "--num-clusters", K, "--min-cluster-size", smallest,
+                    "--batch-size", "64") == 0
 
 
 def test_a_batch_larger_than_the_data(folder, tmp_path):
-    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--batch-size", "200") == 0
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2",
+                    "--batch-size", "200") == 0
     assert [record["step"] for record in log_of(tmp_path) if "loss" in record] == [1, 2]
 
 
-# --- long hours ------------------------------------------------------------------------------------------------------
+# --- long hours ----------------------------------------------------------------------------------
 
 
 def soak(steps):
-    """Steps of the memory alone; resident MiB and open files over time, and the largest drift of a centroid."""
+    """Steps of the memory alone: resident pages and open files over time, and the largest drift.
+
+    The drift is of a centroid, against its mean counted anew.
+    """
     N, d, K, B = 1000, 16, 20, 8
     generator = torch.Generator().manual_seed(0)
     memory = ODCMemory(N, d, K)
@@ -429,7 +454,7 @@ def soak(steps):
         memory.split_small_clusters()
         memory.loss_weights()
         if step % 250 == 0:
-            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
             files.append(len(os.listdir("/proc/self/fd")))
     memory.update_centroids()
     recounted = ODCMemory(N, d, K)
@@ -455,8 +480,7 @@ def test_soak_of_the_memory():
 @pytest.mark.slow
 def test_soak_of_the_demonstration(tmp_path):
     """20 epochs; memory in use and open files of both processes, sampled from outside."""
-    run = subprocess.Popen(command("train.py", "--output", tmp_path, "--epochs", "20", processes=2), env=environment(),
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = quiet(command("train.py", "--output", tmp_path, "--epochs", "20", processes=2))
     wait_for_step(run, tmp_path, 2)
     resident, files = {}, {}
     while run.poll() is None:
@@ -471,4 +495,5 @@ def test_soak_of_the_demonstration(tmp_path):
     assert run.returncode == 0 and len(resident) == 2
     for pid in resident:
         assert_flat(resident[pid][:-20], 0.02)  # the end writes files and imports what draws them
-        assert max(files[pid][len(files[pid]) // 2 : -20]) <= max(files[pid][: len(files[pid]) // 2])
+        half = len(files[pid]) // 2
+        assert max(files[pid][half:-20]) <= max(files[pid][:half])

@@ -1,4 +1,4 @@
-"""Options of train.py around the method: accuracy while training, ablations, TensorBoard, exported arrays."""
+"""Options of train.py around the method: accuracy while training, ablations, TensorBoard."""
 
 import importlib.util
 import math
@@ -19,7 +19,7 @@ from odc.runtime import checkpoint
 from tests.runs import (
     SMALL, assert_equal_state, assert_one_sentence, assert_same_run, log_of, run_main, state_of)
 
-# --- accuracy while training -----------------------------------------------------------------------------------------
+# --- accuracy while training ---------------------------------------------------------------------
 
 
 def pooled_features(state, dataset):
@@ -28,7 +28,8 @@ def pooled_features(state, dataset):
     backbone.eval()
     transform = evaluation_transform(32)
     with torch.no_grad():
-        rows = [backbone(normalise(transform(dataset.load(i))[None]))[-1].mean((2, 3))[0] for i in range(len(dataset))]
+        rows = [backbone(normalise(transform(dataset.load(i))[None]))[-1].mean((2, 3))[0]
+                for i in range(len(dataset))]
     return torch.nn.functional.normalize(torch.stack(rows))
 
 
@@ -45,7 +46,8 @@ def accuracy_by_voting(bank, bank_labels, queries, query_labels):
 
 
 def test_every_tenth_image_is_held_out_without_a_val_split(folder, finished, tmp_path, capsys):
-    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--knn-interval", "1") == 0
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2",
+                    "--knn-interval", "1") == 0
     records = [record for record in log_of(tmp_path) if "knn_accuracy" in record]
     assert [record["epoch"] for record in records] == [0, 1, 2]
     out = capsys.readouterr().out
@@ -53,8 +55,8 @@ def test_every_tenth_image_is_held_out_without_a_val_split(folder, finished, tmp
 
     state, dataset = state_of(tmp_path), open_dataset(str(folder))
     features, held_out = pooled_features(state, dataset), torch.arange(150) % 10 == 0
-    expected = accuracy_by_voting(features[~held_out], dataset.labels[~held_out], features[held_out],
-                                  dataset.labels[held_out])
+    expected = accuracy_by_voting(features[~held_out], dataset.labels[~held_out],
+                                  features[held_out], dataset.labels[held_out])
     assert records[-1]["knn_accuracy"] == pytest.approx(expected, abs=1e-9)
     # To look changes nothing.
     for name in ("backbone", "neck", "head", "memory", "optimizer"):
@@ -82,21 +84,24 @@ def test_the_val_split_is_held_out_if_there_is_one(folder, tmp_path):
     with torch.no_grad():
         accuracy = knn.knn_accuracy(backbone.eval(), *sets, 32, torch.device("cpu"))
     (bank, queries) = (pooled_features(state, dataset) for dataset in sets)
-    assert accuracy == pytest.approx(accuracy_by_voting(bank, sets[0].labels, queries, sets[1].labels), abs=1e-9)
+    expected = accuracy_by_voting(bank, sets[0].labels, queries, sets[1].labels)
+    assert accuracy == pytest.approx(expected, abs=1e-9)
 
 
 def test_accuracy_needs_labels(folder, tmp_path, capsys):
     link_split(folder, tmp_path / "data", lambda number: number < 50)  # one class: no labels
-    code = run_main("--data", tmp_path / "data", "--output", tmp_path / "out", *SMALL, "--knn-interval", "5")
+    code = run_main("--data", tmp_path / "data", "--output", tmp_path / "out", *SMALL,
+                    "--knn-interval", "5")
     assert_one_sentence(capsys, code, "--knn-interval 5", "no labels")
 
 
-# --- ablations -------------------------------------------------------------------------------------------------------
+# --- ablations -----------------------------------------------------------------------------------
 
 
 def test_clusters_may_be_empty_without_the_handling_of_small_ones():
     memory = ODCMemory(30, 4, num_clusters=5, min_cluster_size=0)
-    memory.initialize(torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3)
+    features = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    memory.initialize(features, torch.arange(30) % 3)
     before = memory.state_dict()
     assert memory.cluster_sizes.tolist() == [10, 10, 10, 0, 0]
     assert memory.split_small_clusters() == 0
@@ -107,8 +112,9 @@ def test_clusters_may_be_empty_without_the_handling_of_small_ones():
 
 
 def test_a_run_without_handling_small_clusters(folder, tmp_path):
-    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--num-clusters", "40",
-                    "--min-cluster-size", "0", "--reweight-power", "0") == 0
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2",
+                    "--num-clusters", "40", "--min-cluster-size", "0",
+                    "--reweight-power", "0") == 0
     steps = [record for record in log_of(tmp_path) if "loss" in record]
     assert all(record["splits"] == 0 for record in steps) and steps[-1]["smallest"] < 2
 
@@ -131,9 +137,11 @@ def test_labels_stay_between_two_clusterings(alternating):
     records = log_of(alternating)
     assert all(r["change_ratio"] == 0 and r["splits"] == 0 for r in records if "loss" in r)
     clusterings = [r for r in records if "nmi_previous" in r]
-    assert [r["epoch"] for r in clusterings] == [2, 4] and all(0 <= r["nmi_previous"] < 1 for r in clusterings)
-    assert [r["epoch"] for r in records if "nmi" in r] == [0, 1, 2, 2, 3, 4, 4, 5]
-    # The memory holds the features that k-means saw: those of before epoch 5, not moved by its steps.
+    assert [r["epoch"] for r in clusterings] == [2, 4]
+    assert all(0 <= r["nmi_previous"] < 1 for r in clusterings)
+    # Once after each epoch, after each k-means, and for the final clusters.
+    assert [r["epoch"] for r in records if "nmi" in r] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
+    # The memory holds the features that k-means saw before epoch 5, not moved by its steps.
     memory = state_of(alternating)["memory"]
     assert memory["labels"].tolist() == labels[4].tolist()
     for k in range(8):
@@ -143,7 +151,7 @@ def test_labels_stay_between_two_clusterings(alternating):
 
 @pytest.mark.parametrize("crash", [20, 24, 40])
 def test_re_clustering_resumes_as_the_same_run(folder, alternating, tmp_path, monkeypatch, crash):
-    """K-means comes after steps 20 and 40; the checkpoints from which it goes on are of steps 18, 24 and 39."""
+    """K-means comes after steps 20 and 40. The run continues from steps 18, 24 and 39."""
     arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "5", *RECLUSTER]
     check_step, end_epoch = train.check_step, train.end_epoch
 
@@ -182,21 +190,12 @@ def test_a_crash_right_after_a_clustering(folder, alternating, tmp_path, monkeyp
 
 
 def test_an_online_run_does_not_continue_as_another_method(folder, finished, capsys):
-    code = run_main("--data", folder, "--output", finished, *SMALL, "--epochs", "3", "--recluster-interval", "1")
+    code = run_main("--data", folder, "--output", finished, *SMALL, "--epochs", "3",
+                    "--recluster-interval", "1")
     assert_one_sentence(capsys, code, "--recluster-interval 0", "1")
 
 
-# --- what else a run writes ------------------------------------------------------------------------------------------
-
-
-def test_features_and_labels_as_arrays(folder, finished, tmp_path):
-    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2", "--export-features") == 0
-    features, labels = np.load(tmp_path / "features.npy"), np.load(tmp_path / "labels.npy")
-    assert features.shape == (150, 32) and features.dtype == np.float32 and labels.dtype == np.int64
-    memory = state_of(tmp_path)["memory"]
-    assert (features == memory["features"].numpy()).all() and (labels == memory["labels"].numpy()).all()
-    assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(150), abs=1e-5)
-    assert (np.load(finished / "labels.npy") == labels).all() and not (finished / "features.npy").exists()
+# --- what else a run writes ----------------------------------------------------------------------
 
 
 def test_tensorboard_holds_the_log(folder, tmp_path):
@@ -210,12 +209,14 @@ def test_tensorboard_holds_the_log(folder, tmp_path):
         logged = [(record["step"], record[name]) for record in log_of(tmp_path) if name in record]
         shown = [(event.step, event.value) for event in events.Scalars(name)]
         assert [step for step, _ in shown] == [step for step, _ in logged]
-        assert [value for _, value in shown] == pytest.approx([value for _, value in logged], rel=1e-5)
+        values = [value for _, value in logged]
+        assert [value for _, value in shown] == pytest.approx(values, rel=1e-5)
 
 
 def test_tensorboard_that_is_not_installed(folder, tmp_path, monkeypatch, capsys):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name: None if name == "tensorboard" else find_spec(name))
     code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--tensorboard")
     assert_one_sentence(capsys, code, "--tensorboard", "pip install tensorboard")
 
@@ -228,4 +229,5 @@ def test_intervals_may_change_when_a_run_continues(folder, tmp_path):
 
 
 def test_the_demonstration_watches_its_accuracy():
-    assert settings.parse([])[0].knn_interval > 0 and settings.parse(["--data", "somewhere"])[0].knn_interval == 0
+    assert settings.parse([])[0].knn_interval > 0
+    assert settings.parse(["--data", "somewhere"])[0].knn_interval == 0

@@ -14,8 +14,8 @@ from odc.outputs import export, report
 
 SIZES = [150, 70, 40, 30, 20, 12, 9, 5, 0, 1]  # of the clusters; one is empty
 ODD_NAMES = ["</script><script>document.title = 'taken'</script>.png", "it's \"quoted\" & more.png",
-             "<img src=x onerror=\"document.title='taken'\">.png", "日本 größe.png", "{{data}}.png",
-             os.fsdecode(b"not \xff utf-8.png")]
+             "<img src=x onerror=\"document.title='taken'\">.png", "日本 größe.png",
+             "{{data}}.png", os.fsdecode(b"not \xff utf-8.png")]
 CLASSES = ["cat & dog", "<i>fish</i>", "Vögel"]
 
 
@@ -58,6 +58,13 @@ def write_log(folder):
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def write_clusters(folder, dataset, made, unreadable=()):
+    """The files of a run from which its page can be made again."""
+    for name in ("labels", "centroids", "features"):
+        export.save_array(folder / f"{name}.npy", getattr(made, name))
+    export.save_table(folder / "clusters.csv", dataset, made.labels, made.similarity, unreadable)
+
+
 def write_run(root, unreadable=()):
     """A run's folder with its page, (folder, ImageSet, Clusters)."""
     folder = root / "<b>run & co"
@@ -67,6 +74,6 @@ def write_run(root, unreadable=()):
     np.save(folder / "labels_epoch_1.npy", earlier[::-1])
     np.save(folder / "labels_epoch_2.npy", earlier)
     np.save(folder / "labels_epoch_3.npy", made.labels.numpy())  # of the last epoch: no growth
-    export.save_clusters(folder, dataset, made, unreadable, with_features=True)
+    write_clusters(folder, dataset, made, unreadable)
     report.save(folder, dataset, made, unreadable)
     return folder, dataset, made

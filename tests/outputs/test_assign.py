@@ -1,6 +1,7 @@
 """odc.assign: the cluster of new images, and the training images they resemble."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from odc.errors import UserError
 from odc.model import ODC
 from odc.runtime import checkpoint, program
 from tests.processes import run_processes
-from tests.runs import SMALL, run_main
 
 
 def run_assign(state, data, output, *arguments):
@@ -35,8 +35,8 @@ def signals(monkeypatch):
 def expected_features(state, dataset):
     """One image at a time, through the whole network."""
     network = ODC(state["arch"], state["small_stem"], dim=32, num_clusters=8)
-    for part in ("backbone", "neck", "head"):
-        getattr(network, part).load_state_dict(state[part])
+    network.backbone.load_state_dict(state["backbone"])
+    network.neck.load_state_dict(state["clusters"]["neck"])
     network.eval()
     transform = evaluation_transform(32)
     with torch.no_grad():
@@ -45,18 +45,19 @@ def expected_features(state, dataset):
     return torch.nn.functional.normalize(torch.stack(rows))
 
 
-def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path):  # noqa: F811
+def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path):
     rows = run_assign(finished / "checkpoint.pth", folder, tmp_path / "new.csv",
                       "--neighbours", 4, "--features", tmp_path / "new.npy")
     state, dataset = checkpoint.load(finished / "checkpoint.pth"), open_dataset(str(folder))
-    features, centroids = expected_features(state, dataset), state["memory"]["centroids"]
+    features, centroids = expected_features(state, dataset), state["clusters"]["centroids"]
     written = np.load(tmp_path / "new.npy")
     assert written.dtype == np.float32 and written == pytest.approx(features.numpy(), abs=1e-5)
-    bank, names = state["memory"]["features"], [dataset.name_of(i) for i in range(150)]
+    bank = torch.from_numpy(np.load(finished / "features.npy"))
+    names = [dataset.name_of(i) for i in range(150)]
     assert [row["path"] for row in rows] == names
     for i, row in enumerate(rows):
-        scores = centroids @ features[i]
-        assert float(scores[int(row["cluster"])]) == pytest.approx(float(scores.max()), abs=1e-5)
+        distances = (centroids - features[i]).norm(dim=1)
+        assert float(distances[int(row["cluster"])]) == pytest.approx(distances.min(), abs=1e-5)
         cosine = torch.cosine_similarity(features[i], centroids[int(row["cluster"])], dim=0)
         assert float(row["similarity"]) == pytest.approx(float(cosine), abs=2e-4)
         nearest = (bank @ features[i]).sort(descending=True).values[:4]
@@ -68,7 +69,7 @@ def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path):
     assert len({row["cluster"] for row in rows}) > 1
 
 
-def test_without_neighbours_and_for_another_size_of_image(finished, tmp_path):  # noqa: F811
+def test_without_neighbours_and_for_another_size_of_image(finished, tmp_path):
     Image.new("RGB", (90, 50), (200, 30, 20)).save(tmp_path / "one.png")
     Image.new("L", (10, 50), 40).save(tmp_path / "two.png")
     rows = run_assign(finished / "checkpoint.pth", tmp_path, tmp_path / "new.csv")
@@ -77,7 +78,7 @@ def test_without_neighbours_and_for_another_size_of_image(finished, tmp_path):  
 
 
 def test_agreement_with_labels_is_said_where_there_are_some(
-        finished, folder, tmp_path, capsys):  # noqa: F811
+        finished, folder, tmp_path, capsys):
     rows = run_assign(finished / "checkpoint.pth", folder, tmp_path / "new.csv")
     clusters = [int(row["cluster"]) for row in rows]
     classes = [row["path"].split("/")[0] for row in rows]
@@ -88,7 +89,7 @@ def test_agreement_with_labels_is_said_where_there_are_some(
     assert "NMI" not in capsys.readouterr().out
 
 
-def test_the_built_in_set_and_its_val_split(finished, tmp_path, monkeypatch):  # noqa: F811
+def test_the_built_in_set_and_its_val_split(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("odc.data.shapes.SPLITS", {"train": (12, 0), "val": (5, 1)})
     state = finished / "checkpoint.pth"
     assert len(run_assign(state, "shapes", tmp_path / "train.csv")) == 12
@@ -101,7 +102,7 @@ def test_the_built_in_set_and_its_val_split(finished, tmp_path, monkeypatch):  #
         assert (np.asarray(image) == dataset.pixels[int(row["path"])]).all()
 
 
-def test_the_number_of_processes_changes_nothing(finished, folder, tmp_path):  # noqa: F811
+def test_the_number_of_processes_changes_nothing(finished, folder, tmp_path):
     state = finished / "checkpoint.pth"
     more = ["--neighbours", 2, "--folders"]
     alone = run_assign(state, folder, tmp_path / "1.csv", *more, tmp_path / "alone")
@@ -112,7 +113,7 @@ def test_the_number_of_processes_changes_nothing(finished, folder, tmp_path):  #
     assert files[0] == files[1] and len(files[0]) > 150
 
 
-def test_an_unreadable_image_has_no_cluster(finished, folder, tmp_path):  # noqa: F811
+def test_an_unreadable_image_has_no_cluster(finished, folder, tmp_path):
     for path in folder.glob("*/*"):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / path.name).symlink_to(path)
@@ -155,7 +156,7 @@ def test_names_that_collide_are_kept_apart(tmp_path, copy, monkeypatch):
         assert (tmp_path / "images" / name).exists()
 
 
-def test_folders_of_a_run_hold_links_or_copies(finished, folder, tmp_path):  # noqa: F811
+def test_folders_of_a_run_hold_links_or_copies(finished, folder, tmp_path):
     state = finished / "checkpoint.pth"
     for name, more in (("links", []), ("copies", ["--copy"])):
         rows = run_assign(state, folder, tmp_path / "new.csv", "--folders", tmp_path / name, *more)
@@ -166,7 +167,7 @@ def test_folders_of_a_run_hold_links_or_copies(finished, folder, tmp_path):  # n
         assert len(list((tmp_path / name).glob("*/*"))) == 150
 
 
-def test_a_full_disk_is_one_sentence(finished, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_one_sentence(finished, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device", "somewhere")
 
@@ -179,10 +180,11 @@ def test_a_full_disk_is_one_sentence(finished, tmp_path, monkeypatch):  # noqa: 
 # --- mistakes ------------------------------------------------------------------------------------
 
 
-def test_training_images_elsewhere(finished, folder, tmp_path):  # noqa: F811
+def test_training_images_elsewhere(finished, folder, tmp_path):
     state = checkpoint.load(finished / "checkpoint.pth")
     state["settings"]["data"] = "a/path/that/is/gone"
     checkpoint.save(tmp_path / "checkpoint.pth", state)
+    shutil.copy(finished / "features.npy", tmp_path)
     arguments = (tmp_path / "checkpoint.pth", folder, tmp_path / "new.csv", "--neighbours", 1)
     with pytest.raises(UserError, match="a/path/that/is/gone does not exist.*--train-data"):
         run_assign(*arguments)
@@ -191,6 +193,22 @@ def test_training_images_elsewhere(finished, folder, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match="other images.*--train-data"):
         run_assign(*arguments, "--train-data", tmp_path)
     assert "neighbour_1" not in run_assign(*arguments[:3])[0]  # nobody needs their names then
+
+
+def test_vectors_of_the_run_that_are_missing_damaged_or_of_other_images(
+        finished, folder, tmp_path):
+    shutil.copy(finished / "checkpoint.pth", tmp_path)
+    arguments = (tmp_path / "checkpoint.pth", folder, tmp_path / "new.csv")
+    vectors = tmp_path / "features.npy"
+    for content, words in ((None, "missing or damaged"), (b"no array", "missing or damaged"),
+                           (np.zeros((149, 32), np.float32), "149 vectors for 150 images")):
+        if isinstance(content, bytes):
+            vectors.write_bytes(content)
+        elif content is not None:
+            np.save(vectors, content)
+        with pytest.raises(UserError, match=f"features.npy.*{words}.*--export-only"):
+            run_assign(*arguments, "--neighbours", 1)
+    assert len(run_assign(*arguments)) == 150  # nobody needs them then
 
 
 @pytest.mark.parametrize("change, words", [
@@ -204,7 +222,7 @@ def test_training_images_elsewhere(finished, folder, tmp_path):  # noqa: F811
     (dict(more=["--folders", "."]), "--folders .: is there already"),
 ])
 def test_mistakes_are_one_sentence(
-        finished, folder, tmp_path, monkeypatch, change, words):  # noqa: F811
+        finished, folder, tmp_path, monkeypatch, change, words):
     monkeypatch.chdir(finished)
     with pytest.raises(UserError) as error:
         run_assign(change.get("state", "checkpoint.pth"), change.get("data", folder),

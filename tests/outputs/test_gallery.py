@@ -10,6 +10,7 @@ from PIL import Image
 from odc.clusters import Clusters
 from odc.data.images import ImageSet, Names
 from odc.outputs import gallery
+from tests.runs import SMALL, run_main
 
 
 def some_clusters(N=400, K=20, seed=0):
@@ -18,13 +19,14 @@ def some_clusters(N=400, K=20, seed=0):
     labels = torch.randint(K - 1, (N,), generator=generator) ** 2 // (K - 1)
     similarity = torch.rand(N, generator=generator)
     classes = torch.randint(5, (N,), generator=generator)
-    return Clusters(labels, similarity, torch.zeros(K, 2)), classes
+    return Clusters(labels, similarity, torch.zeros(K, 2), torch.zeros(N, 2)), classes
 
 
 def of_labels(labels, K):
     """Clusters with all similarities 1."""
     labels = torch.as_tensor(labels)
-    return Clusters(labels, torch.ones(len(labels)), torch.zeros(K, 2))
+    N = len(labels)
+    return Clusters(labels, torch.ones(N), torch.zeros(K, 2), torch.zeros(N, 2))
 
 
 @pytest.mark.parametrize("unreadable", [(), {3, 77, 200, 201}])
@@ -81,7 +83,7 @@ def test_a_row_shows_the_images_closest_to_the_centroid_first():
     dataset = ImageSet("folder", "train", "nowhere", pixels=pixels)
     similarity = torch.rand(N, generator=torch.Generator().manual_seed(0))
     labels = (torch.arange(N) >= 20).long()  # 20 images and 10
-    clusters = Clusters(labels, similarity, torch.zeros(2, 2))
+    clusters = Clusters(labels, similarity, torch.zeros(2, 2), torch.zeros(N, 2))
     unreadable = {int(similarity[:20].argmax())}
     sheet = gallery.draw(dataset, clusters, unreadable, "a title")
     first_row = gallery.MARGIN + gallery.HEADING + gallery.MARGIN // 2 + gallery.HEADING
@@ -107,7 +109,7 @@ def test_an_image_that_cannot_be_read_any_more_leaves_a_gray_square(tmp_path):
     assert (pictures[0] == (0, 90, 0)).all()
 
 
-def test_a_run_draws_at_the_interval_and_at_the_end(folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_draws_at_the_interval_and_at_the_end(folder, tmp_path, monkeypatch):
     titles, draw = [], gallery.draw
     monkeypatch.setattr(gallery, "draw",
                         lambda *arguments: titles.append(arguments[-2]) or draw(*arguments))

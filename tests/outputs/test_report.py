@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from odc.data.images import ImageSet
-from odc.data.layouts import image_folder
+from odc.data.layouts import open_dataset
 from odc.errors import UserError
 from odc.outputs import report
 from tests.outputs import made_up_run
@@ -202,7 +202,7 @@ def test_images_in_memory_and_sets_without_labels(tmp_path):
     report.save(tmp_path, dataset, clusters)
     data = data_of(tmp_path)
     assert "purity" not in data["clusters"][0] and data["classes"] == [] and data["pairs"] == []
-    assert "--export-features" in data["notes"][0] and "0" in data["images"]["path"]
+    assert "features.npy is missing" in data["notes"][0] and "0" in data["images"]["path"]
     assert tile(tmp_path, 20) == pytest.approx([77, 77, 77], abs=3)
     dataset.labels = torch.arange(len(dataset)) % 2  # and no names of classes
     report.save(tmp_path, dataset, clusters)
@@ -262,10 +262,10 @@ def test_the_page_says_why_there_are_no_pictures(run, tmp_path, capsys):
 
 def test_images_where_they_are_now(tmp_path):
     dataset = made_up_run.write_images(tmp_path / "images", made_up_run.images())
-    found = image_folder(str(tmp_path / "images"), "train")
+    found = open_dataset(str(tmp_path / "images"))
     clusters = made_up_run.clusters()
     made_up_run.write_log(tmp_path / "run")
-    made_up_run.export.save_clusters(tmp_path / "run", found, clusters, {5})
+    made_up_run.write_clusters(tmp_path / "run", found, clusters, {5})
     report.main([str(tmp_path / "run"), "--data", str(tmp_path / "images")])
     data = data_of(tmp_path / "run")
     assert data["pictures"] and "1 images cannot" in data["notes"][0] and len(dataset) == len(found)
@@ -278,8 +278,8 @@ def test_files_that_are_gone_and_files_that_are_not_images(run, tmp_path):
         path.write_bytes(b"gone")
     with pytest.warns(UserWarning, match="cannot be read"):
         made_up_run.write_log(tmp_path / "run")
-        found = image_folder(str(root), "train")
-        made_up_run.export.save_clusters(tmp_path / "run", found, run[2], ())
+        found = open_dataset(str(root))
+        made_up_run.write_clusters(tmp_path / "run", found, run[2])
         report.main([str(tmp_path / "run"), "--data", str(root)])
     data = data_of(tmp_path / "run")
     assert not data["pictures"] and "in a row cannot be read" in data["notes"][-1]
