@@ -14,7 +14,7 @@ from tests.processes import command, environment
 
 SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min-cluster-size", "5",
          "--batch-size", "16", "--feature-dim", "32", "--workers", "0", "--log-interval", "1",
-         "--lr", "0.05", "--device", "cpu", "--crop-scale", "0.5"]
+         "--lr", "0.05", "--device", "cpu", "--crop-scale", "0.5", "--recipe"]
 
 
 def run_main(*arguments):

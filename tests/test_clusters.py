@@ -21,10 +21,10 @@ def small_network(seed=0):
 
 
 def clusters_of(folder, min_cluster_size=5):
-    """final_clusters of a random network, from labels in turn; plain values."""
+    """cluster_images of a random network, from labels in turn; plain values."""
     dataset = open_dataset(str(folder))
     labels = torch.arange(len(dataset)) % 8
-    found = clusters.final_clusters(small_network(), dataset, labels, 8, min_cluster_size, 32,
+    found = clusters.cluster_images(small_network(), dataset, labels, 8, min_cluster_size, 32,
                                     torch.device("cpu"))
     features = distributed.all_gather_uneven_rows(found.features)
     return [found.labels, found.similarity, found.centroids, features,
@@ -60,7 +60,7 @@ def test_any_number_of_processes_gives_the_same_clusters(folder):
 
 def test_the_network_is_left_as_it_was(folder):
     network, before = small_network(), small_network().state_dict()
-    clusters.final_clusters(network, open_dataset(str(folder)), torch.arange(150) % 8, 8, 5, 32,
+    clusters.cluster_images(network, open_dataset(str(folder)), torch.arange(150) % 8, 8, 5, 32,
                             torch.device("cpu"))
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 

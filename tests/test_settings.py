@@ -1,0 +1,120 @@
+"""Settings that follow the data, those of the demonstration, and those of a run that continues."""
+
+import pytest
+import torch
+
+from odc import settings
+from odc.data.images import ImageSet
+from odc.data.layouts import open_dataset
+from tests.runs import SMALL, assert_same_run, log_of, run_main, state_of
+
+CPU = torch.device("cpu")
+
+
+def chosen(arguments, dataset, saved=None, device=CPU):
+    """The settings of train.py with these arguments and these images."""
+    args, given, _ = settings.parse(arguments)
+    settings.follow_data(args, given, dataset, saved, device)
+    return args
+
+
+def made_up(num_images, side=32, labels=None):
+    """An ImageSet of so many images in memory, of which none is drawn."""
+    pixels = torch.zeros(1, side, side, dtype=torch.uint8).expand(num_images, -1, -1)
+    return ImageSet("folder", "train", "somewhere", pixels=pixels.numpy(), labels=labels)
+
+
+def test_a_small_set_has_its_own_settings():
+    args = chosen(["--data", "somewhere"], made_up(6000, 28))
+    assert (args.num_clusters, args.min_cluster_size) == (150, 5)  # 40 images a cluster
+    assert (args.arch, args.image_size, args.batch_size) == ("narrow", 28, 64)
+    assert (args.lr_schedule, args.initial, args.recluster_interval) == ("cosine", "pixels", 1)
+    assert args.knn_interval == 0  # no labels
+
+
+@pytest.mark.parametrize("num_images, num_clusters, epochs", [
+    (60, 2, 200), (3000, 75, 200), (60_000, 1000, 33), (199_999, 1000, 30)])
+def test_clusters_and_epochs_follow_the_number_of_images(num_images, num_clusters, epochs):
+    args = chosen(["--data", "somewhere"], made_up(num_images))
+    assert (args.num_clusters, args.epochs) == (num_clusters, epochs)
+    assert args.min_cluster_size * args.num_clusters <= num_images
+
+
+def test_a_gpu_takes_larger_images():
+    small, large = made_up(3000, 32), made_up(3000, 300)
+    data = ["--data", "somewhere"]
+    args = chosen(data, large)
+    assert (args.image_size, args.arch) == (64, "narrow")
+    if torch.cuda.is_available():
+        args = chosen(data, large, device=torch.device("cuda"))
+        assert (args.image_size, args.arch) == (224, "resnet18")
+        assert chosen(data, small, device=torch.device("cuda")).image_size == 32
+
+
+def test_what_is_given_wins(capsys):
+    args = chosen(["--data", "somewhere", "--num-clusters", "7", "--lr-schedule", "step",
+                   "--jitter", "0", "0", "0", "0"], made_up(6000))
+    assert (args.num_clusters, args.lr_schedule, args.jitter) == (7, "step", [0, 0, 0, 0])
+    assert args.initial == "pixels"
+    told = capsys.readouterr().out
+    assert "--initial pixels" in told and "--num-clusters" not in told and "--jitter" not in told
+
+
+@pytest.mark.parametrize("arguments, num_images", [(["--recipe"], 6000), ([], 200_000)])
+def test_the_published_settings(arguments, num_images, capsys):
+    args = vars(chosen(["--data", "somewhere", *arguments], made_up(num_images)))
+    published = vars(settings.make_parser().parse_args([]))
+    differ = {name for name in args if args[name] != published[name]}
+    assert differ <= {"data", "recipe", "workers"} and not capsys.readouterr().out
+
+
+def test_the_demonstration_has_its_own():
+    args, given, no_data = settings.parse([])
+    settings.follow_data(args, given, open_dataset("shapes"), None, CPU)
+    assert no_data and all(getattr(args, name) == value for name, value in settings.DEMO.items())
+
+
+def test_a_run_continues_with_its_settings():
+    saved = dict(settings=vars(chosen(["--data", "here", "--lr", "0.5"], made_up(6000))))
+    args = chosen(["--data", "there", "--epochs", "9"], made_up(6000), saved)
+    assert (args.data, args.lr, args.epochs, args.num_clusters) == ("there", 0.5, 9, 150)
+
+
+def test_images_of_files_are_measured(folder):
+    assert open_dataset(str(folder)).typical_side() in range(8, 200)
+
+
+HYBRID = ["--initial", "pixels", "--recluster-interval", "1", "--offline-epochs", "1",
+          "--lr-schedule", "cosine", "--memory-momentum", "0.1", "--epochs", "3"]
+
+
+def test_a_run_as_small_sets_have_it(folder, tmp_path):
+    """Labels stay in the first epoch, move in each step afterwards; lr falls from lr to about 0."""
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, *HYBRID) == 0
+    steps = [record for record in log_of(tmp_path) if "loss" in record]
+    changes = [record["change_ratio"] for record in steps]
+    assert max(changes[:10]) == 0 and max(changes[10:]) > 0
+    rates = [record["lr"] for record in steps]
+    assert rates[0] == 0.05 and rates == sorted(rates, reverse=True) and rates[-1] < 0.0005
+    assert log_of(tmp_path)[-1]["silhouette"] > -1
+
+
+@pytest.mark.parametrize("crash", [10, 15, 20])
+def test_it_resumes_as_the_same_run(folder, tmp_path, monkeypatch, crash):
+    import train
+    from odc.errors import UserError
+    check_step = train.check_step
+
+    def crashing(args, progress, *rest):
+        if progress.global_step == crash:
+            raise UserError("stopped here.")
+        return check_step(args, progress, *rest)
+
+    arguments = ["--data", folder, *SMALL, *HYBRID, "--checkpoint-interval", "4"]
+    assert run_main(*arguments, "--output", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_step", crashing)
+        assert run_main(*arguments, "--output", tmp_path / "crashed") == 2
+    assert run_main(*arguments, "--output", tmp_path / "crashed") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+    assert state_of(tmp_path / "crashed")["progress"]["epoch"] == 3
