@@ -178,9 +178,11 @@ def small_set(args, dataset, device):
     choose(f"{epochs * N:,} images seen", epochs=epochs)
     choose("ends at 0, whatever the number of epochs", lr_schedule="cosine")
     choose("pixels know more of a small set than a random network", initial="pixels")
-    choose("the memory starts every epoch from the images as they are", recluster_interval=1)
-    choose("so its features need to move little", memory_momentum=0.1)
-    choose("the first epoch learns the clusters of the pixels", offline_epochs=1)
+    every = max(1, round(60_000 / N))
+    choose("the first 60,000 images learn the clusters of the pixels", offline_epochs=every)
+    choose("every 60,000 images the memories start anew from all images as they are",
+           recluster_interval=every)
+    choose("so features in the memory need to move little", memory_momentum=0.1)
     choose("at least half of an image", crop_scale=0.5)
     choose("brightness and contrast twice the recipe's: pixels do not see past them",
            jitter=[0.8, 0.8, 1.0, 0.5])

@@ -28,7 +28,7 @@ def test_a_small_set_has_its_own_settings():
     args = chosen(["--data", "somewhere"], made_up(6000, 28))
     assert (args.num_clusters, args.min_cluster_size) == (150, 5)  # 40 images a cluster
     assert (args.arch, args.image_size, args.batch_size) == ("narrow", 28, 64)
-    assert (args.lr_schedule, args.initial, args.recluster_interval) == ("cosine", "pixels", 1)
+    assert (args.lr_schedule, args.initial, args.recluster_interval) == ("cosine", "pixels", 10)
     assert args.knn_interval == 0  # no labels
 
 
