@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from odc import distributed, settings
-from odc.batchnorm import synchronise
+from odc.batchnorm import share_statistics, synchronise
 from odc.clusters import cluster_images
 from odc.data.augmentation import Augmentation, augment_batch, evaluation_transform
 from odc.data.layouts import check_same_images, open_dataset
@@ -53,7 +53,7 @@ class Progress:
 
 @dataclass
 class State:
-    """All that learns or remembers, and so all that a checkpoint holds."""
+    """All that learns or remembers. A checkpoint holds it."""
 
     network: ODC
     optimizer: torch.optim.Optimizer
@@ -66,8 +66,7 @@ class State:
 
 def train_epoch(args, state, model, dataset, log, autocast):
     """One epoch of the paper's iteration, from step progress.step on."""
-    memory, optimizer, scaler, progress = (
-        state.memory, state.optimizer, state.scaler, state.progress)
+    memory, optimizer, progress = state.memory, state.optimizer, state.progress
     epoch, device, began, timed = progress.epoch, memory.labels.device, time.monotonic(), 0
     steps = steps_per_epoch(len(dataset), args.batch_size)
     online = epoch >= args.offline_epochs  # else labels stay as the last k-means made them
@@ -83,7 +82,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
     for step in range(progress.step, steps):
         with distributed.together():
             batch = next(batches)  # B images of this process
-        seed_step(args.seed, epoch, step)  # for dropout: a resumed run is the same run
+        distributed.seed(args.seed, epoch, step)  # for dropout: a resumed run is the same run
         images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
         images = images.contiguous(memory_format=torch.channels_last)  # [B, 3, S, S]
         labels = memory.labels[batch.indices.to(device, non_blocking=True)]  # [B]
@@ -104,9 +103,9 @@ def train_epoch(args, state, model, dataset, log, autocast):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch + step / steps)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        state.scaler.scale(loss).backward()
+        state.scaler.step(optimizer)
+        state.scaler.update()
         progress.global_step += 1
         if online:
             # 5. Centroids memory.
@@ -144,12 +143,6 @@ def learning_rate(args, epoch):
     return args.lr * args.lr_gamma ** sum(epoch >= drop for drop in args.lr_steps)
 
 
-def seed_step(seed, epoch, step):
-    """Seed torch's global generators from the place in the run and the process."""
-    place = ((seed * 1_000_003 + epoch) * 1_000_003 + step) * 65_537 + distributed.rank()
-    torch.manual_seed(place % 2**63)
-
-
 def check_step(args, progress, loss, failed, dataset):
     """Exchange what every process must know of a step: (mean loss, whether a signal asks to stop).
 
@@ -176,7 +169,7 @@ def cluster_everything(args, state, dataset, autocast):
     """Features of all images, k-means, both memories, a new head (paper, before the first step)."""
     network, memory, progress = state.network, state.memory, state.progress
     device, transform = memory.labels.device, evaluation_transform(args.image_size)
-    share_buffers(network)
+    share_statistics(network)
     network.eval()
     with autocast:
         features = extract(
@@ -194,18 +187,16 @@ def cluster_everything(args, state, dataset, autocast):
 
 def recluster(args, state, dataset):
     """Both memories from the images as they are: k-means continues, and the head stays."""
-    share_buffers(state.network)
-    clusters = cluster_images(
-        state.network, dataset, state.memory.labels, args.num_clusters, args.min_cluster_size,
-        args.image_size, state.memory.labels.device, args.batch_size, args.workers)
+    clusters = clusters_of_now(args, state, dataset)
     state.memory.initialize(clusters.features, clusters.labels)
     state.progress.clustered = state.progress.epoch
 
 
-def share_buffers(network):
-    """Give all processes process 0's batch norm statistics, which training itself never uses."""
-    for buffer in network.buffers():
-        distributed.broadcast(buffer)
+def clusters_of_now(args, state, dataset):
+    share_statistics(state.network)
+    return cluster_images(
+        state.network, dataset, state.memory.labels, args.num_clusters, args.min_cluster_size,
+        args.image_size, state.memory.labels.device, args.batch_size, args.workers)
 
 
 def end_epoch(args, state, dataset, held_out, log, autocast):
@@ -220,9 +211,8 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
             raise Interrupted(f"Stopped at the end of epoch {epoch}, as a signal asked; the same "
                               "command continues.") from None
     progress.epoch, progress.step = epoch, 0
-    labels = memory.labels.cpu()
-    record["nmi_epoch_before"] = metrics.nmi(labels, state.labels_before)
-    state.labels_before = labels.clone()
+    record["nmi_epoch_before"] = metrics.nmi(memory.labels.cpu(), state.labels_before)
+    state.labels_before = memory.labels.cpu().clone()
     log_measures(log, state, dataset, f"epoch {epoch}", record)
     if is_due(args.gallery_interval, epoch) and epoch < args.epochs:
         write_clusters(args, state, dataset, log)
@@ -239,10 +229,7 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
 def write_clusters(args, state, dataset, log):
     """Cluster all images by the network as it is, and write what people and programs read."""
     output, unreadable = Path(args.output), set(state.progress.failed)
-    share_buffers(state.network)
-    clusters = cluster_images(
-        state.network, dataset, state.memory.labels, args.num_clusters, args.min_cluster_size,
-        args.image_size, state.memory.labels.device, args.batch_size, args.workers)
+    clusters = clusters_of_now(args, state, dataset)
     if state.clusters is None:  # else the run had ended before, and its log says so
         log_measures(log, state, dataset, f"epoch {state.progress.epoch}, final clusters",
                      dict(silhouette=metrics.mean_silhouette(
@@ -263,7 +250,7 @@ def is_due(interval, epoch):
 
 def knn_accuracy(args, state, dataset, held_out, autocast):
     """Nearest-neighbour accuracy of the backbone on held-out images, in 0..1."""
-    share_buffers(state.network)
+    share_statistics(state.network)
     state.network.eval()
     with autocast:
         return knn.knn_accuracy(state.network.backbone, dataset, held_out, args.image_size,
@@ -271,10 +258,7 @@ def knn_accuracy(args, state, dataset, held_out, autocast):
 
 
 def log_measures(log, state, dataset, when, record, clusters=None):
-    """Log a record, and how well clusters agree with labels that the training never sees.
-
-    clusters: int64 [N], by default the memory's.
-    """
+    """Log a record, and how well clusters [N], by default the memory's, agree with the labels."""
     if dataset.labels is not None:
         measures, line = metrics.agreement(
             state.memory.labels.cpu() if clusters is None else clusters, dataset.labels)
@@ -353,8 +337,7 @@ def main(arguments=None):
                   num_clusters=args.num_clusters)
     if args.weights and not saved:
         with distributed.together():
-            description = load_pretrained(network.backbone, args.weights, args.image_size)
-        print_main(description)
+            print_main(load_pretrained(network.backbone, args.weights, args.image_size))
     network.to(device, memory_format=torch.channels_last)
     if device.type == "cuda" and distributed.world_size() > 1:  # batch norm over all processes
         network.backbone = synchronise(network.backbone)
@@ -389,7 +372,7 @@ def main(arguments=None):
     if distributed.world_size() > 1:
         model = DistributedDataParallel(
             network, device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True)  # see share_buffers
+            broadcast_buffers=False, gradient_as_bucket_view=True)  # see share_statistics
         # DDP sorts its buckets by the first backward pass and adds in another order from then on.
         # Let that happen now: the first step of a resumed run then adds as without the stop.
         model.eval()

@@ -76,3 +76,9 @@ def synchronise(module):
         if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
             child.__class__ = SyncBatchNorm
     return module
+
+
+def share_statistics(network):
+    """Give all processes process 0's running statistics, which training itself never uses."""
+    for buffer in network.buffers():
+        distributed.broadcast(buffer)

@@ -231,3 +231,8 @@ def _all_gather_objects(value):
         dist.all_gather_object(values, value)
     return values
 
+
+def seed(seed, epoch, step):
+    """Seed torch's global generators from the place in the run and the process."""
+    place = ((seed * 1_000_003 + epoch) * 1_000_003 + step) * 65_537 + rank()
+    torch.manual_seed(place % 2**63)
