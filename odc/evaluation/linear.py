@@ -66,8 +66,9 @@ class Protocol:
 MULTIHEAD = Protocol(
     "mhead_linear-8xb32-steplr-90e", COLUMNS, 1000, epochs=90, lr=0.01, lr_steps=(30, 60),
     weight_decay=1e-4, nesterov=True, train_transform="imagenet-multihead", reported="last")
-# Semi-supervised ImageNet, with the learning rates that the benchmark found best for ODC among
-# lr 0.001, 0.01, 0.1 and head x 1, 10, 100.
+# Semi-supervised ImageNet. Each published row is the best of all combinations of SEARCHED; here
+# is the one that was best for ODC.
+SEARCHED = {"lr": (0.001, 0.01, 0.1), "head_lr": (1.0, 10.0, 100.0)}
 ONE_PERCENT = Protocol(
     "fine-tuning with 1% of the labels", (FINE_TUNED,), 1000, epochs=20, lr=0.1, lr_steps=(12, 16),
     weight_decay=5e-4, nesterov=False, train_transform="imagenet-avgpool", reported="last",
@@ -96,7 +97,9 @@ PROTOCOLS = {
         train_transform="inaturalist2018"),
 }
 TABLES = {"imagenet-multihead": tables.IMAGENET_LINEAR, "imagenet-avgpool": tables.IMAGENET_LINEAR,
-          "places205": tables.PLACES205_LINEAR, "inaturalist2018": tables.INATURALIST2018_LINEAR}
+          "places205": tables.PLACES205_LINEAR, "inaturalist2018": tables.INATURALIST2018_LINEAR,
+          "imagenet-1percent": tables.IMAGENET_1PERCENT,
+          "imagenet-10percent": tables.IMAGENET_10PERCENT}
 DEFAULTS = {"imagenet": "imagenet-multihead", "places205": "places205",
             "inaturalist2018": "inaturalist2018"}  # data set -> protocol
 
@@ -133,16 +136,68 @@ def choose_protocol(dataset, name=None, num_classes=None, epochs=None, **given):
     return name, protocol, changed
 
 
-def published_table(name, changed, frozen):
+def published_table(name, changed, network):
     """The published rows beside which a run of this protocol may stand, or None.
 
-    The AvgPool column was made by a protocol of its own, and only stands beside that.
+    The AvgPool column was made by a protocol of its own, and only stands beside that. The rows of
+    fine-tuning are the best of some learning rates, so one of these may be given.
     """
     table = TABLES.get(name)
-    if not table or changed or not table.is_comparable(
-            frozen.train, frozen.val, frozen.backbone, frozen.image_size):
+    fine_tuning = PROTOCOLS[name].columns == (FINE_TUNED,)
+    searched = fine_tuning and all(value in SEARCHED.get(setting, ())
+                                   for setting, value in changed.items())
+    if not table or changed and not searched or not table.is_comparable(
+            network.train, network.val, network.backbone, network.image_size):
         return None
-    return table.only((AVGPOOL,) if name == "imagenet-avgpool" else COLUMNS)
+    return table.only((AVGPOOL,) if name == "imagenet-avgpool" else PROTOCOLS[name].columns)
+
+
+def choose_results(protocols, history):
+    """{column: {"top1", "top5", "epoch"}} of the epoch that the column's protocol reports."""
+    results = {}
+    for protocol in protocols:
+        for column in protocol.columns:
+            epoch = len(history) - 1
+            if protocol.reported == "best":
+                epoch = max(range(len(history)), key=lambda e: history[e][column][0])
+            top1, top5 = history[epoch][column]
+            results[column] = dict(top1=top1, top5=top5, epoch=epoch + 1)
+    return results
+
+
+def choose_images(dataset, subset=None, train_share=None, seed=0):
+    """The images of an ImageSet to train on: all, or those of a list, or a share of each class.
+
+    subset: a text file with an image's path in each line, perhaps followed by its label.
+    train_share: 0 < share <= 1; at least one image of each class is drawn, from the seed.
+    Raises UserError for a list that does not fit the data.
+    """
+    if subset and train_share:
+        raise UserError("--subset and --train-share both choose the images: give one of them.")
+    if subset:
+        with open(subset, encoding="utf-8", errors="surrogateescape") as file:
+            lines = [line.strip() for line in file if line.strip()]
+        forms = [(line, line.rsplit(maxsplit=1)[0]) for line in lines]  # with and without label
+        wanted = {name for both in forms for name in both}
+        chosen = {name: i for i in range(len(dataset)) if (name := dataset.name_of(i)) in wanted}
+        absent = [line for line, name in forms if line not in chosen and name not in chosen]
+        if absent or len(chosen) < 2:
+            problem = "it names fewer than 2 images"
+            if absent:
+                problem = (f"{len(absent)} of its {len(lines)} images, such as {absent[0]!r}, are "
+                           f"not in {dataset.root}")
+            raise UserError(f"--subset {subset}: {problem}; it needs a line for each image, with "
+                            "its path in that folder.")
+        return dataset.take(list(chosen.values()))
+    if train_share and dataset.labels is not None:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = []
+        for label in range(len(dataset.classes)):
+            rows = (dataset.labels == label).nonzero()[:, 0]
+            count = max(1, round(len(rows) * train_share))
+            chosen += rows[torch.randperm(len(rows), generator=generator)[:count]].tolist()
+        return dataset.take(sorted(chosen))
+    return dataset
 
 
 class LinearClassifiers(nn.Module):
