@@ -35,9 +35,8 @@ from odc.distributed import print_main
 from odc.errors import Interrupted, UserError
 from odc.evaluation import frozen, tables
 from odc.evaluation.linear import (
-    AVGPOOL, FINE_TUNED, PROTOCOLS, FineTuned, LinearClassifiers, choose_images,
-    choose_protocol, choose_results, published_table)
-from odc.evaluation.maps import map_shapes
+    AVGPOOL, FINE_TUNED, PROTOCOLS, choose_images, choose_protocol, choose_results,
+    make_classifiers, published_table)
 from odc.features import extract
 from odc.runtime import checkpoint, program
 from odc.runtime.arguments import Parser, number, whole
@@ -92,6 +91,19 @@ class Progress:
     failed: int = 0  # images of these steps that could not be read
     unreadable: int = 0  # val images that could not be read, and are left out
     history: list = field(default_factory=list)  # for every epoch {column: [top-1, top-5]}
+
+
+def train(args, network, protocols, classifiers, optimizer, progress):
+    """Train and judge the classifiers, from progress on. The results are in progress.history."""
+    while progress.epoch < protocols[0].epochs:
+        train_epoch(args, network, protocols, classifiers, optimizer, progress)
+        try:
+            progress.history.append(evaluate(network, protocols, classifiers, progress))
+        except Interrupted:
+            raise interrupted(args, progress) from None
+        progress.epoch, progress.step, progress.failed = progress.epoch + 1, 0, 0
+        progress.losses = [0.0] * len(classifiers.columns)
+        save(args, network, protocols, classifiers, optimizer, progress)
 
 
 def train_epoch(args, network, protocols, classifiers, optimizer, progress):
@@ -196,6 +208,7 @@ def restore(args, network, protocols, classifiers, optimizer):
     classifiers.load_state_dict(saved["classifiers"])
     optimizer.load_state_dict(saved["optimizer"])
     progress = Progress(**saved["progress"])
+    network.unreadable = progress.unreadable
     print_main(f"{path} holds the finished run." if progress.epoch == protocols[0].epochs else
                f"Continuing {path} at epoch {progress.epoch + 1}, step {progress.step + 1}.")
     return progress
@@ -273,26 +286,10 @@ def main():
     if not args.output:
         print_main("No --output: no checkpoint, so a run that is stopped begins anew.")
 
-    if protocol.columns == (FINE_TUNED,):
-        classifiers = FineTuned(network.backbone, protocol.classes, network.autocast(), args.seed)
-    else:
-        classifiers = LinearClassifiers(
-            network.maps, map_shapes(network.backbone, network.image_size),
-            [column for settings in protocols for column in settings.columns], protocol.classes,
-            args.seed)
-    classifiers.to(network.device)
+    classifiers = make_classifiers(network, protocols, args.seed)
     optimizer = torch.optim.SGD(classifiers.optimizer_groups(protocols))
     progress = restore(args, network, protocols, classifiers, optimizer)
-    network.unreadable = progress.unreadable
-    while progress.epoch < protocol.epochs:
-        train_epoch(args, network, protocols, classifiers, optimizer, progress)
-        try:
-            progress.history.append(evaluate(network, protocols, classifiers, progress))
-        except Interrupted:
-            raise interrupted(args, progress) from None
-        progress.epoch, progress.step, progress.failed = progress.epoch + 1, 0, 0
-        progress.losses = [0.0] * len(classifiers.columns)
-        save(args, network, protocols, classifiers, optimizer, progress)
+    train(args, network, protocols, classifiers, optimizer, progress)
 
     results = choose_results(protocols, progress.history)
     published = published_table(name, changed, network)

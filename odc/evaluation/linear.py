@@ -9,7 +9,7 @@ from torch import nn
 from odc.batchnorm import SyncBatchNorm, synchronise
 from odc.errors import UserError
 from odc.evaluation import tables
-from odc.evaluation.maps import MAP_NAMES, map_pools, pooled_shapes
+from odc.evaluation.maps import MAP_NAMES, map_pools, map_shapes, pooled_shapes
 
 COLUMNS = tuple(name.capitalize() for name in MAP_NAMES)  # Feature1 ... Feature5
 AVGPOOL = "AvgPool"
@@ -198,6 +198,18 @@ def choose_images(dataset, subset=None, train_share=None, seed=0):
             chosen += rows[torch.randperm(len(rows), generator=generator)[:count]].tolist()
         return dataset.take(sorted(chosen))
     return dataset
+
+
+def make_classifiers(network, protocols, seed):
+    """The module that the protocols train on a Frozen network, on its device."""
+    if protocols[0].columns == (FINE_TUNED,):
+        classifiers = FineTuned(network.backbone, protocols[0].classes, network.autocast(), seed)
+    else:
+        columns = [column for protocol in protocols for column in protocol.columns]
+        classifiers = LinearClassifiers(
+            network.maps, map_shapes(network.backbone, network.image_size), columns,
+            protocols[0].classes, seed)
+    return classifiers.to(network.device)
 
 
 class LinearClassifiers(nn.Module):
