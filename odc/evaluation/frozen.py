@@ -1,5 +1,6 @@
 """What the evaluation scripts begin with: a frozen backbone, and a labelled train and val split."""
 
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -183,16 +184,9 @@ def _check_labels(data, train, val):
                 f"{dataset.root} has no labels, and an evaluation needs them: give a folder with "
                 "train/CLASS/IMAGE and val/CLASS/IMAGE, of two classes or more and without images "
                 "beside the class folders, or another known layout.")
-    if train.classes == val.classes:
-        return
-    only = {split: sorted(set(own.classes) - set(other.classes))
-            for split, own, other in (("train", train, val), ("val", val, train))}
-    if any(only.values()):
-        split = "train" if only["train"] else "val"
-        difference = (f"the train split has {len(train.classes)} classes and the val split has "
-                      f"{len(val.classes)}, {only[split][0]!r} only {split}")
-    else:
-        first, second = next((a, b) for a, b in zip(train.classes, val.classes) if a != b)
-        difference = f"the train split has class {first!r} where the val split has {second!r}"
-    raise UserError(f"{data}: {difference}; both splits must have the same classes, in the same "
-                    "order.")
+    if train.classes != val.classes:
+        pairs = enumerate(itertools.zip_longest(train.classes, val.classes, fillvalue="missing"))
+        k, (in_train, in_val) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
+        raise UserError(f"{data}: class {k} is {in_train!r} in the train split ({len(train.classes)} "
+                        f"classes) and {in_val!r} in the val split ({len(val.classes)}); both must "
+                        "have the same classes, in the same order.")

@@ -385,7 +385,8 @@ def test_mistakes_of_all_scripts(tmp_path, weights, call, script):
         open(f"{tmp_path}/birds/{split}2018.json", "w").write(json.dumps(dict(
             images=[dict(id=i, file_name=name) for i, name in enumerate(names)],
             annotations=[dict(image_id=i, category_id=[0, other][i % 2]) for i in range(4)])))
-    assert "'5' only train" in mistake("--weights", weights, "--data", tmp_path / "birds")
+    message = mistake("--weights", weights, "--data", tmp_path / "birds")
+    assert "class 1 is '5' in the train split (2 classes) and '4' in the val split (2)" in message
     for split, order in (("train", "ab"), ("val", "ba")):
         path = tmp_path / "birds" / f"{split}2018.json"
         content = json.loads(path.read_text())
@@ -394,7 +395,7 @@ def test_mistakes_of_all_scripts(tmp_path, weights, call, script):
             note["category_id"] = min(note["category_id"], 4)
         path.write_text(json.dumps(content))
     message = mistake("--weights", weights, "--data", tmp_path / "birds")
-    assert "class 'a' where the val split has 'b'" in message
+    assert "class 0 is 'a' in the train split (2 classes) and 'b' in the val split" in message
 
 
 STARTS = """
