@@ -20,7 +20,6 @@ The published rows of fine-tuning are the best of nine runs, so train as many fo
     done; done
 """
 
-import dataclasses
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -35,8 +34,8 @@ from odc.distributed import print_main
 from odc.errors import Interrupted, UserError
 from odc.evaluation import frozen, tables
 from odc.evaluation.linear import (
-    AVGPOOL, FINE_TUNED, PROTOCOLS, choose_images, choose_protocol, choose_results,
-    make_classifiers, published_table)
+    FINE_TUNED, PROTOCOLS, choose_images, choose_protocols, choose_results, make_classifiers,
+    published_table)
 from odc.features import extract
 from odc.runtime import checkpoint, program
 from odc.runtime.arguments import Parser, number, whole
@@ -237,38 +236,6 @@ def interrupted(args, progress):
                        "signal asked" + ("; the same command continues." if args.output else "."))
 
 
-def choose_protocols(args, dataset):
-    """(name, [Protocol, that of --with-avgpool], {setting: value} that are not the recipe's)."""
-    name, protocol, changed = choose_protocol(
-        dataset, args.protocol, args.num_classes, args.epochs, batch_size=args.batch_size,
-        lr=args.lr, lr_steps=args.lr_steps, lr_gamma=args.lr_gamma, momentum=args.momentum,
-        weight_decay=args.weight_decay, train_transform=args.train_transform,
-        reported=args.reported, head_lr=args.head_lr)
-    fine_tuning = protocol.columns == (FINE_TUNED,)
-    if args.head_lr is not None and not fine_tuning:
-        raise UserError(f"--head-lr {args.head_lr:g} is for fine-tuning: add --protocol finetune.")
-    if args.with_avgpool and fine_tuning:
-        raise UserError(f"--with-avgpool needs a frozen backbone, and --protocol {name} trains it: "
-                        "leave it out.")
-    if args.amp == "fp16" and fine_tuning:
-        raise UserError(f"--amp fp16 is too coarse for the gradients of --protocol {name}: use "
-                        "bf16 or off.")
-    W = distributed.world_size()
-    if protocol.batch_size % W or protocol.batch_size < min(2, W) * W:
-        raise UserError(f"a batch of {protocol.batch_size} images cannot be split evenly over {W} "
-                        "processes, at least 2 each: choose a --batch-size that can.")
-    if args.with_avgpool and AVGPOOL not in protocol.columns:
-        avgpool = PROTOCOLS["imagenet-avgpool"].shortened(protocol.epochs)
-        return name, [protocol, dataclasses.replace(
-            avgpool, classes=protocol.classes, train_transform=protocol.train_transform,
-            batch_size=protocol.batch_size,
-            lr=avgpool.lr if args.avgpool_lr is None else args.avgpool_lr)], changed
-    if args.avgpool_lr is not None:
-        raise UserError(f"--avgpool-lr {args.avgpool_lr:g} is of --with-avgpool beside another "
-                        "protocol: give that, too, or --lr instead.")
-    return name, [protocol], changed
-
-
 def main():
     args = make_parser().parse_args()
     network = frozen.prepare(args)
@@ -292,7 +259,8 @@ def main():
     train(args, network, protocols, classifiers, optimizer, progress)
 
     results = choose_results(protocols, progress.history)
-    published = published_table(name, changed, network)
+    # The rows of fine-tuning belong to published lists of images, not to a share that was drawn.
+    published = None if args.train_share else published_table(name, changed, network)
     fine_tuning = protocol.columns == (FINE_TUNED,)
     title = f"{network.train.name} {'fine-tuning' if fine_tuning else 'linear'}"
     if published:

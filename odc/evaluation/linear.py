@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from odc import distributed
 from odc.batchnorm import SyncBatchNorm, synchronise
 from odc.errors import UserError
 from odc.evaluation import tables
@@ -104,36 +105,60 @@ DEFAULTS = {"imagenet": "imagenet-multihead", "places205": "places205",
             "inaturalist2018": "inaturalist2018"}  # data set -> protocol
 
 
-def choose_protocol(dataset, name=None, num_classes=None, epochs=None, **given):
-    """(name, Protocol as used, {setting: value} where that is not the recipe's).
+def choose_protocols(args, dataset):
+    """(name, [Protocol, that of --with-avgpool], {setting: value} that are not the recipe's).
 
-    name: None takes the data's own protocol, or "short" where it has none. given: settings of
-    Protocol, None where the protocol decides. Raises UserError if the number of classes does not
-    match.
+    args: eval_linear.py's; a setting that is None is the protocol's. dataset: the training images.
+    Raises UserError for classes in another number than the protocol's, and for arguments that do
+    not fit each other or the number of processes.
     """
-    classes = len(dataset.classes)
-    if name is None:
-        name = DEFAULTS.get(dataset.name, "short")
-        if PROTOCOLS[name].classes != classes:
-            name = "short"
+    classes, W = len(dataset.classes), distributed.world_size()
+    name = args.protocol or DEFAULTS.get(dataset.name, "short")
+    if not args.protocol and PROTOCOLS[name].classes != classes:
+        name = "short"
     recipe = PROTOCOLS[name]
     if name in ("short", "finetune"):
         recipe = dataclasses.replace(recipe, classes=classes)
-    wanted = num_classes or recipe.classes
-    if wanted != classes:
+    if (wanted := args.num_classes or recipe.classes) != classes:
         by = f"--num-classes {wanted}"
-        if not num_classes:
+        if not args.num_classes:
             by = f"--protocol {name} is for {wanted} classes and"
         raise UserError(f"{by} does not match {dataset.root}, which has {classes}: give other "
                         f"--data, or --num-classes {classes}.")
+    given = {setting: getattr(args, setting, None) for setting in dataclasses.asdict(recipe)}
     given = {setting: value for setting, value in given.items() if value is not None}
-    if "lr_steps" in given:
-        given["lr_steps"] = tuple(sorted(given["lr_steps"]))
-    protocol = dataclasses.replace(recipe.shortened(epochs or recipe.epochs), classes=classes)
-    protocol = dataclasses.replace(protocol, **given)
+    if args.lr_steps is not None:
+        given["lr_steps"] = tuple(sorted(args.lr_steps))
+    protocol = dataclasses.replace(recipe.shortened(args.epochs or recipe.epochs),
+                                   **{"classes": classes, **given})
     before = dataclasses.asdict(recipe)
     changed = {k: v for k, v in dataclasses.asdict(protocol).items() if v != before[k]}
-    return name, protocol, changed
+
+    fine_tuning = protocol.columns == (FINE_TUNED,)
+    if name.endswith("percent") and not args.subset and not args.train_share:
+        raise UserError(f"--protocol {name} trains on few of the images: give the list of them "
+                        "with --subset, or a --train-share.")
+    if args.head_lr is not None and not fine_tuning:
+        raise UserError(f"--head-lr {args.head_lr:g} is for fine-tuning: add --protocol finetune.")
+    if args.with_avgpool and fine_tuning:
+        raise UserError(f"--with-avgpool needs a frozen backbone, and --protocol {name} trains it: "
+                        "leave it out.")
+    if args.amp == "fp16" and fine_tuning:
+        raise UserError(f"--amp fp16 is too coarse for the gradients of --protocol {name}: use "
+                        "bf16 or off.")
+    if protocol.batch_size % W or protocol.batch_size < min(2, W) * W:
+        raise UserError(f"a batch of {protocol.batch_size} images cannot be split evenly over {W} "
+                        "processes, at least 2 each: choose a --batch-size that can.")
+    if args.with_avgpool and AVGPOOL not in protocol.columns:
+        avgpool = PROTOCOLS["imagenet-avgpool"].shortened(protocol.epochs)
+        lr = avgpool.lr if args.avgpool_lr is None else args.avgpool_lr
+        return name, [protocol, dataclasses.replace(
+            avgpool, classes=classes, lr=lr, batch_size=protocol.batch_size,
+            train_transform=protocol.train_transform)], changed
+    if args.avgpool_lr is not None:
+        raise UserError(f"--avgpool-lr {args.avgpool_lr:g} is of --with-avgpool beside another "
+                        "protocol: give that, too, or --lr instead.")
+    return name, [protocol], changed
 
 
 def published_table(name, changed, network):

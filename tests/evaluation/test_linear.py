@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import eval_linear
-from eval_linear import choose_protocols, evaluate, make_parser, restore, save, train_epoch
+from eval_linear import evaluate, make_parser, restore, save, train_epoch
 from odc import distributed
 from odc.batchnorm import SyncBatchNorm
 from odc.data.augmentation import LINEAR_AUGMENTATIONS, augment_batch
@@ -22,7 +22,7 @@ from odc.errors import Interrupted, UserError
 from odc.evaluation.frozen import Frozen
 from odc.evaluation.linear import (
     AVGPOOL, COLUMNS, FINE_TUNED, PROTOCOLS, FineTuned, LinearClassifiers, Protocol,
-    choose_images, choose_results, make_classifiers, published_table)
+    choose_images, choose_protocols, choose_results, make_classifiers, published_table)
 from odc.evaluation.maps import map_shapes
 from odc.features import weights_fingerprint
 from odc.model import ResNet
@@ -113,6 +113,7 @@ def test_class_counts_must_match():
 
 @pytest.mark.parametrize("arguments, message", [
     (["--head-lr", "10"], "--head-lr 10 is for fine-tuning"),
+    (["--protocol", "imagenet-1percent", "--num-classes", "3"], "--subset, or a --train-share"),
     (["--protocol", "finetune", "--with-avgpool"], "--with-avgpool needs a frozen backbone"),
     (["--protocol", "finetune", "--amp", "fp16"], "--amp fp16.*use bf16 or off")])
 def test_settings_that_do_not_go_together(arguments, message):
