@@ -70,7 +70,7 @@ def make_parser():
     add("--lr-steps", metavar="EPOCH", type=whole(0), nargs="*", help="epochs at which it drops")
     add("--lr-gamma", metavar="G", type=number(0, 1), help="what it drops by")
     add("--momentum", metavar="M", type=number(0, 1), help="momentum of SGD")
-    add("--weight-decay", metavar="WD", type=number(0, 1e3), help="of the classifiers")
+    add("--weight-decay", metavar="WD", type=number(0, 1e3), help="of what is trained")
     add("--train-transform", choices=list(LINEAR_AUGMENTATIONS), metavar="NAME",
         help="augmentation of the protocol of that name")
     add("--reported", choices=["last", "best"], help="which epoch's accuracy: last or best")
@@ -242,6 +242,8 @@ def main():
     with distributed.together():
         network.train = choose_images(network.train, args.subset, args.train_share, args.seed)
     check_same_images(network.train)
+    if args.subset or args.train_share:
+        print_main(f"training on {len(network.train):,} of the train images")
     if network.train.labels is None:
         raise UserError(f"{network.train.name} has several classes an image, and these classifiers "
                         "choose one: use eval_svm.py.")

@@ -168,10 +168,9 @@ def published_table(name, changed, network):
     fine-tuning are the best of some learning rates, so one of these may be given.
     """
     table = TABLES.get(name)
-    fine_tuning = PROTOCOLS[name].columns == (FINE_TUNED,)
-    searched = fine_tuning and all(value in SEARCHED.get(setting, ())
-                                   for setting, value in changed.items())
-    if not table or changed and not searched or not table.is_comparable(
+    searched = SEARCHED if PROTOCOLS[name].columns == (FINE_TUNED,) else {}
+    as_published = all(value in searched.get(setting, ()) for setting, value in changed.items())
+    if not table or not as_published or not table.is_comparable(
             network.train, network.val, network.backbone, network.image_size):
         return None
     return table.only((AVGPOOL,) if name == "imagenet-avgpool" else PROTOCOLS[name].columns)
