@@ -1,16 +1,25 @@
 """Linear classification on frozen feature maps, and fine-tuning with few labels.
 
     python eval_linear.py --weights out/backbone.pth --data shapes
+    torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data /path/to/imagenet
     python eval_linear.py --weights out/backbone.pth --data shapes --protocol finetune \\
         --train-share 0.01
-    torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data /path/to/imagenet
 
-The linear classifiers of all maps train together on one forward pass. A protocol (odc/evaluation/linear.py) sets
-everything; every setting can be given as an argument. The batch is split over the processes, and
-all that mixes its images is summed over them, so one process and eight compute the same.
+The linear classifiers of all maps train together on one forward pass. A protocol
+(odc/evaluation/linear.py) sets everything; every setting can be given as an argument. The batch is
+split over the processes, and all that mixes its images is summed over them, so one process and
+eight compute the same.
+
+The published rows of fine-tuning are the best of nine runs, so train as many for a row beside them:
+
+    for lr in 0.001 0.01 0.1; do for head in 1 10 100; do
+        torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth \\
+            --data /path/to/imagenet --protocol imagenet-1percent \\
+            --subset meta/train_labeled_1percent.txt \\
+            --lr $lr --head-lr $head --output lr$lr-head$head.json
+    done; done
 """
 
-import dataclasses
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,16 +28,15 @@ import torch.nn.functional as F
 
 from odc import distributed
 from odc.data.augmentation import LINEAR_AUGMENTATIONS, augment_batch
+from odc.data.layouts import check_same_images
 from odc.data.loader import check_unreadable, epoch_batches
 from odc.distributed import print_main
 from odc.errors import Interrupted, UserError
-from odc.evaluation import frozen as evaluation
-from odc.evaluation import tables
+from odc.evaluation import frozen, tables
 from odc.evaluation.linear import (
-    AVGPOOL, FINE_TUNED, PROTOCOLS, FineTuned, LinearClassifiers, choose_protocol,
+    FINE_TUNED, PROTOCOLS, choose_images, choose_protocols, choose_results, make_classifiers,
     published_table)
-from odc.evaluation.maps import map_shapes
-from odc.features import extract, weights_fingerprint
+from odc.features import extract
 from odc.runtime import checkpoint, program
 from odc.runtime.arguments import Parser, number, whole
 from odc.runtime.log import plain_line, progress_bar
@@ -36,7 +44,7 @@ from odc.runtime.log import plain_line, progress_bar
 
 def make_parser():
     parser = Parser(__doc__.splitlines()[0])
-    groups = evaluation.add_arguments(parser)
+    groups = frozen.add_arguments(parser)
     add = parser.add_argument_group(
         "protocol", "Every setting is the protocol's unless given; with --epochs the learning "
         "rate's steps move, too.").add_argument
@@ -62,7 +70,7 @@ def make_parser():
     add("--lr-steps", metavar="EPOCH", type=whole(0), nargs="*", help="epochs at which it drops")
     add("--lr-gamma", metavar="G", type=number(0, 1), help="what it drops by")
     add("--momentum", metavar="M", type=number(0, 1), help="momentum of SGD")
-    add("--weight-decay", metavar="WD", type=number(0, 1e3), help="of the classifiers")
+    add("--weight-decay", metavar="WD", type=number(0, 1e3), help="of what is trained")
     add("--train-transform", choices=list(LINEAR_AUGMENTATIONS), metavar="NAME",
         help="augmentation of the protocol of that name")
     add("--reported", choices=["last", "best"], help="which epoch's accuracy: last or best")
@@ -80,20 +88,34 @@ class Progress:
     step: int = 0  # steps that are done of the epoch after them
     losses: list = field(default_factory=list)  # sums over these steps, for each column
     failed: int = 0  # images of these steps that could not be read
+    unreadable: int = 0  # val images that could not be read, and are left out
     history: list = field(default_factory=list)  # for every epoch {column: [top-1, top-5]}
 
 
-def train_epoch(args, frozen, protocols, classifiers, optimizer, progress):
+def train(args, network, protocols, classifiers, optimizer, progress):
+    """Train and judge the classifiers, from progress on. The results are in progress.history."""
+    while progress.epoch < protocols[0].epochs:
+        train_epoch(args, network, protocols, classifiers, optimizer, progress)
+        try:
+            progress.history.append(evaluate(network, protocols, classifiers, progress))
+        except Interrupted:
+            raise interrupted(args, progress) from None
+        progress.epoch, progress.step, progress.failed = progress.epoch + 1, 0, 0
+        progress.losses = [0.0] * len(classifiers.columns)
+        save(args, network, protocols, classifiers, optimizer, progress)
+
+
+def train_epoch(args, network, protocols, classifiers, optimizer, progress):
     """One epoch, from step progress.step on. Every image comes once."""
-    protocol, device = protocols[0], frozen.device
+    protocol, device = protocols[0], network.device
     for group in optimizer.param_groups:
         drops = sum(progress.epoch >= step for step in group["lr_steps"])
         group["lr"] = group["initial_lr"] * group["lr_gamma"] ** drops
     batches = epoch_batches(
-        frozen.train, LINEAR_AUGMENTATIONS[protocol.train_transform], frozen.image_size,
+        network.train, LINEAR_AUGMENTATIONS[protocol.train_transform], network.image_size,
         protocol.batch_size // distributed.world_size(), args.seed, progress.epoch, progress.step,
-        frozen.workers, pin_memory=device.type == "cuda")
-    iterator, train_labels = iter(batches), frozen.train.labels.to(device)
+        network.workers, pin_memory=device.type == "cuda")
+    iterator, train_labels = iter(batches), network.train.labels.to(device)
     sums = torch.tensor(progress.losses, device=device)
     classifiers.train()
     bar = progress_bar(progress.step + len(batches),
@@ -121,15 +143,18 @@ def train_epoch(args, frozen, protocols, classifiers, optimizer, progress):
         bar.update()
         if stop or progress.step % args.checkpoint_interval == 0 or progress.step == bar.total:
             progress.losses = sums.tolist()
-            save(args, frozen, protocols, classifiers, optimizer, progress)
+            save(args, network, protocols, classifiers, optimizer, progress)
         if stop:
             raise interrupted(args, progress)
     bar.close()
-    check_unreadable(progress.failed, frozen.train)
+    check_unreadable(progress.failed, network.train)
 
 
-def evaluate(frozen, protocols, classifiers, progress):
-    """Accuracy on the val split in percent: {column: [top-1, top-5]}. A collective."""
+def evaluate(network, protocols, classifiers, progress):
+    """Accuracy on the val images that can be read, in percent: {column: [top-1, top-5]}.
+
+    A collective.
+    """
     classifiers.eval()
     columns, k = classifiers.columns, min(5, protocols[0].classes)
 
@@ -137,20 +162,23 @@ def evaluate(frozen, protocols, classifiers, progress):
         """[B, 3, S, S] -> [B, columns * k], the best class first."""
         return torch.cat([logits.topk(k).indices for logits in classifiers(images).values()], 1)
 
-    best = extract(best_classes, frozen.val, frozen.transform, len(columns) * k, frozen.device,
-                   max(1, protocols[0].batch_size // distributed.world_size()), frozen.workers,
+    best = extract(best_classes, network.val, network.transform, len(columns) * k, network.device,
+                   max(1, protocols[0].batch_size // distributed.world_size()), network.workers,
                    name="val")
-    labels = frozen.val.labels[distributed.shard(len(frozen.val))].to(frozen.device)
+    own, readable = distributed.shard(len(network.val)), network.readable()
+    labels = network.val.labels[own].to(network.device)
     hits = (best.view(len(best), len(columns), k) == labels[:, None, None]).double()
+    hits = hits[readable[own]]
     correct = torch.stack([hits[:, :, 0].sum(0), hits.sum((0, 2))], dim=1)  # [columns, 2]
-    accuracy = 100 * distributed.all_reduce(correct) / len(frozen.val)
+    accuracy = 100 * distributed.all_reduce(correct) / int(readable.sum())
+    progress.unreadable = network.unreadable
     plain_line(f"epoch {progress.epoch + 1}/{protocols[0].epochs}: " + ", ".join(
         f"{column} loss {loss / progress.step:.3f} top-1 {top1:.2f}"
         for column, loss, (top1, _) in zip(columns, progress.losses, accuracy.tolist())))
     return dict(zip(columns, accuracy.tolist()))
 
 
-def save(args, frozen, protocols, classifiers, optimizer, progress):
+def save(args, network, protocols, classifiers, optimizer, progress):
     """Write the checkpoint, if there is an --output. Raises UserError if the loss is not finite."""
     if not torch.tensor(progress.losses).isfinite().all():
         raise UserError(f"the loss is not finite in epoch {progress.epoch + 1}, by step "
@@ -158,12 +186,12 @@ def save(args, frozen, protocols, classifiers, optimizer, progress):
     with distributed.together():
         if args.output and distributed.is_main():
             checkpoint.save(checkpoint_path(args), dict(
-                program="odc eval_linear", settings=settings_of(args, frozen, protocols),
+                program="odc eval_linear", settings=settings_of(args, network, protocols),
                 progress=asdict(progress), classifiers=classifiers.state_dict(),
                 optimizer=optimizer.state_dict()))
 
 
-def restore(args, frozen, protocols, classifiers, optimizer):
+def restore(args, network, protocols, classifiers, optimizer):
     """The Progress of the checkpoint beside --output, with what it held, or that of a new run."""
     saved, path = None, checkpoint_path(args)
     with distributed.together():
@@ -173,12 +201,13 @@ def restore(args, frozen, protocols, classifiers, optimizer):
                 raise UserError(f"{path} is not a checkpoint of eval_linear.py: choose another "
                                 "--output, or delete the file.")
             checkpoint.check_same_settings(path, saved["settings"],
-                                           settings_of(args, frozen, protocols))
+                                           settings_of(args, network, protocols))
     if saved is None:
         return Progress(losses=[0.0] * len(classifiers.columns))
     classifiers.load_state_dict(saved["classifiers"])
     optimizer.load_state_dict(saved["optimizer"])
     progress = Progress(**saved["progress"])
+    network.unreadable = progress.unreadable
     print_main(f"{path} holds the finished run." if progress.epoch == protocols[0].epochs else
                f"Continuing {path} at epoch {progress.epoch + 1}, step {progress.step + 1}.")
     return progress
@@ -188,12 +217,12 @@ def checkpoint_path(args):
     return Path(f"{args.output}".removesuffix(".json") + ".checkpoint.pth")
 
 
-def settings_of(args, frozen, protocols):
+def settings_of(args, network, protocols):
     """What must be the same for a run to be continued."""
-    settings = {"seed": args.seed, "image size": frozen.image_size, "amp": frozen.amp,
-                "weights": weights_fingerprint(frozen.backbone)[:16],
-                "train images": frozen.train.labelled_fingerprint,
-                "val images": frozen.val.labelled_fingerprint}
+    settings = {"seed": args.seed, "image size": network.image_size, "amp": network.amp,
+                "background": args.background, "weights": network.fingerprint[:16],
+                "train images": network.train.labelled_fingerprint,
+                "val images": network.val.labelled_fingerprint}
     for protocol in protocols:
         for name, value in asdict(protocol).items():
             of = " ".join(protocol.columns)
@@ -207,76 +236,18 @@ def interrupted(args, progress):
                        "signal asked" + ("; the same command continues." if args.output else "."))
 
 
-def choose_results(protocols, history):
-    """{column: {"top1", "top5", "epoch"}} of the epoch that the column's protocol reports."""
-    results = {}
-    for protocol in protocols:
-        for column in protocol.columns:
-            epoch = len(history) - 1
-            if protocol.reported == "best":
-                epoch = max(range(len(history)), key=lambda e: history[e][column][0])
-            top1, top5 = history[epoch][column]
-            results[column] = dict(top1=top1, top5=top5, epoch=epoch + 1)
-    return results
-
-
-def choose_images(dataset, args):
-    """The images to train on: all, those of --subset, or --train-share of each class."""
-    if args.subset and args.train_share:
-        raise UserError("--subset and --train-share both choose the images: give one of them.")
-    if args.subset:
-        with open(args.subset, encoding="utf-8") as file:
-            wanted = {line.split()[0] for line in file if line.strip()}
-        chosen = [i for i in range(len(dataset)) if dataset.name_of(i) in wanted]
-        if len(chosen) < len(wanted):
-            raise UserError(f"--subset {args.subset}: {len(wanted) - len(chosen)} of its "
-                            f"{len(wanted)} images are not in {dataset.root}.")
-        return dataset.take(chosen)
-    if args.train_share and dataset.labels is not None:
-        generator = torch.Generator().manual_seed(args.seed)
-        chosen = []
-        for label in range(len(dataset.classes)):
-            rows = (dataset.labels == label).nonzero()[:, 0]
-            count = max(1, round(len(rows) * args.train_share))
-            chosen += rows[torch.randperm(len(rows), generator=generator)[:count]].tolist()
-        return dataset.take(sorted(chosen))
-    return dataset
-
-
-def choose_protocols(args, dataset):
-    """(name, [Protocol, that of --with-avgpool], {setting: value} that are not the recipe's)."""
-    name, protocol, changed = choose_protocol(
-        dataset, args.protocol, args.num_classes, args.epochs, batch_size=args.batch_size,
-        lr=args.lr, lr_steps=args.lr_steps, lr_gamma=args.lr_gamma, momentum=args.momentum,
-        weight_decay=args.weight_decay, train_transform=args.train_transform,
-        reported=args.reported, head_lr=args.head_lr)
-    if args.head_lr is not None and protocol.columns != (FINE_TUNED,):
-        raise UserError(f"--head-lr {args.head_lr:g} is for fine-tuning: add --protocol finetune.")
-    W = distributed.world_size()
-    if protocol.batch_size % W or protocol.batch_size < min(2, W) * W:
-        raise UserError(f"a batch of {protocol.batch_size} images cannot be split evenly over {W} "
-                        "processes, at least 2 each: choose a --batch-size that can.")
-    if args.with_avgpool and AVGPOOL not in protocol.columns:
-        avgpool = PROTOCOLS["imagenet-avgpool"].shortened(protocol.epochs)
-        return name, [protocol, dataclasses.replace(
-            avgpool, classes=protocol.classes, train_transform=protocol.train_transform,
-            batch_size=protocol.batch_size,
-            lr=avgpool.lr if args.avgpool_lr is None else args.avgpool_lr)], changed
-    if args.avgpool_lr is not None:
-        raise UserError(f"--avgpool-lr {args.avgpool_lr:g} is of --with-avgpool beside another "
-                        "protocol: give that, too, or --lr instead.")
-    return name, [protocol], changed
-
-
 def main():
     args = make_parser().parse_args()
-    frozen = evaluation.prepare(args)
+    network = frozen.prepare(args)
     with distributed.together():
-        frozen.train = choose_images(frozen.train, args)
-    if frozen.train.labels is None:
-        raise UserError(f"{frozen.train.name} has several classes an image, and these classifiers "
+        network.train = choose_images(network.train, args.subset, args.train_share, args.seed)
+    check_same_images(network.train)
+    if args.subset or args.train_share:
+        print_main(f"training on {len(network.train):,} of the train images")
+    if network.train.labels is None:
+        raise UserError(f"{network.train.name} has several classes an image, and these classifiers "
                         "choose one: use eval_svm.py.")
-    name, protocols, changed = choose_protocols(args, frozen.train)
+    name, protocols, changed = choose_protocols(args, network.train)
     protocol = protocols[0]
     print_main(f"protocol {name} ({protocol.recipe}): {protocol.describe()}")
     if changed:
@@ -284,30 +255,19 @@ def main():
     if not args.output:
         print_main("No --output: no checkpoint, so a run that is stopped begins anew.")
 
-    if protocol.columns == (FINE_TUNED,):
-        classifiers = FineTuned(frozen.backbone, protocol.classes, frozen.autocast(), args.seed)
-    else:
-        classifiers = LinearClassifiers(
-            frozen.maps, map_shapes(frozen.backbone, frozen.image_size),
-            [column for settings in protocols for column in settings.columns], protocol.classes,
-            args.seed)
-    classifiers.to(frozen.device)
+    classifiers = make_classifiers(network, protocols, args.seed)
     optimizer = torch.optim.SGD(classifiers.optimizer_groups(protocols))
-    progress = restore(args, frozen, protocols, classifiers, optimizer)
-    while progress.epoch < protocol.epochs:
-        train_epoch(args, frozen, protocols, classifiers, optimizer, progress)
-        try:
-            progress.history.append(evaluate(frozen, protocols, classifiers, progress))
-        except Interrupted:
-            raise interrupted(args, progress) from None
-        progress.epoch, progress.step, progress.failed = progress.epoch + 1, 0, 0
-        progress.losses = [0.0] * len(classifiers.columns)
-        save(args, frozen, protocols, classifiers, optimizer, progress)
+    progress = restore(args, network, protocols, classifiers, optimizer)
+    train(args, network, protocols, classifiers, optimizer, progress)
 
     results = choose_results(protocols, progress.history)
-    published = published_table(name, changed, frozen)
-    title = published.title.removesuffix(" (top-1)") if published else f"{frozen.train.name} linear"
-    row = frozen.label(args)
+    # The rows of fine-tuning belong to published lists of images, not to a share that was drawn.
+    published = None if args.train_share else published_table(name, changed, network)
+    fine_tuning = protocol.columns == (FINE_TUNED,)
+    title = f"{network.train.name} {'fine-tuning' if fine_tuning else 'linear'}"
+    if published:
+        title = published.title.removesuffix(" (top-1)")
+    row = network.label(args)
     tables.show(f"{title} (%), protocol {name}", classifiers.columns, {
         f"{row}, top-1": {column: result["top1"] for column, result in results.items()},
         f"{row}, top-5": {column: result["top5"] for column, result in results.items()},
@@ -315,10 +275,13 @@ def main():
     if len(protocols) > 1:
         print_main(f"AvgPool here: {protocols[1].describe()}, best epoch. Its published protocol "
                    "is --protocol imagenet-avgpool, a run of its own.")
+    if published and fine_tuning:
+        print_main("Each published row is the best of nine runs, --lr 0.001, 0.01, 0.1 with "
+                   "--head-lr 1, 10, 100; this is one.")
     tables.write_json(args.output, dict(
         script="eval_linear", protocol=name, settings=asdict(protocol), not_the_recipes=changed,
         settings_of_avgpool=asdict(protocols[1]) if len(protocols) > 1 else None,
-        **frozen.description(), results=results, history=progress.history,
+        **network.description(), results=results, history=progress.history,
         published=tables.published_rows(published)))
 
 

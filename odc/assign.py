@@ -38,6 +38,8 @@ def make_parser():
                        help="folder of images, in any known layout, or the word shapes")
     group.add_argument("--split", choices=["train", "val"], default="train",
                        help="which one, of data with several")
+    group.add_argument("--background", choices=["white", "black"],
+                       help="colour on which transparent images are laid (default: the run's)")
     results = parser.add_argument_group("results")
     results.add_argument("--output", metavar="FILE", default="clusters.csv", help="the table")
     results.add_argument("--folders", metavar="DIR", help="a new folder with links to the "
@@ -169,7 +171,8 @@ def main(arguments=None):
     train = None
     with distributed.together():
         state = load_run(args.checkpoint)
-        dataset = open_dataset(args.data, args.split)
+        dataset = open_dataset(args.data, args.split,
+                               args.background or state["settings"].get("background"))
         if args.neighbours:
             train = open_training_images(state, args.train_data)
             if args.neighbours > len(train):

@@ -1,6 +1,6 @@
 """What the evaluation scripts begin with: a frozen backbone, and a labelled train and val split."""
 
-import contextlib
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -35,6 +35,8 @@ def add_arguments(parser, batch_size=None):
         "or the word shapes (default: data/imagenet if it is there, else shapes)")
     add("--image-size", metavar="PIXELS", type=whole(8, 4096),
         help="side of the images (default: 224; for sets of small images their own)")
+    add("--background", choices=["white", "black"], help="colour on which transparent images are "
+        "laid (default: their transparency is dropped)")
     add("--workers", metavar="N", type=whole(0, 256), help="processes that read images, per "
         "process (default: up to 4; 0 for images in memory)")
     add = groups["network"].add_argument
@@ -43,7 +45,7 @@ def add_arguments(parser, batch_size=None):
     add("--arch", choices=list(ARCHS), metavar="ARCH", help=f"{', '.join(ARCHS)} (default: "
         "recognised from the weights; resnet50 for random)")
     add("--amp", choices=["off", "bf16", "fp16"], default="off",
-        help="precision of the frozen backbone: off, bf16 or fp16")
+        help="precision of the backbone: off, bf16 or fp16")
     add = groups["run"].add_argument
     add("--output", metavar="FILE", help="write the results to this file, as JSON")
     add("--seed", metavar="N", type=whole(0), default=0, help="decides everything random")
@@ -61,6 +63,7 @@ class Frozen:
     """A backbone in eval mode on its device, and the two splits on which it is judged."""
 
     backbone: ResNet
+    fingerprint: str  # of the weights that were loaded; fine-tuning changes the backbone's
     weights: str  # what was loaded, one line
     train: ImageSet
     val: ImageSet
@@ -68,14 +71,16 @@ class Frozen:
     workers: int
     device: torch.device
     amp: str
+    unreadable: int = 0  # val images that cannot be read, as `readable` has counted them
+
+    def autocast(self):
+        """The context in which the backbone runs with the precision of --amp."""
+        dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.amp != "off")
 
     def maps(self, images):
         """Normalised images [B, 3, S, S] -> the five maps, float32, without gradients."""
-        autocast = contextlib.nullcontext()
-        if self.amp != "off":
-            dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
-            autocast = torch.autocast(self.device.type, dtype=dtype)
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), self.autocast():
             maps = self.backbone(images.contiguous(memory_format=torch.channels_last))
         return [feature_map.float() for feature_map in maps]
 
@@ -94,29 +99,31 @@ class Frozen:
         # One process looks at the files: a million of them take a while on a shared disk.
         stamp = torch.tensor(dataset.content_stamp() if distributed.is_main() else 0)
         return cache_path(
-            folder, *kind, self.amp, weights_fingerprint(self.backbone),
-            os.path.realpath(dataset.root), dataset.fingerprint, int(distributed.broadcast(stamp)),
-            transform.func.__name__, sorted(transform.keywords.items()))
+            folder, *kind, self.amp, self.fingerprint, os.path.realpath(dataset.root),
+            dataset.fingerprint, int(distributed.broadcast(stamp)), transform.func.__name__,
+            sorted(transform.keywords.items()))
 
     def readable(self):
         """The val images that could be read, [N] bool. Others do not count in the results.
 
-        Call it after the images were read. A collective.
+        Prints how many these are, if that is new. Call it after the images were read. A collective.
         """
         readable = torch.ones(len(self.val), dtype=torch.bool)
-        if unreadable := gather_unreadable(self.val):
-            readable[unreadable] = False
-            print_main(f"{len(unreadable)} of {len(self.val):,} val images cannot be read; they "
+        unreadable = gather_unreadable(self.val)
+        readable[unreadable] = False
+        if len(unreadable) != self.unreadable:
+            self.unreadable = len(unreadable)
+            print_main(f"{self.unreadable} of {len(self.val):,} val images cannot be read; they "
                        "are left out")
         return readable
 
     def description(self):
-        """What was judged on what, for the JSON file. A collective."""
+        """What was judged on what, for the JSON file."""
         return dict(
             weights=self.weights, arch=self.backbone.arch, small_stem=self.backbone.small_stem,
             amp=self.amp, image_size=self.image_size, dataset=self.train.name,
             train_images=len(self.train), val_images=len(self.val),
-            unreadable_val_images=len(gather_unreadable(self.val)), classes=len(self.val.classes),
+            unreadable_val_images=self.unreadable, classes=len(self.val.classes),
             processes=distributed.world_size())
 
     def label(self, args):
@@ -140,7 +147,7 @@ def prepare(args):
         data = "data/imagenet" if os.path.isdir("data/imagenet") else "shapes"
         print_main(f"No --data: evaluating on {data}.")
     with distributed.together():
-        train, val = open_dataset(data, "train"), open_dataset(data, "val")
+        train, val = (open_dataset(data, split, args.background) for split in ("train", "val"))
         _check_labels(data, train, val)
         if args.output and (os.path.isdir(args.output) or not os.path.basename(args.output)):
             raise UserError(f"--output {args.output}: it must be a file, not a folder; add a name "
@@ -153,9 +160,10 @@ def prepare(args):
         backbone, description = load_backbone(args.weights, args.arch, size, args.seed)
     check_same_images(train, val)
     # Paths and workers may differ between machines. But all must write, or read, together.
-    arguments = vars(args) | dict.fromkeys(("data", "weights", "workers"))
+    arguments = vars(args) | dict.fromkeys(("data", "weights", "subset", "workers"))
     arguments |= {name: bool(arguments.get(name)) for name in ("output", "features_cache")}
-    if not distributed.same_everywhere((arguments, weights_fingerprint(backbone))):
+    fingerprint = weights_fingerprint(backbone)
+    if not distributed.same_everywhere((arguments, fingerprint)):
         raise UserError("The processes have different arguments or weights: start all machines "
                         "with the same command, and give them the same files.")
     print_main(description)
@@ -165,7 +173,7 @@ def prepare(args):
         workers = default_workers(train.pixels is not None)
     print_main(f"{train.name}: {len(train):,} train and {len(val):,} val images of "
                f"{len(val.classes)} classes, {size} pixels")
-    return Frozen(backbone, description, train, val, size, workers, device, args.amp)
+    return Frozen(backbone, fingerprint, description, train, val, size, workers, device, args.amp)
 
 
 def _check_labels(data, train, val):
@@ -176,16 +184,9 @@ def _check_labels(data, train, val):
                 f"{dataset.root} has no labels, and an evaluation needs them: give a folder with "
                 "train/CLASS/IMAGE and val/CLASS/IMAGE, of two classes or more and without images "
                 "beside the class folders, or another known layout.")
-    if train.classes == val.classes:
-        return
-    only = {split: sorted(set(own.classes) - set(other.classes))
-            for split, own, other in (("train", train, val), ("val", val, train))}
-    if any(only.values()):
-        split = "train" if only["train"] else "val"
-        difference = (f"the train split has {len(train.classes)} classes and the val split has "
-                      f"{len(val.classes)}, {only[split][0]!r} only {split}")
-    else:
-        first, second = next((a, b) for a, b in zip(train.classes, val.classes) if a != b)
-        difference = f"the train split has class {first!r} where the val split has {second!r}"
-    raise UserError(f"{data}: {difference}; both splits must have the same classes, in the same "
-                    "order.")
+    if train.classes != val.classes:
+        pairs = enumerate(itertools.zip_longest(train.classes, val.classes, fillvalue="missing"))
+        k, (in_train, in_val) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
+        raise UserError(f"{data}: class {k} is {in_train!r} in the train split ({len(train.classes)} "
+                        f"classes) and {in_val!r} in the val split ({len(val.classes)}); both must "
+                        "have the same classes, in the same order.")

@@ -48,7 +48,7 @@ def open_held_out(data, train):
     val, reason = None, None
     with distributed.together():
         try:
-            val = open_dataset(data, "val")
+            val = open_dataset(data, "val", train.background)
         except UserError as error:
             reason = str(error)
     if not distributed.same_everywhere(val and (len(val), val.fingerprint)):

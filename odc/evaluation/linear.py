@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from odc import distributed
 from odc.batchnorm import SyncBatchNorm, synchronise
 from odc.errors import UserError
 from odc.evaluation import tables
-from odc.evaluation.maps import MAP_NAMES, map_pools, pooled_shapes
+from odc.evaluation.maps import MAP_NAMES, map_pools, map_shapes, pooled_shapes
 
 COLUMNS = tuple(name.capitalize() for name in MAP_NAMES)  # Feature1 ... Feature5
 AVGPOOL = "AvgPool"
@@ -66,8 +67,9 @@ class Protocol:
 MULTIHEAD = Protocol(
     "mhead_linear-8xb32-steplr-90e", COLUMNS, 1000, epochs=90, lr=0.01, lr_steps=(30, 60),
     weight_decay=1e-4, nesterov=True, train_transform="imagenet-multihead", reported="last")
-# Semi-supervised ImageNet, with the learning rates that the benchmark found best for ODC among
-# lr 0.001, 0.01, 0.1 and head x 1, 10, 100.
+# Semi-supervised ImageNet. Each published row is the best of all combinations of SEARCHED; here
+# is the one that was best for ODC.
+SEARCHED = {"lr": (0.001, 0.01, 0.1), "head_lr": (1.0, 10.0, 100.0)}
 ONE_PERCENT = Protocol(
     "fine-tuning with 1% of the labels", (FINE_TUNED,), 1000, epochs=20, lr=0.1, lr_steps=(12, 16),
     weight_decay=5e-4, nesterov=False, train_transform="imagenet-avgpool", reported="last",
@@ -96,53 +98,142 @@ PROTOCOLS = {
         train_transform="inaturalist2018"),
 }
 TABLES = {"imagenet-multihead": tables.IMAGENET_LINEAR, "imagenet-avgpool": tables.IMAGENET_LINEAR,
-          "places205": tables.PLACES205_LINEAR, "inaturalist2018": tables.INATURALIST2018_LINEAR}
+          "places205": tables.PLACES205_LINEAR, "inaturalist2018": tables.INATURALIST2018_LINEAR,
+          "imagenet-1percent": tables.IMAGENET_1PERCENT,
+          "imagenet-10percent": tables.IMAGENET_10PERCENT}
 DEFAULTS = {"imagenet": "imagenet-multihead", "places205": "places205",
             "inaturalist2018": "inaturalist2018"}  # data set -> protocol
 
 
-def choose_protocol(dataset, name=None, num_classes=None, epochs=None, **given):
-    """(name, Protocol as used, {setting: value} where that is not the recipe's).
+def choose_protocols(args, dataset):
+    """(name, [Protocol, that of --with-avgpool], {setting: value} that are not the recipe's).
 
-    name: None takes the data's own protocol, or "short" where it has none. given: settings of
-    Protocol, None where the protocol decides. Raises UserError if the number of classes does not
-    match.
+    args: eval_linear.py's; a setting that is None is the protocol's. dataset: the training images.
+    Raises UserError for classes in another number than the protocol's, and for arguments that do
+    not fit each other or the number of processes.
     """
-    classes = len(dataset.classes)
-    if name is None:
-        name = DEFAULTS.get(dataset.name, "short")
-        if PROTOCOLS[name].classes != classes:
-            name = "short"
+    classes, W = len(dataset.classes), distributed.world_size()
+    name = args.protocol or DEFAULTS.get(dataset.name, "short")
+    if not args.protocol and PROTOCOLS[name].classes != classes:
+        name = "short"
     recipe = PROTOCOLS[name]
     if name in ("short", "finetune"):
         recipe = dataclasses.replace(recipe, classes=classes)
-    wanted = num_classes or recipe.classes
-    if wanted != classes:
+    if (wanted := args.num_classes or recipe.classes) != classes:
         by = f"--num-classes {wanted}"
-        if not num_classes:
+        if not args.num_classes:
             by = f"--protocol {name} is for {wanted} classes and"
         raise UserError(f"{by} does not match {dataset.root}, which has {classes}: give other "
                         f"--data, or --num-classes {classes}.")
+    given = {setting: getattr(args, setting, None) for setting in dataclasses.asdict(recipe)}
     given = {setting: value for setting, value in given.items() if value is not None}
-    if "lr_steps" in given:
-        given["lr_steps"] = tuple(sorted(given["lr_steps"]))
-    protocol = dataclasses.replace(recipe.shortened(epochs or recipe.epochs), classes=classes)
-    protocol = dataclasses.replace(protocol, **given)
+    if args.lr_steps is not None:
+        given["lr_steps"] = tuple(sorted(args.lr_steps))
+    protocol = dataclasses.replace(recipe.shortened(args.epochs or recipe.epochs),
+                                   **{"classes": classes, **given})
     before = dataclasses.asdict(recipe)
     changed = {k: v for k, v in dataclasses.asdict(protocol).items() if v != before[k]}
-    return name, protocol, changed
+
+    fine_tuning = protocol.columns == (FINE_TUNED,)
+    if name.endswith("percent") and not args.subset and not args.train_share:
+        raise UserError(f"--protocol {name} trains on few of the images: give the list of them "
+                        "with --subset, or a --train-share.")
+    if args.head_lr is not None and not fine_tuning:
+        raise UserError(f"--head-lr {args.head_lr:g} is for fine-tuning: add --protocol finetune.")
+    if args.with_avgpool and fine_tuning:
+        raise UserError(f"--with-avgpool needs a frozen backbone, and --protocol {name} trains it: "
+                        "leave it out.")
+    if args.amp == "fp16" and fine_tuning:
+        raise UserError(f"--amp fp16 is too coarse for the gradients of --protocol {name}: use "
+                        "bf16 or off.")
+    if protocol.batch_size % W or protocol.batch_size < min(2, W) * W:
+        raise UserError(f"a batch of {protocol.batch_size} images cannot be split evenly over {W} "
+                        "processes, at least 2 each: choose a --batch-size that can.")
+    if args.with_avgpool and AVGPOOL not in protocol.columns:
+        avgpool = PROTOCOLS["imagenet-avgpool"].shortened(protocol.epochs)
+        lr = avgpool.lr if args.avgpool_lr is None else args.avgpool_lr
+        return name, [protocol, dataclasses.replace(
+            avgpool, classes=classes, lr=lr, batch_size=protocol.batch_size,
+            train_transform=protocol.train_transform)], changed
+    if args.avgpool_lr is not None:
+        raise UserError(f"--avgpool-lr {args.avgpool_lr:g} is of --with-avgpool beside another "
+                        "protocol: give that, too, or --lr instead.")
+    return name, [protocol], changed
 
 
-def published_table(name, changed, frozen):
+def published_table(name, changed, network):
     """The published rows beside which a run of this protocol may stand, or None.
 
-    The AvgPool column was made by a protocol of its own, and only stands beside that.
+    The AvgPool column was made by a protocol of its own, and only stands beside that. The rows of
+    fine-tuning are the best of some learning rates, so one of these may be given.
     """
     table = TABLES.get(name)
-    if not table or changed or not table.is_comparable(
-            frozen.train, frozen.val, frozen.backbone, frozen.image_size):
+    searched = SEARCHED if PROTOCOLS[name].columns == (FINE_TUNED,) else {}
+    as_published = all(value in searched.get(setting, ()) for setting, value in changed.items())
+    if not table or not as_published or not table.is_comparable(
+            network.train, network.val, network.backbone, network.image_size):
         return None
-    return table.only((AVGPOOL,) if name == "imagenet-avgpool" else COLUMNS)
+    return table.only((AVGPOOL,) if name == "imagenet-avgpool" else PROTOCOLS[name].columns)
+
+
+def choose_results(protocols, history):
+    """{column: {"top1", "top5", "epoch"}} of the epoch that the column's protocol reports."""
+    results = {}
+    for protocol in protocols:
+        for column in protocol.columns:
+            epoch = len(history) - 1
+            if protocol.reported == "best":
+                epoch = max(range(len(history)), key=lambda e: history[e][column][0])
+            top1, top5 = history[epoch][column]
+            results[column] = dict(top1=top1, top5=top5, epoch=epoch + 1)
+    return results
+
+
+def choose_images(dataset, subset=None, train_share=None, seed=0):
+    """The images of an ImageSet to train on: all, or those of a list, or a share of each class.
+
+    subset: a text file with an image's path in each line, perhaps followed by its label.
+    train_share: 0 < share <= 1; at least one image of each class is drawn, from the seed.
+    Raises UserError for a list that does not fit the data.
+    """
+    if subset and train_share:
+        raise UserError("--subset and --train-share both choose the images: give one of them.")
+    if subset:
+        with open(subset, encoding="utf-8", errors="surrogateescape") as file:
+            lines = [line.strip() for line in file if line.strip()]
+        forms = [(line, line.rsplit(maxsplit=1)[0]) for line in lines]  # with and without label
+        wanted = {name for both in forms for name in both}
+        chosen = {name: i for i in range(len(dataset)) if (name := dataset.name_of(i)) in wanted}
+        absent = [line for line, name in forms if line not in chosen and name not in chosen]
+        if absent or len(chosen) < 2:
+            problem = "it names fewer than 2 images"
+            if absent:
+                problem = (f"{len(absent)} of its {len(lines)} images, such as {absent[0]!r}, are "
+                           f"not in {dataset.root}")
+            raise UserError(f"--subset {subset}: {problem}; it needs a line for each image, with "
+                            "its path in that folder.")
+        return dataset.take(list(chosen.values()))
+    if train_share and dataset.labels is not None:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = []
+        for label in range(len(dataset.classes)):
+            rows = (dataset.labels == label).nonzero()[:, 0]
+            count = max(1, round(len(rows) * train_share))
+            chosen += rows[torch.randperm(len(rows), generator=generator)[:count]].tolist()
+        return dataset.take(sorted(chosen))
+    return dataset
+
+
+def make_classifiers(network, protocols, seed):
+    """The module that the protocols train on a Frozen network, on its device."""
+    if protocols[0].columns == (FINE_TUNED,):
+        classifiers = FineTuned(network.backbone, protocols[0].classes, network.autocast(), seed)
+    else:
+        columns = [column for protocol in protocols for column in protocol.columns]
+        classifiers = LinearClassifiers(
+            network.maps, map_shapes(network.backbone, network.image_size), columns,
+            protocols[0].classes, seed)
+    return classifiers.to(network.device)
 
 
 class LinearClassifiers(nn.Module):

@@ -187,6 +187,30 @@ def test_linear_on_imagenet(tmp_path, weights, call):
         call("eval_linear", *[a for a in arguments if a != "--with-avgpool"])
 
 
+def test_fine_tuning_on_a_list_of_imagenet(tmp_path, weights, call):
+    data = put_imagenet(tmp_path / "data")
+    names = [f"n0000000{k}/train_{i}.JPEG" for k in range(3) for i in (1, 4, 7)]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    arguments = ("--data", data, *SMALL, "--protocol", "imagenet-1percent", "--num-classes", 3,
+                 "--subset", tmp_path / "list.txt", "--epochs", 1, "--batch-size", 4)
+    two = start("eval_linear", "--weights", weights, *arguments, "--output", tmp_path / "two.json",
+                processes=2)
+    call("eval_linear", "--weights", weights, *arguments, "--output", tmp_path / "one.json")
+    one = results_of(tmp_path / "one.json")
+    assert one == results_of(tmp_path / "two.json") and one["train_images"] == 9
+    assert one["not_the_recipes"] == dict(classes=3, epochs=1, lr_steps=[1, 1], batch_size=4)
+    assert "1 epochs, batch 4, lr 0.1 (head x 100) x 0.2" in two
+    assert "imagenet fine-tuning (%), protocol imagenet-1percent" in two
+    # Started again, the finished run is read, though its backbone has changed since the start.
+    call("eval_linear", "--weights", weights, *arguments, "--output", tmp_path / "one.json")
+    assert results_of(tmp_path / "one.json") == one
+    with pytest.raises(UserError, match="one.checkpoint.pth holds a run with weights"):
+        call("eval_linear", "--weights", "random", "--arch", "narrow", *arguments, "--output",
+             tmp_path / "one.json")
+    with pytest.raises(UserError, match="none.txt: No such file"):
+        call("eval_linear", "--weights", weights, *arguments, "--subset", tmp_path / "none.txt")
+
+
 @pytest.mark.parametrize("protocol, make, classes", [("places205", put_places, 4),
                                                      ("inaturalist2018", put_inaturalist, 3)])
 def test_linear_on_places_and_inaturalist(tmp_path, weights, call, protocol, make, classes):
@@ -265,6 +289,8 @@ def test_unreadable_val_images_are_left_out(tmp_path, weights, call):
     with open(broken, "r+b") as file:
         file.truncate(100)
     knn = ("eval_knn", "--weights", weights, "--data", data, *SMALL, "--k", 3, 7)
+    linear = ("eval_linear", "--weights", weights, "--data", data, *SMALL, "--epochs", 2,
+              "--batch-size", 8)
     svm = ("eval_svm", "--weights", weights, "--data", data, *SMALL, "--maps", "feature3",
            "--shots", 1)
     cache = ("--features-cache", tmp_path / "cache")
@@ -274,16 +300,49 @@ def test_unreadable_val_images_are_left_out(tmp_path, weights, call):
             *knn, "--output", tmp_path / "knn.json", *cache)
         call(*svm, "--output", tmp_path / "svm.json", *cache)
         call(*knn, "--output", tmp_path / "knn-cache.json", *cache)
+        out = call(*linear, "--output", tmp_path / "linear.json")
+    assert out.count("1 of 120 val images cannot be read; they are left out") == 1
+    assert "holds the finished run" in call(*linear, "--output", tmp_path / "linear.json")
     os.remove(broken)
     call(*knn, "--output", tmp_path / "knn-without.json")
     call(*svm, "--output", tmp_path / "svm-without.json")
+    call(*linear, "--output", tmp_path / "linear-without.json")
     found = {path.stem: results_of(path) for path in tmp_path.glob("*.json")}
     assert {name: content["unreadable_val_images"] for name, content in found.items()} == {
-        "knn": 1, "knn-cache": 1, "knn-two": 1, "svm": 1, "knn-without": 0, "svm-without": 0}
+        "knn": 1, "knn-cache": 1, "knn-two": 1, "svm": 1, "linear": 1, "knn-without": 0,
+        "svm-without": 0, "linear-without": 0}
     for name in ("knn", "knn-cache", "knn-two"):
         assert found[name]["results"] == found["knn-without"]["results"]
     for part in ("results", "full", "low_shot"):
         assert found["svm"][part] == found["svm-without"][part]
+    assert found["linear"]["history"] == found["linear-without"]["history"]
+
+
+@pytest.mark.parametrize("script, more", [
+    ("eval_knn", ["--k", 3, "--batch-size", 64]),
+    ("eval_linear", ["--epochs", 8, "--batch-size", 4, "--lr", 0.05]),
+    ("eval_svm", ["--maps", "feature3", "--shots"])])
+def test_transparent_images_are_laid_on_the_background(tmp_path, weights, call, script, more):
+    """White images that differ in their transparency alone are all the same on white."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for i in range(24):
+            pixels = np.full((32, 32, 4), 255, np.uint8)
+            pixels[:, :: 2 + i % 2, 3] = generator.integers(0, 100, (32, 1))
+            folder = tmp_path / "data" / split / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    arguments = ("--weights", weights, "--data", tmp_path / "data", *SMALL, *more)
+    assert "their transparency is dropped" in call(script, *arguments)
+    found = {}
+    for background in ("white", "black"):
+        out = call(script, *arguments, "--background", background, "--output", tmp_path / "a.json",
+                   *(["--features-cache", tmp_path / "cache"] if script != "eval_linear" else []))
+        assert "transparency" not in out
+        found[background] = results_of(tmp_path / "a.json")["results"]
+        for file in tmp_path.glob("a.*"):
+            file.unlink()
+    assert found["white"] != found["black"]
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -326,7 +385,8 @@ def test_mistakes_of_all_scripts(tmp_path, weights, call, script):
         open(f"{tmp_path}/birds/{split}2018.json", "w").write(json.dumps(dict(
             images=[dict(id=i, file_name=name) for i, name in enumerate(names)],
             annotations=[dict(image_id=i, category_id=[0, other][i % 2]) for i in range(4)])))
-    assert "'5' only train" in mistake("--weights", weights, "--data", tmp_path / "birds")
+    message = mistake("--weights", weights, "--data", tmp_path / "birds")
+    assert "class 1 is '5' in the train split (2 classes) and '4' in the val split (2)" in message
     for split, order in (("train", "ab"), ("val", "ba")):
         path = tmp_path / "birds" / f"{split}2018.json"
         content = json.loads(path.read_text())
@@ -335,7 +395,7 @@ def test_mistakes_of_all_scripts(tmp_path, weights, call, script):
             note["category_id"] = min(note["category_id"], 4)
         path.write_text(json.dumps(content))
     message = mistake("--weights", weights, "--data", tmp_path / "birds")
-    assert "class 'a' where the val split has 'b'" in message
+    assert "class 0 is 'a' in the train split (2 classes) and 'b' in the val split" in message
 
 
 STARTS = """

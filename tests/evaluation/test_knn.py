@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from odc import distributed, products
+from odc.data.layouts import open_dataset
 from odc.errors import Interrupted, UserError
 from odc.evaluation import knn
-from odc.evaluation.knn import knn_predict, nearest_neighbours
+from odc.evaluation.knn import knn_predict, nearest_neighbours, open_held_out
 from odc.runtime import program
 from tests.processes import run_processes
 
@@ -209,3 +211,14 @@ def test_the_precision_that_a_program_allows_for_products_changes_nothing(monkey
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_held_out_images_have_the_background_of_the_training_images(tmp_path):
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(tmp_path / split / label / "clear.png")
+    for background, value in (("white", 255), (None, 9)):
+        train = open_dataset(str(tmp_path), "train", background)
+        val = open_held_out(str(tmp_path), train)
+        assert val.split == "val" and val.load(0).getpixel((0, 0)) == (value,) * 3

@@ -31,6 +31,10 @@ OPENSELFSUP, MMSELFSUP = "ODC (OpenSelfSup, 2020)", "ODC (MMSelfSup, 2022)"
     (tables.PLACES205_LINEAR, MMSELFSUP, "19.28 34.09 40.9 47.04 48.35"),
     (tables.PLACES205_LINEAR, OPENSELFSUP, "20.94 34.78 41.19 47.45 49.18"),
     (tables.IMAGENET_KNN, MMSELFSUP, "38.5 39.1 37.8 36.9"),
+    (tables.IMAGENET_1PERCENT, "ODC, top-1", "32.39"),
+    (tables.IMAGENET_1PERCENT, "ODC, top-5", "61.02"),
+    (tables.IMAGENET_10PERCENT, "ODC, top-1", "58.15"),
+    (tables.IMAGENET_10PERCENT, "ODC, top-5", "82.55"),
 ])
 def test_published_rows_of_odc(table, method, row):
     assert " ".join(map(str, table.rows[method])) == row

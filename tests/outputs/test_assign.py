@@ -127,6 +127,29 @@ def test_an_unreadable_image_has_no_cluster(finished, folder, tmp_path):
     assert not list((tmp_path / "sorted").glob("*/zzz.png"))
 
 
+def test_transparent_images_are_laid_on_the_background_of_the_run(finished, tmp_path, capsys):
+    state = checkpoint.load(finished / "checkpoint.pth")
+    state["settings"]["background"] = "white"
+    checkpoint.save(tmp_path / "checkpoint.pth", state)
+    for colour in ("white", "black"):
+        (tmp_path / colour).mkdir()
+        Image.new("RGB", (40, 40), colour).save(tmp_path / colour / "one.png")
+    (tmp_path / "clear").mkdir()
+    Image.new("RGBA", (40, 40), (200, 30, 20, 0)).save(tmp_path / "clear" / "one.png")
+
+    def vector(run, data, *arguments):
+        run_assign(run, tmp_path / data, tmp_path / "new.csv", "--features", tmp_path / "new.npy",
+                   *arguments)
+        return np.load(tmp_path / "new.npy")
+
+    for colour, arguments in (("white", []), ("black", ["--background", "black"])):
+        laid = vector(tmp_path / "checkpoint.pth", "clear", *arguments)
+        assert laid == pytest.approx(vector(tmp_path / "checkpoint.pth", colour))
+    assert "transparency" not in capsys.readouterr().out
+    assert vector(finished / "checkpoint.pth", "clear") != pytest.approx(laid, abs=1e-3)
+    assert "transparency is dropped" in capsys.readouterr().out
+
+
 # --- folders -------------------------------------------------------------------------------------
 
 
