@@ -56,8 +56,9 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, var, count = ctx.saved_tensors
         # As if mean and var were constants: this also sums dy and dy * (x - mean) / sqrt(var).
         ones = torch.ones_like(mean) if weight is None else weight
+        unused = mean.new_empty(0)  # CUDA takes no None here
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, ones, mean, var, None, None, False, ctx.eps, [True, True, True])
+            dy, x, ones, mean, var, unused, unused, False, ctx.eps, [True, True, True])
         # What mean and var of all processes add: a number for each channel, and a multiple of x.
         sums = distributed.all_reduce(torch.stack([d_bias, d_weight]).double()) / count
         scale = (var.double() + ctx.eps).rsqrt()

@@ -182,9 +182,15 @@ def _central_square(image, resize, crop):
 
 def normalise(images):
     """uint8 [B, 3, S, S] to float32 with ImageNet's mean 0 and standard deviation 1."""
-    scale = torch.tensor([1 / (255 * s) for s in STD], device=images.device).view(1, 3, 1, 1)
-    shift = torch.tensor([m / s for m, s in zip(MEAN, STD)], device=images.device).view(1, 3, 1, 1)
+    scale, shift = _scale_and_shift(images.device)
     return (images * scale).sub_(shift)
+
+
+@functools.cache  # else every batch would wait until they are on the device
+def _scale_and_shift(device):
+    scale = torch.tensor([1 / (255 * s) for s in STD], device=device).view(1, 3, 1, 1)
+    shift = torch.tensor([m / s for m, s in zip(MEAN, STD)], device=device).view(1, 3, 1, 1)
+    return scale, shift
 
 
 def augment_batch(images, draws):

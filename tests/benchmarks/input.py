@@ -26,9 +26,9 @@ def write_photographs(folder, count, seed=0):
     """Crops of 500 x 375 of the two photographs that scikit-learn ships, as JPEGs of quality 90."""
     from sklearn.datasets import load_sample_images
 
-    generator = random.Random(seed)
+    generator, photographs = random.Random(seed), load_sample_images().images
     for i in range(count):
-        pixels = load_sample_images().images[i % 2]
+        pixels = photographs[i % 2]
         top, left = generator.randrange(pixels.shape[0] - 375), generator.randrange(pixels.shape[1] - 500)
         crop = Image.fromarray(pixels[top : top + 375, left : left + 500])
         crop.save(os.path.join(folder, f"{i:03}.jpg"), quality=90)

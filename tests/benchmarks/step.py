@@ -8,6 +8,7 @@ Ours is train.train_epoch itself. The images are made up and lie in memory.
 
 import argparse
 import random
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +64,10 @@ class MadeUp:
 
 def odc_epoch(made_up, model):
     """train.train_epoch on made-up batches."""
-    train.training_batches = made_up.batches
     made_up.state.progress.step = 0
-    train.train_epoch(made_up.args, made_up.state, model, made_up.dataset, None, made_up.autocast)
+    with mock.patch.object(train, "training_batches", made_up.batches):
+        train.train_epoch(made_up.args, made_up.state, model, made_up.dataset, None,
+                          made_up.autocast)
 
 
 def plain_epoch(made_up, model):
