@@ -72,7 +72,7 @@ def load_run(path):
         raise UserError(f"--checkpoint {path}: is not a checkpoint of train.py.")
     if state["clusters"] is None:
         raise UserError(f"--checkpoint {path}: the run has not come to its end and has no final "
-                        "clusters; run its command again, with --export-only to make them as it is.")
+                        "clusters; run its command again, with --export-only for them as it is.")
     return state
 
 

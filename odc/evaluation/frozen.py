@@ -187,6 +187,6 @@ def _check_labels(data, train, val):
     if train.classes != val.classes:
         pairs = enumerate(itertools.zip_longest(train.classes, val.classes, fillvalue="missing"))
         k, (in_train, in_val) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
-        raise UserError(f"{data}: class {k} is {in_train!r} in the train split ({len(train.classes)} "
-                        f"classes) and {in_val!r} in the val split ({len(val.classes)}); both must "
+        raise UserError(f"{data}: class {k} is {in_train!r} in the train split "
+                        f"({len(train.classes)} classes) and {in_val!r} in the val split ({len(val.classes)}); both must "
                         "have the same classes, in the same order.")

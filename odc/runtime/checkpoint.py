@@ -46,9 +46,9 @@ def write_atomically(path, write):
         cause = error if isinstance(error, OSError) else (error.__context__ or error)
         temporary.unlink(missing_ok=True)
         kept = "; the file from before is kept" if path.exists() else ""
-        raise UserError(f"{path}: could not be written ({getattr(cause, 'strerror', None) or cause})"
-                        f"{kept}. Make room, or make the folder writable, and start the same "
-                        "command again.") from None
+        reason = getattr(cause, "strerror", None) or cause
+        raise UserError(f"{path}: could not be written ({reason}){kept}. Make room, or make the "
+                        "folder writable, and start the same command again.") from None
 
 
 def remove_temporary_files(folder):

@@ -54,8 +54,8 @@ def is_dead_worker(error):
 def dead_worker(error):
     """The UserError for a loader worker that was killed or could not do its work."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return UserError(f"a loader worker has died ({reason}); if memory or shared memory has run out, "
-                     "use fewer --workers or a smaller --batch-size.")
+    return UserError(f"a loader worker has died ({reason}); if memory or shared memory has run "
+                     "out, use fewer --workers or a smaller --batch-size.")
 
 
 def _is_lost_peer(error):
@@ -69,7 +69,8 @@ def _explain(error):
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
             or "DefaultCPUAllocator" in str(error)):
-        return f"there is too little memory ({first_line}); lower --batch-size or --image-size.", "", 2
+        return (f"there is too little memory ({first_line}); lower --batch-size or --image-size.",
+                "", 2)
     if is_dead_worker(error):
         return str(dead_worker(error)), "", 2
     if isinstance(error, RuntimeError):
