@@ -211,7 +211,7 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
             raise Interrupted(f"Stopped at the end of epoch {epoch}, as a signal asked; the same "
                               "command continues.") from None
     progress.epoch, progress.step = epoch, 0
-    record["nmi_epoch_before"] = metrics.nmi(memory.labels.cpu(), state.labels_before)
+    record["nmi_previous"] = metrics.nmi(memory.labels.cpu(), state.labels_before)
     state.labels_before = memory.labels.cpu().clone()
     log_measures(log, state, dataset, f"epoch {epoch}", record)
     if is_due(args.gallery_interval, epoch) and epoch < args.epochs:

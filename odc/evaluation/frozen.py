@@ -189,4 +189,4 @@ def _check_labels(data, train, val):
         k, (in_train, in_val) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
         raise UserError(f"{data}: class {k} is {in_train!r} in the train split "
                         f"({len(train.classes)} classes) and {in_val!r} in the val split "
-                        f"({len(val.classes)}); both must have the same classes, in the same order.")
+                        f"({len(val.classes)}); both must have the same classes in the same order.")

@@ -9,7 +9,7 @@ from odc import distributed
 def agreement(clusters, classes):
     """All measures of agreement of two labelings [N] int64, and a line that says them."""
     values = dict(nmi=nmi(clusters, classes), purity=purity(clusters, classes),
-                  adjusted_rand_index=adjusted_rand_index(clusters, classes),
+                  ari=adjusted_rand_index(clusters, classes),
                   hungarian_accuracy=hungarian_accuracy(clusters, classes))
     return values, ("clusters against labels: NMI {:.3f}, purity {:.1%}, ARI {:.3f}, Hungarian "
                     "accuracy {:.1%}").format(*values.values())
