@@ -156,14 +156,6 @@ def fill_folders(folder, dataset, labels, unreadable, copy):
                         "room, or choose another folder.") from None
 
 
-def print_agreement(clusters, classes):
-    """How well clusters [N] agree with classes [N], in a line."""
-    print_main(f"clusters against labels: NMI {metrics.nmi(clusters, classes):.3f}, "
-               f"purity {metrics.purity(clusters, classes):.1%}, "
-               f"ARI {metrics.adjusted_rand_index(clusters, classes):.3f}, "
-               f"Hungarian accuracy {metrics.hungarian_accuracy(clusters, classes):.1%}")
-
-
 def main(arguments=None):
     args = make_parser().parse_args(arguments)
     device = distributed.init(args.device)
@@ -211,7 +203,7 @@ def main(arguments=None):
                 fill_folders(args.folders, dataset, labels, unreadable, args.copy)
     if dataset.labels is not None:
         readable = [i for i in range(len(dataset)) if i not in unreadable]
-        print_agreement(labels[readable], dataset.labels[readable])
+        print_main(metrics.agreement(labels[readable], dataset.labels[readable])[1])
     print_main("Done:", *filter(None, (args.output, args.features, args.folders)))
 
 
