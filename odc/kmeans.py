@@ -150,7 +150,7 @@ def two_means(x, at_least=1, iterations=20, seed=0):
     """
     n = len(x)
     x = x - x.mean(dim=0)
-    axis = x[(x * x).sum(dim=1).argmax()]
+    axis = x.index_select(0, (x * x).sum(dim=1).argmax()[None])[0]
     for _ in range(4):  # power iteration
         axis = F.normalize((x @ axis) @ x, dim=0)
     score = x @ axis
@@ -171,4 +171,4 @@ def two_means(x, at_least=1, iterations=20, seed=0):
     random_half = torch.ones(n, dtype=torch.bool)
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     random_half[shuffled[n // 2 :]] = False
-    return torch.where((size == 0) | (size == n), random_half.to(x.device), second)
+    return torch.where((size == 0) | (size == n), random_half.to(x.device, non_blocking=True), second)
