@@ -372,15 +372,15 @@ def main(arguments=None):
     if distributed.world_size() > 1:
         model = DistributedDataParallel(
             network, device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True)  # see share_statistics
+            gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # see share_statistics; as an argument it gives a warning
         # DDP sorts its buckets by the first backward pass and adds in another order from then on.
         # Let that happen now: the first step of a resumed run then adds as without the stop.
         model.eval()
         z, logits = model(torch.zeros(2, 3, args.image_size, args.image_size, device=device))
         (z.sum() + logits.sum()).backward()
         optimizer.zero_grad()
-    if args.compile:
-        model = torch.compile(model)
+    model = torch.compile(model) if args.compile else model
 
     while state.progress.epoch < args.epochs and not args.export_only:
         progress = state.progress
