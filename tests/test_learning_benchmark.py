@@ -92,7 +92,7 @@ def test_alternating_clusters_get_the_epochs_of_equal_time(tmp_path):
     rows = learning.Rows(tmp_path / "rows.jsonl")
     key, cpu = dict(data="glyphs", seed=0), torch.device("cpu")
     assert learning.epochs_of_equal_time(rows, key, 20, cpu) is None
-    rows.add(dict(key, method="odc", processor_minutes=100.0))
+    rows.add(dict(key, method="online", processor_minutes=100.0))
     rows.add(dict(key, method="alternating", processor_minutes=125.0))
     assert learning.epochs_of_equal_time(rows, key, 20, cpu) == 16
     assert learning.epochs_of_equal_time(rows, dict(key, seed=1), 20, cpu) is None
