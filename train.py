@@ -45,7 +45,7 @@ class Progress:
     epoch: int = 0  # epochs that are done
     step: int = 0  # steps that are done of the epoch after them
     global_step: int = 0  # steps of all epochs
-    clustered: int = 0  # the epoch before which k-means last made the clusters
+    reclustered_at: int = 0  # `epoch` when `recluster` last ran
     failed: list = field(default_factory=list)  # images that could not be read, ascending
     interval: dict = field(default_factory=lambda: dict(  # sums since the last line of the log
         steps=0, loss=0.0, change_ratio=0.0, splits=0))
@@ -75,12 +75,12 @@ def train_epoch(args, state, model, dataset, log, autocast):
         dataset, augmentation, args.image_size, args.batch_size, args.seed, epoch, progress.step,
         args.workers, pin_memory=device.type == "cuda"))
     model.train()
-    state.clusters = None  # those of other weights
+    state.clusters = None  # out of date as soon as the weights change
     loss_weights = memory.loss_weights(args.reweight_power)
     bar = progress_bar(steps, f"epoch {epoch + 1}/{args.epochs}", initial=progress.step)
 
     for step in range(progress.step, steps):
-        with distributed.together():
+        with distributed.together():  # an error of one process stops all
             batch = next(batches)  # B images of this process
         distributed.seed(args.seed, epoch, step)  # for dropout: a resumed run is the same run
         images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
@@ -186,17 +186,20 @@ def cluster_everything(args, state, dataset, autocast):
 
 
 def recluster(args, state, dataset):
-    """Both memories from the images as they are: k-means continues, and the head stays."""
-    clusters = clusters_of_now(args, state, dataset)
+    """Both memories again, from all unaugmented images: k-means continues, the head stays."""
+    clusters = current_clusters(args, state, dataset)
     state.memory.initialize(clusters.features, clusters.labels)
-    state.progress.clustered = state.progress.epoch
+    state.progress.reclustered_at = state.progress.epoch
 
 
-def clusters_of_now(args, state, dataset):
+def current_clusters(args, state, dataset):
+    """`Clusters` of the unaugmented images by the network as it is."""
     share_statistics(state.network)
-    return cluster_images(
+    clusters = cluster_images(
         state.network, dataset, state.memory.labels, args.num_clusters, args.min_cluster_size,
         args.image_size, state.memory.labels.device, args.batch_size, args.workers)
+    state.progress.failed = sorted({*state.progress.failed, *gather_unreadable(dataset)})
+    return clusters
 
 
 def end_epoch(args, state, dataset, held_out, log, autocast):
@@ -213,8 +216,9 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
     progress.epoch, progress.step = epoch, 0
     record["nmi_previous"] = metrics.nmi(memory.labels.cpu(), state.labels_before)
     state.labels_before = memory.labels.cpu().clone()
-    log_measures(log, state, dataset, f"epoch {epoch}", record)
+    log_measures(log, progress, memory.labels, dataset, f"epoch {epoch}", record)
     if is_due(args.gallery_interval, epoch) and epoch < args.epochs:
+        save(args, state, dataset, log)  # a signal may come in the middle
         write_clusters(args, state, dataset, log)
     with distributed.together():
         if distributed.is_main():
@@ -228,19 +232,18 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
 
 def write_clusters(args, state, dataset, log):
     """Cluster all images by the network as it is, and write what people and programs read."""
-    output, unreadable = Path(args.output), set(state.progress.failed)
-    clusters = clusters_of_now(args, state, dataset)
-    if state.clusters is None:  # else the run had ended before, and its log says so
-        log_measures(log, state, dataset, f"epoch {state.progress.epoch}, final clusters",
-                     dict(silhouette=metrics.mean_silhouette(
-                         clusters.features, clusters.labels, clusters.centroids)), clusters.labels)
+    output = Path(args.output)
+    clusters = current_clusters(args, state, dataset)
+    if state.clusters is None:  # not logged yet
+        silhouette = metrics.mean_silhouette(clusters.features, clusters.labels, clusters.centroids)
+        log_measures(log, state.progress, clusters.labels, dataset,
+                     f"epoch {state.progress.epoch}, final clusters", dict(silhouette=silhouette))
     state.clusters = dict(neck=clusters.neck.state_dict(), centroids=clusters.centroids)
     save_rows(output / "features.npy", clusters.features, len(dataset), f"--output {output}")
     with distributed.together():
         if distributed.is_main():
             clusters.features = np.load(output / "features.npy", mmap_mode="r")
-            export.save_all(output, state.network.backbone, dataset, clusters, unreadable,
-                            f"{dataset.name}, epoch {state.progress.epoch}", args)
+            export.save_all(output, state.network.backbone, dataset, clusters, state.progress, args)
 
 
 def is_due(interval, epoch):
@@ -257,17 +260,16 @@ def knn_accuracy(args, state, dataset, held_out, autocast):
                                 state.memory.labels.device, args.batch_size, args.workers)
 
 
-def log_measures(log, state, dataset, when, record, clusters=None):
-    """Log a record, and how well clusters [N], by default the memory's, agree with the labels."""
+def log_measures(log, progress, labels, dataset, when, record):
+    """Log a record, and how well clusters, given as labels [N], agree with the true classes."""
     if dataset.labels is not None:
-        measures, line = metrics.agreement(
-            state.memory.labels.cpu() if clusters is None else clusters, dataset.labels)
+        measures, line = metrics.agreement(labels.cpu(), dataset.labels)
         record = {**measures, **record}
         print_main(f"{when}: {line}")
     if "knn_accuracy" in record:
         print_main(f"{when}: nearest-neighbour accuracy {record['knn_accuracy']:.1%}")
     if record:
-        log.write(epoch=state.progress.epoch, step=state.progress.global_step, **record)
+        log.write(epoch=progress.epoch, step=progress.global_step, **record)
 
 
 def save(args, state, dataset, log):
@@ -278,8 +280,6 @@ def save(args, state, dataset, log):
             raise UserError(f"The weights are not finite after step {progress.global_step}; {path} "
                             "is from before that. Start again with a lower --lr or --amp off, in "
                             "another --output.")
-    progress.interval = {name: value if isinstance(value, int) else float(value)
-                         for name, value in progress.interval.items()}
     checkpoint.save_run(path, dict(
         program="odc train", settings=vars(args),
         global_batch=args.batch_size * distributed.world_size(),
@@ -315,11 +315,9 @@ def restore(args, state, saved, dataset):
 
 def main(arguments=None):
     # Process group and device.
-    args, given, no_data = settings.parse(arguments)
+    args, given = settings.parse(arguments)
     device, output = distributed.init(args.device), Path(args.output)
     program.catch_signals()
-    if no_data and args.data == "shapes":
-        print_main("No --data and no data/imagenet: this is the demonstration, on drawn shapes.\n")
 
     # Data, and the checkpoint of an earlier start.
     with distributed.together():
@@ -362,8 +360,9 @@ def main(arguments=None):
                   state.progress.global_step + 1)
     if not saved:
         cluster_everything(args, state, dataset, autocast)
-        log_measures(log, state, dataset, "initial k-means", {} if not args.knn_interval else dict(
-            knn_accuracy=knn_accuracy(args, state, dataset, held_out, autocast)))
+        log_measures(log, state.progress, memory.labels, dataset, "initial k-means",
+                     {} if not args.knn_interval else dict(knn_accuracy=knn_accuracy(
+                         args, state, dataset, held_out, autocast)))
         save(args, state, dataset, log)
     del saved
 
@@ -386,7 +385,7 @@ def main(arguments=None):
         progress = state.progress
         due = (is_due(args.recluster_interval, progress.epoch)
                or progress.epoch == args.offline_epochs)
-        if due and progress.clustered != progress.epoch:
+        if due and progress.reclustered_at != progress.epoch:
             recluster(args, state, dataset)
             save(args, state, dataset, log)
         train_epoch(args, state, model, dataset, log, autocast)

@@ -22,7 +22,7 @@ from odc.evaluation import metrics
 from odc.evaluation.knn import nearest_neighbours
 from odc.features import extract
 from odc.model import Neck, ResNet
-from odc.nearest import assign
+from odc.nearest import nearest_centroids
 from odc.outputs import export
 from odc.runtime import checkpoint, program
 from odc.runtime.arguments import Parser, whole
@@ -183,7 +183,7 @@ def main(arguments=None):
                        evaluation_transform(settings["image_size"]), settings["feature_dim"],
                        device, args.batch_size, workers).to(device)
     centroids = state["clusters"]["centroids"].to(device)
-    labels = assign(features, centroids)
+    labels = nearest_centroids(features, centroids)
     similarity = cosine_to_centroid(features, centroids, labels)
     labels, similarity, features = (
         distributed.all_gather_uneven_rows(part).cpu() for part in (labels, similarity, features))

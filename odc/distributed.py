@@ -232,7 +232,7 @@ def _all_gather_objects(value):
     return values
 
 
-def seed(seed, epoch, step):
+def seed(number, epoch, step):
     """Seed torch's global generators from the place in the run and the process."""
-    place = ((seed * 1_000_003 + epoch) * 1_000_003 + step) * 65_537 + rank()
+    place = ((number * 1_000_003 + epoch) * 1_000_003 + step) * 65_537 + rank()
     torch.manual_seed(place % 2**63)

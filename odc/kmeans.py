@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from odc import distributed
 from odc.errors import UserError
-from odc.nearest import assign
+from odc.nearest import nearest_centroids
 from odc.runtime import program
 from odc.runtime.log import progress_bar
 
@@ -83,7 +83,7 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
     bar = progress_bar(iterations + 1, "k-means", "iteration")
     for iteration in range(iterations + 1):
         program.check_signals()
-        new_labels = assign(features, centroids)
+        new_labels = nearest_centroids(features, centroids)
         changed = slice(None) if labels is None else (labels != new_labels).nonzero()[:, 0]
         if labels is not None:
             sums.add(features[changed], labels[changed], sign=-1)
@@ -134,7 +134,8 @@ def _fill_first_empty(features, labels, centroids, sizes):
     shards = distributed.all_gather_rows(torch.tensor([len(rows)]))
     first = int(shards[: distributed.rank()].sum())
     members = distributed.all_gather_uneven_rows(features[rows]).float()
-    second_half = two_means(members, seed=empty)
+    # Process 0 decides for all, as the processes' hardware may round differently.
+    second_half = distributed.broadcast(two_means(members, seed=empty).byte()).bool()
     labels[rows[second_half[first : first + len(rows)]]] = empty
     for cluster, half in ((largest, ~second_half), (empty, second_half)):
         centroids[cluster], sizes[cluster] = members[half].mean(0), int(half.sum())
@@ -171,4 +172,5 @@ def two_means(x, at_least=1, iterations=20, seed=0):
     random_half = torch.ones(n, dtype=torch.bool)
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     random_half[shuffled[n // 2 :]] = False
-    return torch.where((size == 0) | (size == n), random_half.to(x.device, non_blocking=True), second)
+    random_half = random_half.to(x.device, non_blocking=True)
+    return torch.where((size == 0) | (size == n), random_half, second)

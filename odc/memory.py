@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from odc import distributed
 from odc.errors import UserError
 from odc.kmeans import ClusterSums, two_means
-from odc.nearest import NearestCentroid, assign
+from odc.nearest import NearestCentroid, nearest_centroids
 
 
 class ODCMemory:
@@ -131,7 +131,7 @@ class ODCMemory:
         images = self._to_device(small)[self.labels].nonzero()[:, 0].cpu()
         own = self._own(images)
         features = self.features[self._to_device(images[own] - self.rows.start)]
-        labels = large[assign(features, self.centroids[large], inner_product=True)]
+        labels = large[nearest_centroids(features, self.centroids[large], inner_product=True)]
         images = self._to_device(images)
         self.sums.add(features, self.labels[images[own]], sign=-1)
         self.sums.add(features, labels)
@@ -204,7 +204,7 @@ class ODCMemory:
     # --- checkpoint ------------------------------------------------------------------------------
 
     def state_dict(self):
-        """labels [N] and centroids [K, d]; the features are saved by rows, see `odc.checkpoint`."""
+        """labels [N] and centroids [K, d]. Features are saved by rows: runtime/checkpoint.py."""
         return {"labels": self.labels, "centroids": self.centroids}
 
     def load_state_dict(self, state, features):

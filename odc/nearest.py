@@ -16,7 +16,7 @@ BLOCK = 1024  # rows scored at a time on a CPU: few enough to stay in the caches
 GROUP = 20  # centroids whose scores are first reduced to their maximum
 
 
-def assign(features, centroids, inner_product=False):
+def nearest_centroids(features, centroids, inner_product=False):
     """The best centroid of every row: [n, d] float, [K, d] float -> int64 [n].
 
     Best means nearest in Euclidean distance. With inner_product it is the largest <f, c>, as the
@@ -26,7 +26,7 @@ def assign(features, centroids, inner_product=False):
 
 
 class NearestCentroid:
-    """`assign` for centroids that serve several calls: NearestCentroid(centroids)(features).
+    """`nearest_centroids` for several calls: NearestCentroid(centroids)(features).
 
     The centroids are prepared at the first call.
     """

@@ -19,8 +19,8 @@ from odc.products import coarse_dtype
 from odc.runtime.arguments import Parser, number, whole
 from odc.runtime.checkpoint import check_same_settings
 
-# The demonstration (--data shapes): a small network, and settings for 5,000 small images that were
-# chosen without their labels (seeds whose clusters agree most).
+# The demonstration (--data shapes): a small network, and settings for 5,000 small images. They were
+# chosen without labels, by the agreement of the clusters of several seeds.
 DEMO = dict(arch="narrow", image_size=32, epochs=20, batch_size=32, lr=0.06, lr_steps=[16],
             num_clusters=60, crop_scale=0.5, save_interval=0, checkpoint_interval=100,
             knn_interval=5)
@@ -68,10 +68,10 @@ def make_parser():
     add("--kmeans-iterations", metavar="N", type=whole(1), default=20,
         help="iterations of the initial k-means")
     add("--initial", choices=["network", "pixels"], default="network",
-        help="features of the initial k-means: of the random network, or the pixels")
+        help="features of the initial k-means: of the network as it starts, or the pixels")
     add("--recluster-interval", metavar="EPOCHS", type=whole(0), default=0, help="epochs between "
         "two times that both memories are made again from all images, and k-means continues; "
-        "0: never")
+        "0: only after --offline-epochs")
     add("--offline-epochs", metavar="EPOCHS", type=whole(0), default=0,
         help="first epochs, in which only k-means moves the labels")
 
@@ -110,7 +110,7 @@ def make_parser():
 
 
 def parse(arguments=None):
-    """The arguments, the names of those that were given, and whether --data was not.
+    """The arguments, and the names of those that were given.
 
     Without --data, and without data/imagenet, the data are the drawn shapes.
     """
@@ -118,29 +118,32 @@ def parse(arguments=None):
     marked = argparse.Namespace(**dict.fromkeys(vars(args), "not given"))
     marked = vars(make_parser().parse_args(arguments, marked))
     given = {name for name, value in marked.items() if value != "not given"}
-    no_data = args.data is None
-    if no_data:
+    if args.data is None:
         args.data = "data/imagenet" if os.path.isdir("data/imagenet") else "shapes"
-    return args, given, no_data
+    return args, given
 
 
 def follow_data(args, given, dataset, saved, device):
     """Set what was not given on the command line from the data; print what and why.
 
-    A run that continues keeps the settings of its checkpoint. Sets of SMALL_SET images or more,
-    and --recipe, keep the published settings.
+    A run that continues keeps the settings of its checkpoint. --recipe and sets of SMALL_SET images
+    or more keep the published settings. A collective.
     """
     chosen, reasons = {}, {}
     if saved:
         chosen = {name: value for name, value in saved["settings"].items()
                   if name not in PER_START}
-    elif args.data == "shapes":
+    elif args.data == "shapes" and not args.recipe:
         chosen = DEMO
+        if "data" not in given:
+            print_main("No --data and no data/imagenet: this is the demonstration, on drawn "
+                       "shapes.\n")
     elif len(dataset) < SMALL_SET and not args.recipe:
-        chosen, reasons = small_set(args, dataset, device)
+        chosen, reasons = small_set(args, given, dataset, device)
     for name, value in chosen.items():
         if name not in given:
             setattr(args, name, value)
+    dataset.background = args.background
     if args.workers is None:
         args.workers = default_workers(dataset.pixels is not None)
     if reasons:
@@ -152,45 +155,44 @@ def follow_data(args, given, dataset, saved, device):
         print_main("")
 
 
-def small_set(args, dataset, device):
-    """Settings for a small set: ({name: value}, {name: why}). Choices of K and epochs win.
+def small_set(args, given, dataset, device):
+    """Settings for a small set: ({name: value}, {name: why}). They follow what was given.
 
-    The rules come from `tests/benchmarks/learning.py`'s trials, which chose without labels.
+    Most rules come from trials on 12,000 images of Fashion-MNIST, see the README.
     """
     N, W = len(dataset), distributed.world_size()
-    side = dataset.typical_side()
-    size = max(24, min(side, 64 if device.type == "cpu" else 224)) // 4 * 4
-    K = max(2, min(1000, N // 40))
-    epochs = max(30, min(200, 2_000_000 // N))
     chosen, reasons = {}, {}
 
-    def choose(reason, **values):
-        chosen.update(values)
-        reasons.update(dict.fromkeys(values, reason))
+    def choose(name, value, reason):
+        """Note a setting; returns the value that the run will have."""
+        chosen[name], reasons[name] = value, reason
+        return getattr(args, name) if name in given else value
 
-    choose(f"images of about {side} pixels" + ("" if size > side - 4 else
-           f", made smaller for a {device.type.upper()}"), image_size=size)
-    choose("suits this size and device",
-           arch="narrow" if size <= 64 and device.type == "cpu" else "resnet18")
-    choose(f"{N:,} images, {N // K} a cluster", num_clusters=K)
-    choose("an eighth of a mean cluster", min_cluster_size=max(1, N // K // 8))
-    choose("64 in all; few images need many steps", batch_size=max(2, 64 // W))
-    choose(f"{epochs * N:,} images seen", epochs=epochs)
-    choose("ends at 0, whatever the number of epochs", lr_schedule="cosine")
-    choose("pixels know more of a small set than a random network", initial="pixels")
-    every = max(1, round(60_000 / N))
-    choose("the first 60,000 images learn the clusters of the pixels", offline_epochs=every)
-    choose("every 60,000 images the memories start anew from all images as they are",
-           recluster_interval=every)
-    choose("so features in the memory need to move little", memory_momentum=0.1)
-    choose("at least half of an image", crop_scale=0.5)
-    choose("brightness and contrast twice the recipe's: pixels do not see past them",
-           jitter=[0.8, 0.8, 1.0, 0.5])
-    if coarse_dtype(device) == torch.bfloat16:
-        choose("this device multiplies it faster", amp="bf16")
+    side, largest = dataset.typical_side(), 64 if device.type == "cpu" else 224
+    size = choose("image_size", max(24, min(side, largest)) // 4 * 4,
+                  f"the images have about {side} pixels"
+                  + (f", a {device.type.upper()} takes {largest}" if side > largest else ""))
+    choose("arch", "narrow" if size <= 64 and device.type == "cpu" else "resnet18",
+           "suits this size and device")
+    K = max(2, min(1000, N // 40))
+    K = choose("num_clusters", K, f"{N:,} images, {N // K} a cluster")
+    choose("min_cluster_size", max(1, N // K // 8), "an eighth of a mean cluster")
+    choose("batch_size", max(2, 64 // W), "64 in all; few images need many steps")
+    epochs = max(30, min(200, 2_000_000 // N))
+    epochs = choose("epochs", epochs, f"{epochs * N:,} images seen")
+    choose("lr_schedule", "cosine", "it ends at 0, whatever the number of epochs")
+    choose("initial", "pixels", "they know more of a small set than a random network")
+    every = max(1, min(round(60_000 / N), epochs // 4))
+    choose("offline_epochs", every, "the network first learns the clusters of the pixels")
+    choose("recluster_interval", every, "the memories start anew from all images")
+    choose("memory_momentum", 0.1, "re-clustering keeps the memory fresh")
+    choose("crop_scale", 0.5, "at least half of an image")
+    choose("jitter", [0.8, 0.8, 1.0, 0.5], "clusters of pixels depend on brightness and contrast")
+    if not distributed.any_process(coarse_dtype(device) != torch.bfloat16):
+        choose("amp", "bf16", "this device multiplies it faster")
     if dataset.labels is not None:
-        choose("there are labels to measure by", knn_interval=max(1, epochs // 5))
-    choose("the checkpoint is enough", save_interval=0)
+        choose("knn_interval", max(1, epochs // 5), "there are labels to measure by")
+    choose("save_interval", 0, "the checkpoint is enough")
     return chosen, reasons
 
 
@@ -229,6 +231,9 @@ def check(args, dataset, saved, device):
         raise UserError(f"--min-cluster-size {args.min_cluster_size}: {args.num_clusters} clusters "
                         f"of that size need {needed} images and {args.data} has {N}; lower it or "
                         "--num-clusters.")
+    if args.export_only and not saved:
+        raise UserError(f"--export-only: there is no run in --output {args.output}; name the "
+                        "folder of one, or leave it out.")
     if args.amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a CUDA device; on the CPU use --amp bf16 or off.")
     if args.knn_interval and dataset.labels is None:

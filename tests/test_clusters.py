@@ -10,7 +10,7 @@ from odc import assign, clusters, distributed
 from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.layouts import open_dataset
 from odc.model import ODC
-from odc.nearest import assign as nearest
+from odc.nearest import nearest_centroids as nearest
 from tests.processes import run_processes
 from tests.runs import SMALL, run_main, state_of
 

@@ -136,7 +136,7 @@ def test_labels_stay_between_two_clusterings(alternating):
     assert (labels[1] != labels[2]).any() and (labels[3] != labels[4]).any()
     records = log_of(alternating)
     assert all(r["change_ratio"] == 0 and r["splits"] == 0 for r in records if "loss" in r)
-    before = [r["nmi_previous"] for r in records if "nmi_epoch_before" in r]
+    before = [r["nmi_previous"] for r in records if "nmi_previous" in r]
     assert before[0] == before[1] == before[3] == 1 and max(before[2], before[4]) < 1
     # Before the first epoch, after each epoch, and for the final clusters.
     assert [r["epoch"] for r in records if "nmi" in r] == [0, 1, 2, 3, 4, 5, 5]

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def chosen(arguments, dataset, saved=None, device=CPU):
     """The settings of train.py with these arguments and these images."""
-    args, given, _ = settings.parse(arguments)
+    args, given = settings.parse(arguments)
     settings.follow_data(args, given, dataset, saved, device)
     return args
 
@@ -69,9 +69,9 @@ def test_the_published_settings(arguments, num_images, capsys):
 
 
 def test_the_demonstration_has_its_own():
-    args, given, no_data = settings.parse([])
+    args, given = settings.parse([])
     settings.follow_data(args, given, open_dataset("shapes"), None, CPU)
-    assert no_data and all(getattr(args, name) == value for name, value in settings.DEMO.items())
+    assert all(getattr(args, name) == value for name, value in settings.DEMO.items())
 
 
 def test_a_run_continues_with_its_settings():

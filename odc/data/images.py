@@ -98,7 +98,7 @@ class ImageSet:
         sides = []
         for i in np.linspace(0, len(self) - 1, min(sample, len(self))).round():
             with contextlib.suppress(Exception):  # unreadable: the loader will say so
-                with Image.open(os.path.join(self.root, self.name_of(i))) as image:
+                with Image.open(os.path.join(self.root, self.name_of(i)), formats=FORMATS) as image:
                     sides.append(min(image.size))
         return int(np.median(sides)) if sides else 224
 

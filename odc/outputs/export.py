@@ -12,8 +12,12 @@ from odc.outputs import gallery, report
 from odc.runtime.checkpoint import write_atomically
 
 
-def save_all(folder, backbone, dataset, clusters, unreadable, title, args):
-    """All files of a run. clusters: `odc.clusters.Clusters` with the features of all images."""
+def save_all(folder, backbone, dataset, clusters, progress, args):
+    """All files of a run. clusters: `odc.clusters.Clusters` with the features of all images.
+
+    progress, args: train.py's.
+    """
+    unreadable, title = set(progress.failed), f"{dataset.name}, epoch {progress.epoch}"
     save_backbone(folder / "backbone.pth", backbone)
     save_array(folder / "labels.npy", clusters.labels)
     save_array(folder / "centroids.npy", clusters.centroids)

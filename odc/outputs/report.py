@@ -211,12 +211,14 @@ def read_clusters(folder):
 
 def open_images(folder, names, data=None):
     """The ImageSet in which a run found these names. Raises UserError if it is gone or changed."""
+    background = None
     if data is None:
         path = folder / "checkpoint.pth"
         if not path.exists():
             raise UserError(f"{path} is missing; name the images with --data.")
-        data = checkpoint.load(path)["settings"]["data"]
-    dataset = open_dataset(data)
+        settings = checkpoint.load(path)["settings"]
+        data, background = settings["data"], settings["background"]
+    dataset = open_dataset(data, background=background)
     if names != [dataset.name_of(i) for i in range(len(dataset))]:
         raise UserError(f"{data} holds other images than clusters.csv; name the run's images with "
                         "--data.")

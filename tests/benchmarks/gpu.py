@@ -31,7 +31,7 @@ from odc.features import extract
 from odc.kmeans import kmeans
 from odc.memory import ODCMemory
 from odc.model import ResNet
-from odc.nearest import assign
+from odc.nearest import nearest_centroids
 from tests.benchmarks.input import write_photographs
 from tests.benchmarks.step import MadeUp, measure, odc_epoch
 from tests.benchmarks.svm import made_up_features
@@ -170,7 +170,7 @@ def k_means(table, small):
                         "bare bfloat16 products": products}, rounds=2, warm_up=0)
     objectives = {}
     for name, centroids in results.items():
-        labels = assign(features, centroids)
+        labels = nearest_centroids(features, centroids)
         objectives[name] = dict(objective=sum(
             float((rows - centroids[own]).double().square().sum())
             for rows, own in zip(features.split(65536), labels.split(65536))))

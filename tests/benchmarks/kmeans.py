@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from odc.kmeans import kmeans
-from odc.nearest import assign
+from odc.nearest import nearest_centroids
 from tests.benchmarks.timing import interleave, table
 
 
@@ -26,7 +26,7 @@ def unit_features(n, d, latent=24, modes=500):
 
 def objective(features, centroids):
     """Sum of the squared distances to the nearest centroid."""
-    labels = assign(features, centroids)
+    labels = nearest_centroids(features, centroids)
     return sum(float((f - centroids[y]).double().square().sum())
                for f, y in zip(features.split(4096), labels.split(4096)))
 

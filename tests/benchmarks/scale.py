@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from odc import distributed
 from odc.data.images import Names
 from odc.memory import ODCMemory
-from odc.nearest import assign
+from odc.nearest import nearest_centroids
 from odc.runtime import checkpoint
 
 SIZES = [(1_281_167, 8, 10_000, 512), (14_197_122, 64, 20_000, 4096),
@@ -66,7 +66,7 @@ def measure(N, W, K, batch, d=256):
     row["step of the memories, ms"] = f"{1000 * clock(lambda: step(memory, N, z), 12):.0f}"
     row["update of the centroids, ms"] = f"{1000 * clock(memory.update_centroids, 3):.0f}"
     some = memory.features[:8192]
-    search = clock(lambda: assign(some, memory.centroids)) * len(memory.features) / len(some)
+    search = clock(lambda: nearest_centroids(some, memory.centroids)) * len(memory.features) / len(some)
     row["k-means, 20 iterations, min"] = f"{21 * search / 60:.1f}"
     with tempfile.TemporaryDirectory() as folder:
         save = clock(lambda: checkpoint.save_run(

@@ -145,7 +145,7 @@ def epochs_of_equal_time(rows, key, epochs, device):
 
 def make_row(method, key, rows, output, arguments, device):
     """One method with one seed: its scores, or None if there is nothing to measure."""
-    args, given, _ = settings.parse(arguments)
+    args, given = settings.parse(arguments)
     train, val = (open_dataset(args.data, split) for split in ("train", "val"))
     settings.follow_data(args, given, train, None, device)  # as train.py does
     row, clusters, epochs, began = {}, None, args.epochs, clock(device)
