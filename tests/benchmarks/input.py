@@ -1,7 +1,8 @@
 """Images/s a core of what a loader worker does: 500 x 375 JPEGs to 224 x 224 crops.
 
-Ours: read, draw all random numbers, crop, resize, flip. The peer: torchvision's transforms doing the whole recipe in the
-worker, as the usual pipelines do. Also what our device half costs a core where the device is the CPU.
+Ours: read, draw all random numbers, crop, resize, flip. The peer: torchvision's transforms do the
+whole recipe in the worker, as the usual pipelines do. Also what our device half costs a core where
+the device is the CPU.
 """
 
 import os
@@ -29,22 +30,27 @@ def write_photographs(folder, count, seed=0):
     generator, photographs = random.Random(seed), load_sample_images().images
     for i in range(count):
         pixels = photographs[i % 2]
-        top, left = generator.randrange(pixels.shape[0] - 375), generator.randrange(pixels.shape[1] - 500)
+        top, left = (
+            generator.randrange(pixels.shape[0] - 375),
+            generator.randrange(pixels.shape[1] - 500),
+        )
         crop = Image.fromarray(pixels[top : top + 375, left : left + 500])
         crop.save(os.path.join(folder, f"{i:03}.jpg"), quality=90)
 
 
 def torchvision_recipe():
     """The whole recipe, image by image, in float32, as it is usually written."""
-    return transforms.Compose([
-        transforms.RandomResizedCrop(224),
-        transforms.RandomHorizontalFlip(),
-        transforms.RandomRotation(2),
-        transforms.ColorJitter(0.4, 0.4, 1.0, 0.5),
-        transforms.RandomGrayscale(0.2),
-        transforms.ToTensor(),
-        transforms.Normalize(augment.MEAN, augment.STD),
-    ])
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomRotation(2),
+            transforms.ColorJitter(0.4, 0.4, 1.0, 0.5),
+            transforms.RandomGrayscale(0.2),
+            transforms.ToTensor(),
+            transforms.Normalize(augment.MEAN, augment.STD),
+        ]
+    )
 
 
 def main():
@@ -60,9 +66,14 @@ def main():
 
         def peer():
             order = torch.randint(len(dataset), (IMAGES,)).tolist()
-            torch.stack([recipe(Image.open(os.path.join(folder, dataset.name_of(i))).convert("RGB")) for i in order])
+            torch.stack(
+                [
+                    recipe(Image.open(os.path.join(folder, dataset.name_of(i))).convert("RGB"))
+                    for i in order
+                ]
+            )
 
-        batch, = training_batches(dataset, Augmentation(), 224, IMAGES, seed=0, epoch=0)
+        (batch,) = training_batches(dataset, Augmentation(), 224, IMAGES, seed=0, epoch=0)
 
         def device_half():
             augment.augment_batch(batch.images, batch.draws)
@@ -76,7 +87,10 @@ def main():
         def small_device_half():
             augment.augment_batch(small.images, small.draws)
 
-        ours_name, peer_name = "worker, 500x375 JPEGs to 224: ours", "the same: torchvision's transforms, whole recipe"
+        ours_name, peer_name = (
+            "worker, 500x375 JPEGs to 224: ours",
+            "the same: torchvision's transforms, whole recipe",
+        )
         functions = {
             ours_name: (ours, IMAGES),
             peer_name: (peer, IMAGES),
@@ -84,15 +98,19 @@ def main():
             "worker, shapes at 32: ours": (small_worker, 512),
             "device half on the CPU, 32: ours": (small_device_half, 512),
         }
-        times = timing.interleave({name: function for name, (function, _) in functions.items()}, rounds=9)
+        times = timing.interleave(
+            {name: function for name, (function, _) in functions.items()}, rounds=9
+        )
     print(f"\nInput on one core; {timing.machine()}\n")
     print("| | images/s, median | images/s, best | ours / torchvision's |")
     print("|---|---|---|---|")
     ratio = statistics.median(times[peer_name]) / statistics.median(times[ours_name])
     for name, seconds in times.items():
         count = functions[name][1]
-        print(f"| {name} | {count / statistics.median(seconds):.0f} | {count / min(seconds):.0f} | "
-              f"{f'{ratio:.2f}' if name == ours_name else ''} |")
+        print(
+            f"| {name} | {count / statistics.median(seconds):.0f} | {count / min(seconds):.0f} | "
+            f"{f'{ratio:.2f}' if name == ours_name else ''} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """k-means against faiss with the same initial centroids, and against the bare products.
 
-    python -m tests.benchmarks.kmeans            100,000 x 256, K = 1,000, up to 20 iterations
-    python -m tests.benchmarks.kmeans --large    256,000 x 256, K = 10,000, 5 iterations
+python -m tests.benchmarks.kmeans            100,000 x 256, K = 1,000, up to 20 iterations
+python -m tests.benchmarks.kmeans --large    256,000 x 256, K = 10,000, 5 iterations
 """
 
 import argparse
@@ -27,8 +27,10 @@ def unit_features(n, d, latent=24, modes=500):
 def objective(features, centroids):
     """Sum of the squared distances to the nearest centroid."""
     labels = nearest_centroids(features, centroids)
-    return sum(float((f - centroids[y]).double().square().sum())
-               for f, y in zip(features.split(4096), labels.split(4096)))
+    return sum(
+        float((f - centroids[y]).double().square().sum())
+        for f, y in zip(features.split(4096), labels.split(4096))
+    )
 
 
 def faiss_clustering(features, initial, iterations):
@@ -51,7 +53,9 @@ def bare_products(features, centroids, iterations, block=2048):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--large", action="store_true", help="256,000 rows, K = 10,000, 5 iterations")
+    parser.add_argument(
+        "--large", action="store_true", help="256,000 rows, K = 10,000, 5 iterations"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     n, K, iterations = (256_000, 10_000, 5) if arguments.large else (100_000, 1_000, 20)
@@ -67,15 +71,20 @@ def main():
     def peer():
         results["faiss.Clustering"] = faiss_clustering(features, initial, iterations)
 
-    functions = {"ours": ours, "faiss.Clustering": peer,
-                 "bare float32 products": lambda: bare_products(features, initial, iterations)}
+    functions = {
+        "ours": ours,
+        "faiss.Clustering": peer,
+        "bare float32 products": lambda: bare_products(features, initial, iterations),
+    }
     times = interleave(functions, arguments.rounds, warm_up=0 if arguments.large else 1)
     objectives = {name: objective(features, centroids) for name, (centroids, _) in results.items()}
     extra = {name: f"objective {value:.1f}" for name, value in objectives.items()}
     table(f"k-means, {n:,} x 256, K = {K:,}, {iterations} iterations", times, "ours", extra)
     worse = objectives["ours"] / objectives["faiss.Clustering"] - 1
-    print(f"\nfaiss did {results['faiss.Clustering'][1]} iterations. Our objective is {worse:+.4%} of "
-          "faiss's.")
+    print(
+        f"\nfaiss did {results['faiss.Clustering'][1]} iterations. Our objective is {worse:+.4%} "
+        "above faiss's."
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A memory step against its bound, against recounting, against N, and with splits.
 
-    python -m tests.benchmarks.memory            ImageNet: N = 1,281,167, K = 10,000, d = 256, B = 512
+    python -m tests.benchmarks.memory            ImageNet: N = 1,281,167, K = 10,000, B = 512
     python -m tests.benchmarks.memory --scale    N = 128 thousand against 12.8 million
     python -m tests.benchmarks.memory --splits   a step in which 20 clusters must be refilled
 """

@@ -26,8 +26,11 @@ from odc.memory import ODCMemory
 from odc.nearest import nearest_centroids
 from odc.runtime import checkpoint
 
-SIZES = [(1_281_167, 8, 10_000, 512), (14_197_122, 64, 20_000, 4096),
-         (100_000_000, 1024, 100_000, 8192)]  # N, W, K, global batch
+SIZES = [
+    (1_281_167, 8, 10_000, 512),
+    (14_197_122, 64, 20_000, 4096),
+    (100_000_000, 1024, 100_000, 8192),
+]  # N, W, K, global batch
 
 
 def resident():
@@ -66,18 +69,27 @@ def measure(N, W, K, batch, d=256):
     row["step of the memories, ms"] = f"{1000 * clock(lambda: step(memory, N, z), 12):.0f}"
     row["update of the centroids, ms"] = f"{1000 * clock(memory.update_centroids, 3):.0f}"
     some = memory.features[:8192]
-    search = clock(lambda: nearest_centroids(some, memory.centroids)) * len(memory.features) / len(some)
+    search = (
+        clock(lambda: nearest_centroids(some, memory.centroids)) * len(memory.features) / len(some)
+    )
     row["k-means, 20 iterations, min"] = f"{21 * search / 60:.1f}"
     with tempfile.TemporaryDirectory() as folder:
-        save = clock(lambda: checkpoint.save_run(
-            Path(folder, "checkpoint.pth"), memory.state_dict(), memory.features, N))
+        save = clock(
+            lambda: checkpoint.save_run(
+                Path(folder, "checkpoint.pth"), memory.state_dict(), memory.features, N
+            )
+        )
         row["save, s"] = f"{save:.1f}"
-        row["its size on process 0, GiB"] = f"{sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()) / 2**30:.2f}"
+        row["its size on process 0, GiB"] = (
+            f"{sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()) / 2**30:.2f}"
+        )
     count = min(N, 2_000_000)
     paths = (f"n{i // 1300:08}/n{i // 1300:08}_{i}.JPEG" for i in itertools.islice(range(N), count))
     names = []
     row["names of images, s"] = f"{clock(lambda: names.append(Names(paths))) * N / count:.0f}"
-    row["names, GiB a process"] = f"{(names[0].block.nbytes + names[0].ends.nbytes) * N / count / 2**30:.2f}"
+    row["names, GiB a process"] = (
+        f"{(names[0].block.nbytes + names[0].ends.nbytes) * N / count / 2**30:.2f}"
+    )
     return row
 
 
@@ -99,9 +111,22 @@ def main():
             print(f"{name}: {value}", flush=True)
         return
     for N, W, K, batch in SIZES:
-        subprocess.run([sys.executable, "-m", "tests.benchmarks.scale", "--images", str(N),
-                        "--processes", str(W), "--clusters", str(K), "--batch", str(batch)],
-                       check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.scale",
+                "--images",
+                str(N),
+                "--processes",
+                str(W),
+                "--clusters",
+                str(K),
+                "--batch",
+                str(batch),
+            ],
+            check=True,
+        )
         print(flush=True)
 
 

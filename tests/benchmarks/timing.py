@@ -11,7 +11,7 @@ import torch
 def interleave(functions, rounds=5, calls=1, before=None, warm_up=1):
     """Time functions in turn, A B A B ..., so that a machine that slows down slows all of them.
 
-    functions: {name: function}. before: {name: function} to call, untimed, before each round of that name.
+    functions: {name: function}. before: {name: function} to call, untimed, before each round of it.
     Returns {name: [seconds a call, one for each round]}, the warm-up rounds left out.
     """
     times = {name: [] for name in functions}
@@ -32,7 +32,7 @@ def interleave(functions, rounds=5, calls=1, before=None, warm_up=1):
 
 
 def table(title, times, ours, extra=None):
-    """Print median and minimum of each, and how often ours, a key of times, fits into it (medians of the same run).
+    """Print median and minimum of each, and how often ours, a key of times, fits into it.
 
     extra: {name: text} for a last column.
     """
@@ -43,8 +43,11 @@ def table(title, times, ours, extra=None):
     for name, seconds in times.items():
         median = statistics.median(seconds)
         ratio = "" if name == ours else f"{reference / median:.3f}"
-        print(f"| {name} | {_show(median)} | {_show(min(seconds))} | {ratio} |"
-              + (f" {extra.get(name, '')} |" if extra else ""), flush=True)
+        print(
+            f"| {name} | {_show(median)} | {_show(min(seconds))} | {ratio} |"
+            + (f" {extra.get(name, '')} |" if extra else ""),
+            flush=True,
+        )
 
 
 def _show(seconds):
@@ -58,6 +61,10 @@ def machine():
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if "model name" in line
+        ]
         model = names[0] if names else model
     return f"{model}, {torch.get_num_threads()} threads"
