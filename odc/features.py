@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from odc import distributed
-from odc.data.augmentation import normalise
+from odc.data.augmentation import MEAN, STD, normalise
 from odc.data.loader import check_unreadable, evaluation_batches
 from odc.errors import UserError
 from odc.runtime import program
@@ -61,15 +61,15 @@ def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, 
 
 
 def pixel_features(dataset, transform, size, device, batch_size=64, workers=0):
-    """The pixels of every image, less their mean, L2-normalised: this process's rows [n, 3 s s].
+    """The pixels of every image in 0..1, L2-normalised: this process's rows [n, 3 s s].
 
     size: of the transform's images [3, size, size]. They are averaged to s = 32 if they are larger.
     """
     side = min(size, 32)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
 
     def pixels(images):
-        x = F.adaptive_avg_pool2d(images, side).flatten(1)
-        return F.normalize(x - x.mean(dim=1, keepdim=True))
+        return F.normalize(F.adaptive_avg_pool2d(images * std + mean, side).flatten(1))
 
     return extract(pixels, dataset, transform, 3 * side**2, device, batch_size, workers,
                    name="pixels")

@@ -187,7 +187,7 @@ def small_set(args, given, dataset, device):
     choose("recluster_interval", every, "the memories start anew from all images")
     choose("memory_momentum", 0.1, "re-clustering keeps the memory fresh")
     choose("crop_scale", 0.5, "at least half of an image")
-    choose("jitter", [0.8, 0.8, 1.0, 0.5], "clusters of pixels depend on brightness and contrast")
+    choose("jitter", [0.8, 0.8, 0.8, 0.2], "SimCLR's: pixels depend on brightness and contrast")
     if not distributed.any_process(coarse_dtype(device) != torch.bfloat16):
         choose("amp", "bf16", "this device multiplies it faster")
     if dataset.labels is not None:
