@@ -15,7 +15,7 @@ from odc import distributed
 from odc.data.augmentation import normalise, resize_center_crop
 from odc.data.layouts import open_dataset
 from odc.errors import Interrupted, UserError
-from odc.features import cache_path, extract, save_rows, weights_fingerprint
+from odc.features import cache_path, extract, pixel_features, save_rows, weights_fingerprint
 from odc.model import ResNet
 from tests.processes import run_processes
 
@@ -51,6 +51,14 @@ def assert_rows(rows, expected):
 
 
 # --- rows ----------------------------------------------------------------------------------------
+
+
+def test_pixels_as_features(tmp_path):
+    dataset = open_dataset(picture_folder(tmp_path, 5))
+    pixels = torch.stack([small(dataset.load(i)) for i in range(5)]).flatten(1).float()
+    expected = pixels / pixels.norm(dim=1, keepdim=True)
+    features = pixel_features(dataset, small, 16, CPU, batch_size=2)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
 
 
 def extracted(folder, jobs):
