@@ -13,7 +13,7 @@ LINKS = re.findall(r"\[`([^`]+)`\]\(([\w./]+)#L(\d+)\)", README)
 
 
 def test_there_are_links_for_each_equation():
-    assert {"Eq. 1", "Eq. 2"} <= {text for text, _, _ in LINKS} and len(LINKS) >= 10
+    assert {"# Eq. 1", "# Eq. 2"} <= {text for text, _, _ in LINKS} and len(LINKS) >= 10
 
 
 @pytest.mark.parametrize("text, path, number", LINKS)
@@ -43,8 +43,11 @@ def commands():
 
 
 def test_every_command_has_arguments_that_its_script_takes():
-    seen = [script for script, arguments in commands()
-            if importlib.import_module(script).make_parser().parse_args(shlex.split(arguments))]
+    seen = []
+    for script, arguments in commands():
+        module = importlib.import_module("odc.settings" if script == "train" else script)
+        module.make_parser().parse_args(shlex.split(arguments))
+        seen.append(script)
     assert seen.count("train") >= 5 and seen.count("eval_linear") >= 6, seen
     assert "odc.assign" in seen, seen
 
@@ -52,3 +55,22 @@ def test_every_command_has_arguments_that_its_script_takes():
 def test_the_two_commands_that_ci_runs_are_there():
     assert "\npip install -r requirements.txt && torchrun --nproc_per_node=2 train.py\n" in README
     assert "\npip install -r tests/requirements.txt && python -m pytest tests\n" in README
+
+
+def test_imports_run_downwards_as_the_tree_is_drawn():
+    """A file imports from lines of the README's tree below its own, or from its own folder."""
+    tree = README.split("The tree.")[1].split("```")[1]
+    names = re.findall(r"^odc/(\w+)|, (\w+)\.py", tree, re.MULTILINE)
+    order = [first or second for first, second in names]
+    assert order.index("errors") == len(order) - 1 and order.index("memory") < order.index("model")
+    for path in (ROOT / "odc").rglob("*.py"):
+        own = path.relative_to(ROOT / "odc").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        code = path.read_text()
+        imported = re.findall(r"from odc\.(\w+)[\w.]* import|import odc\.(\w+)", code)
+        used = {first or second for first, second in imported}
+        for line in re.findall(r"from odc import ([\w, ]+)", code):
+            used |= set(line.split(", "))
+        for name in used - {own}:
+            assert order.index(name) > order.index(own), f"{path.name} imports {name}"
