@@ -127,8 +127,17 @@ def follow_data(args, given, dataset, saved, device):
     """Set what was not given on the command line from the data; print what and why.
 
     A run that continues keeps the settings of its checkpoint. --recipe and sets of SMALL_SET images
-    or more keep the published settings. A collective.
+    or more keep the published settings. Raises UserError if the processes have different arguments
+    or see different checkpoints. A collective.
     """
+    arguments = {name: value for name, value in vars(args).items()
+                 if name not in ("data", "output", "workers")}
+    if not distributed.same_everywhere((arguments, given - {"data", "output", "workers"})):
+        raise UserError("The processes have different arguments: start all machines with the same "
+                        "command.")
+    if not distributed.same_everywhere(saved and (saved["progress"], saved["log_position"])):
+        raise UserError(f"--output {args.output}: the processes see different checkpoints; it must "
+                        "be a folder that all machines share.")
     chosen, reasons = {}, {}
     if saved:
         chosen = {name: value for name, value in saved["settings"].items()
@@ -210,20 +219,11 @@ MAY_DIFFER = PER_START | {"epochs", "batch_size", "log_interval", "save_interval
 
 
 def check(args, dataset, saved, device):
-    """Raise UserError for what cannot work, what cannot continue, and processes that differ.
+    """Raise UserError for what cannot work and what cannot continue.
 
     args: train.py's. dataset: an ImageSet. saved: the checkpoint in --output, or None.
-    A collective.
     """
     N, global_batch = len(dataset), args.batch_size * distributed.world_size()
-    arguments = {name: value for name, value in vars(args).items()
-                 if name not in ("data", "output", "workers")}
-    if not distributed.same_everywhere(arguments):
-        raise UserError("The processes have different arguments: start all machines with the same "
-                        "command.")
-    if not distributed.same_everywhere(saved and (saved["progress"], saved["log_position"])):
-        raise UserError(f"--output {args.output}: the processes see different checkpoints; it must "
-                        "be a folder that all machines share.")
     if args.num_clusters > N:
         raise UserError(f"--num-clusters {args.num_clusters}: there are only {N} images in "
                         f"{args.data}; choose fewer.")

@@ -392,6 +392,21 @@ def test_processes_with_different_arguments(folder, tmp_path):
     assert all("different arguments" in words for words in said)
 
 
+def train_where_one_process_sees_no_checkpoint(folder, empty, held):
+    output = held if distributed.rank() else empty
+    try:
+        train.main(["--data", str(folder), "--output", str(output), "--device", "cpu"])
+    except UserError as error:
+        return str(error)
+
+
+def test_processes_with_different_checkpoints(folder, finished, tmp_path):
+    """An --output that the machines do not share. No process waits for another one's collective."""
+    said = run_processes(train_where_one_process_sees_no_checkpoint, 2, folder, tmp_path, finished,
+                         timeout=120)
+    assert all("different checkpoints" in words for words in said)
+
+
 # --- numbers -------------------------------------------------------------------------------------
 
 NUMBERS = [action.option_strings[0] for action in settings.make_parser()._actions

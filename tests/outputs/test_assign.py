@@ -57,7 +57,8 @@ def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path):
     assert [row["path"] for row in rows] == names
     for i, row in enumerate(rows):
         distances = (centroids - features[i]).norm(dim=1)
-        assert float(distances[int(row["cluster"])]) == pytest.approx(distances.min(), abs=1e-5)
+        smallest = float(distances.min())
+        assert float(distances[int(row["cluster"])]) == pytest.approx(smallest, abs=1e-5)
         cosine = torch.cosine_similarity(features[i], centroids[int(row["cluster"])], dim=0)
         assert float(row["similarity"]) == pytest.approx(float(cosine), abs=2e-4)
         nearest = (bank @ features[i]).sort(descending=True).values[:4]
