@@ -199,6 +199,8 @@ def support_vectors(table, small):
     """The full and the low-shot table of one feature map of VOC07."""
     sizes = (200, 100, 64) if small else (5011, 4952, 8192)
     rows, targets, test, test_targets = made_up_features(*sizes)
+    if small:
+        targets, test_targets = targets[:, :2], test_targets[:, :2]
     shots = (1,) if small else voc.SHOTS
     samples = voc.draw_low_shot_targets(targets, 0, shots)
     rows, test = rows.to(table.device), test.to(table.device)
@@ -304,7 +306,7 @@ def main():
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("no CUDA device here: nothing measured")
     table = Table(torch.device(args.device))
-    print(f"{machine()}, torch {torch.__version__}", flush=True)
+    print(f"{machine(table.device)}, torch {torch.__version__}", flush=True)
     torch.manual_seed(0)
     for name in args.only:
         if table.device.type == "cuda":
@@ -313,7 +315,7 @@ def main():
         with big_enough(table, name, "the rest"):
             GROUPS[name](table, args.small)
         if args.json:
-            content = dict(machine=machine(), torch=torch.__version__, rows=table.rows)
+            content = dict(machine=machine(table.device), torch=torch.__version__, rows=table.rows)
             Path(args.json).write_text(json.dumps(content, indent=2))
 
 

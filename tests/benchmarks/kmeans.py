@@ -4,15 +4,13 @@ python -m tests.benchmarks.kmeans            100,000 x 256, K = 1,000, up to 20 
 python -m tests.benchmarks.kmeans --large    256,000 x 256, K = 10,000, 5 iterations
 """
 
-import argparse
-
 import faiss
 import torch
 import torch.nn.functional as F
 
 from odc.kmeans import kmeans
 from odc.nearest import nearest_centroids
-from tests.benchmarks.timing import interleave, table
+from tests.benchmarks.timing import interleave, make_parser, table
 
 
 def unit_features(n, d, latent=24, modes=500):
@@ -45,17 +43,16 @@ def faiss_clustering(features, initial, iterations):
 
 
 def bare_products(features, centroids, iterations, block=2048):
-    products = torch.empty(block, len(centroids))
+    products = centroids.new_empty(block, len(centroids))
     for _ in range(iterations):
         for part in features.split(block):
             torch.mm(part, centroids.T, out=products[: len(part)])
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--large", action="store_true", help="256,000 rows, K = 10,000, 5 iterations"
-    )
+    parser = make_parser(__doc__)
+    parser.add_argument("--large", action="store_true",
+                        help="256,000 rows, K = 10,000, 5 iterations")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     n, K, iterations = (256_000, 10_000, 5) if arguments.large else (100_000, 1_000, 20)
@@ -63,23 +60,28 @@ def main():
     faiss.omp_set_num_threads(torch.get_num_threads())
     features = unit_features(n, 256)
     initial = features[torch.randperm(n, generator=torch.Generator().manual_seed(1))[:K]].clone()
+    on_device, start = features.to(arguments.device), initial.to(arguments.device)
     results = {}
 
     def ours():
-        results["ours"] = kmeans(features, K, iterations, initial_centroids=initial)[1], None
+        centroids = kmeans(on_device, K, iterations, initial_centroids=start)[1]
+        results["ours"] = centroids.cpu(), None
 
     def peer():
         results["faiss.Clustering"] = faiss_clustering(features, initial, iterations)
 
     functions = {
         "ours": ours,
-        "faiss.Clustering": peer,
-        "bare float32 products": lambda: bare_products(features, initial, iterations),
+        "faiss.Clustering": peer,  # always on the CPU
+        "bare float32 products": lambda: bare_products(on_device, start, iterations),
+        "bare bfloat16 products": lambda: bare_products(
+            on_device.bfloat16(), start.bfloat16(), iterations),
     }
     times = interleave(functions, arguments.rounds, warm_up=0 if arguments.large else 1)
     objectives = {name: objective(features, centroids) for name, (centroids, _) in results.items()}
     extra = {name: f"objective {value:.1f}" for name, value in objectives.items()}
-    table(f"k-means, {n:,} x 256, K = {K:,}, {iterations} iterations", times, "ours", extra)
+    table(f"k-means, {n:,} x 256, K = {K:,}, {iterations} iterations", times, "ours", extra,
+          arguments.device)
     worse = objectives["ours"] / objectives["faiss.Clustering"] - 1
     print(
         f"\nfaiss did {results['faiss.Clustering'][1]} iterations. Our objective is {worse:+.4%} "

@@ -3,7 +3,6 @@
     python -m tests.benchmarks.knn    5,000 queries, a bank of 200,000 x 2,048
 """
 
-import argparse
 import resource
 import statistics
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from odc.evaluation.knn import knn_predict
-from tests.benchmarks.timing import interleave, table
+from tests.benchmarks.timing import interleave, make_parser, table
 
 QUERY_BLOCK, BANK_BLOCK = 512, 8192  # of the bare product: about the fastest on a CPU
 
@@ -30,7 +29,7 @@ def features(n, d, num_classes, seed):
 
 
 def bare_product(queries, bank):
-    products = torch.empty(QUERY_BLOCK, BANK_BLOCK)
+    products = bank.new_empty(QUERY_BLOCK, BANK_BLOCK)
     for rows in bank.split(BANK_BLOCK):
         for some in queries.split(QUERY_BLOCK):
             torch.mm(some, rows.T, out=products[: len(some), : len(rows)])
@@ -47,7 +46,7 @@ def memory():
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = make_parser(__doc__)
     parser.add_argument("--queries", type=int, default=5_000)
     parser.add_argument("--bank", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -55,6 +54,7 @@ def main():
 
     queries, _ = features(arguments.queries, 2048, 1000, seed=1)
     bank, labels = features(arguments.bank, 2048, 1000, seed=2)
+    queries, bank, labels = (rows.to(arguments.device) for rows in (queries, bank, labels))
     torch.mm(queries[:64], bank[:64].T)  # what the library needs for a product at all
     before = memory()
     knn_predict(queries, bank, labels, 1000)
@@ -64,7 +64,7 @@ def main():
                  "bare product": lambda: bare_product(queries, bank)}
     times = interleave(functions, arguments.rounds, warm_up=0)
     table(f"kNN, {arguments.queries:,} queries, bank {arguments.bank:,} x 2,048, k = 10 to 200",
-          times, "ours")
+          times, "ours", device=arguments.device)
     ratio = statistics.median(times["ours"]) / statistics.median(times["bare product"])
     print(f"\nExtra memory at most {extra:.0f} MiB. Time to the bare product: {ratio:.3f}")
 

@@ -8,7 +8,6 @@ by ten. Ours is the time from the features, so with the Gram matrix. Both are me
 the same run.
 """
 
-import argparse
 import time
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 
 from odc.evaluation import svm, voc
 from tests.benchmarks.svm import clock, linear_svc, made_up_features, objective, report
+from tests.benchmarks.timing import make_parser
 
 
 def fit_all(train, problems):
@@ -32,7 +32,7 @@ def fit_all(train, problems):
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--every", type=int, default=10,
                         help="LinearSVC solves one fit in so many (a divisor of 20)")
@@ -44,13 +44,14 @@ def main():
     sample = [(k, p, s) for k in problems for p in range(len(problems[k]))
               for s in range(len(voc.COSTS)) if (p + 3 * (p // 20) + s) % arguments.every == 0]
     rows = train.double().numpy()
+    train, test = train.to(arguments.device), test.to(arguments.device)
     ours, sampled, gaps = [], [], []
     for number in range(arguments.rounds):
         start = clock()
         solved = fit_all(train, problems)
         ours.append(clock() - start)
         for k, p, s in sample[number :: arguments.rounds]:
-            used, labels, coefficients = (part[p].numpy() for part in solved[k])
+            used, labels, coefficients = (part[p].cpu().numpy() for part in solved[k])
             t, cost, own = labels.astype(np.int64), voc.COSTS[s], rows[used]
             seconds, weight = linear_svc(own, t, cost)
             sampled.append(seconds)
@@ -59,7 +60,7 @@ def main():
             gaps.append(best / objective(weight, own, t, cost) - 1)
     fits = sum(len(targets) for targets in problems.values()) * len(voc.COSTS)
     report("Low-shot SVM of one feature map, 5,011 x 8,192", fits, ours, sampled, arguments.every,
-           gaps, 50)
+           gaps, 50, arguments.device)
     del solved, rows
     start = time.perf_counter()
     results = voc.low_shot(train, samples, test, test_targets)

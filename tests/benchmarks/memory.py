@@ -5,21 +5,19 @@
     python -m tests.benchmarks.memory --splits   a step in which 20 clusters must be refilled
 """
 
-import argparse
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from odc.memory import ODCMemory
-from tests.benchmarks.timing import interleave, table
+from tests.benchmarks.timing import interleave, make_parser, table
 
 N, K, d, B = 1_281_167, 10_000, 256, 512
 
 
-def make_memory(num_images):
+def make_memory(num_images, device):
     generator = torch.Generator().manual_seed(0)
-    memory = ODCMemory(num_images, d, K)
+    memory = ODCMemory(num_images, d, K, device=device)
     for part in memory.features.split(65536):
         part.copy_(torch.rand(part.shape, generator=generator))
     labels = torch.randint(K, (num_images,), generator=generator)
@@ -27,10 +25,10 @@ def make_memory(num_images):
     return memory
 
 
-def batches(num_images, seed=1):
+def batches(num_images, device="cpu", seed=1):
     """Endless batches like the memory's own features a little later."""
     generator = torch.Generator().manual_seed(seed)
-    pool = torch.rand(8 * B, d, generator=generator)  # drawing them must not be timed
+    pool = torch.rand(8 * B, d, generator=generator).to(device)  # drawing them must not be timed
     while True:
         for z in pool.split(B):
             yield torch.randint(num_images, (B,), generator=generator), z
@@ -41,7 +39,7 @@ class Steps:
 
     def __init__(self, memory, splits=True):
         self.memory, self.number, self.splits = memory, 0, splits
-        self.batches = batches(len(memory.labels))
+        self.batches = batches(len(memory.labels), memory.labels.device)
 
     def __call__(self):
         indices, z = next(self.batches)
@@ -59,7 +57,7 @@ class Recounting:
 
     def __init__(self, memory):
         self.F, self.y, self.C = (
-            x.numpy().copy() for x in (memory.features, memory.labels, memory.centroids))
+            x.cpu().numpy().copy() for x in (memory.features, memory.labels, memory.centroids))
         self.number, self.batches = 0, batches(len(self.y))
 
     def __call__(self):
@@ -80,25 +78,26 @@ class Recounting:
         weights / weights.sum()
 
 
-def imagenet():
-    memory = make_memory(N)
-    rows = F.normalize(torch.rand(B, d))
+def imagenet(device):
+    memory = make_memory(N, device)
+    rows = F.normalize(torch.rand(B, d)).to(device)
     times = interleave({
         "memory step": Steps(memory),
         "bare product and argmax": lambda: (rows @ memory.centroids.T).argmax(dim=1),
         "recounting step (NumPy)": Recounting(memory),
     }, rounds=4, calls=20)
-    table(f"N = {N:,}, K = {K:,}, d = {d}, B = {B}", times, "memory step")
+    table(f"N = {N:,}, K = {K:,}, d = {d}, B = {B}", times, "memory step", device=device)
 
 
-def scale():
-    steps = {f"N = {n:,}": Steps(make_memory(n), splits=False) for n in (128_000, 12_800_000)}
+def scale(device):
+    steps = {f"N = {n:,}": Steps(make_memory(n, device), splits=False)
+             for n in (128_000, 12_800_000)}
     times = interleave(steps, rounds=8, calls=20)
-    table(f"K = {K:,}, d = {d}, B = {B}, no splits", times, f"N = {12_800_000:,}")
+    table(f"K = {K:,}, d = {d}, B = {B}, no splits", times, f"N = {12_800_000:,}", device=device)
 
 
-def splits():
-    memory = make_memory(N)
+def splits(device):
+    memory = make_memory(N, device)
     step = Steps(memory)
     for _ in range(20):
         step()
@@ -121,13 +120,13 @@ def splits():
 
     times = interleave({"with 20 splits": refill, "without": step}, rounds=8,
                        before={"with 20 splits": shrink})
-    table(f"N = {N:,}, K = {K:,}, d = {d}, B = {B}", times, "with 20 splits")
+    table(f"N = {N:,}, K = {K:,}, d = {d}, B = {B}", times, "with 20 splits", device=device)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--splits", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    scale() if args.scale else splits() if args.splits else imagenet()
+    (scale if args.scale else splits if args.splits else imagenet)(args.device)

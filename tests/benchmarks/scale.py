@@ -7,7 +7,6 @@ This process is rank 0 of W. The others do not exist: a collective returns this 
 the figures are of computing and memory, without the network. Features are random.
 """
 
-import argparse
 import itertools
 import resource
 import statistics
@@ -25,6 +24,7 @@ from odc.data.images import Names
 from odc.memory import ODCMemory
 from odc.nearest import nearest_centroids
 from odc.runtime import checkpoint
+from tests.benchmarks.timing import make_parser
 
 SIZES = [
     (1_281_167, 8, 10_000, 512),
@@ -56,16 +56,16 @@ def clock(function, rounds=1):
     return statistics.median(seconds)
 
 
-def measure(N, W, K, batch, d=256):
+def measure(N, W, K, batch, device, d=256):
     pretend(W)
     row = {"N": f"{N:,}", "W": W, "K": f"{K:,}", "global batch": batch}
     started = resident()
-    memory = ODCMemory(N, d, K)
-    features = F.normalize(torch.rand(len(memory.features), d))
+    memory = ODCMemory(N, d, K, device=device)
+    features = F.normalize(torch.rand(len(memory.features), d, device=device))
     memory.initialize(features, torch.arange(N) % K)
     del features
     row["memories, GiB a process"] = f"{resident() - started:.2f}"
-    z = torch.rand(batch, d)
+    z = torch.rand(batch, d, device=device)
     row["step of the memories, ms"] = f"{1000 * clock(lambda: step(memory, N, z), 12):.0f}"
     row["update of the centroids, ms"] = f"{1000 * clock(memory.update_centroids, 3):.0f}"
     some = memory.features[:8192]
@@ -100,14 +100,15 @@ def step(memory, num_images, z):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--images", type=int)
     parser.add_argument("--processes", type=int)
     parser.add_argument("--clusters", type=int)
     parser.add_argument("--batch", type=int, default=512)
     args = parser.parse_args()
     if args.images:
-        for name, value in measure(args.images, args.processes, args.clusters, args.batch).items():
+        for name, value in measure(args.images, args.processes, args.clusters, args.batch,
+                                   args.device).items():
             print(f"{name}: {value}", flush=True)
         return
     for N, W, K, batch in SIZES:

@@ -6,7 +6,6 @@
 Ours is train.train_epoch itself. The images are made up and lie in memory.
 """
 
-import argparse
 import random
 from unittest import mock
 
@@ -20,7 +19,7 @@ from odc.data.images import ImageSet
 from odc.data.loader import Batch
 from odc.memory import ODCMemory
 from odc.model import ODC
-from tests.benchmarks.timing import interleave, table
+from tests.benchmarks.timing import interleave, make_parser, table
 
 
 class MadeUp:
@@ -105,9 +104,7 @@ def rates(times, batch):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    device = torch.device(parser.parse_args().device)
+    device = make_parser(__doc__).parse_args().device
     if device.type == "cuda":
         made_up = MadeUp(device, "resnet50", 224, 512, 1_281_167, 10_000, steps=10, amp="bf16")
         title = "resnet50, 224, bf16, B = 512, N = 1,281,167, K = 10,000"
@@ -115,4 +112,4 @@ if __name__ == "__main__":
         made_up = MadeUp(device, "narrow", 32, 64, 5000, 60, steps=20)
         title = "narrow, 32, B = 64, N = 5,000, K = 60"
     times = measure(made_up)
-    table(title, times, "ODC step", rates(times, made_up.batch))
+    table(title, times, "ODC step", rates(times, made_up.batch), device)

@@ -9,7 +9,6 @@ turn, in the same run. Processor seconds (of all threads) stand beside the secon
 because other programs on the machine change them less.
 """
 
-import argparse
 import time
 import warnings
 
@@ -18,7 +17,7 @@ import torch
 from sklearn.svm import LinearSVC
 
 from odc.evaluation import svm, voc
-from tests.benchmarks.timing import machine
+from tests.benchmarks.timing import machine, make_parser
 
 # Images of each class in VOC2007 trainval, in alphabetical order, about.
 POSITIVES = (238, 243, 330, 181, 244, 186, 713, 337, 445, 141, 200, 421, 287, 245, 2008, 245, 96,
@@ -72,14 +71,14 @@ def objective(weight, rows, targets, cost):
     return 0.5 * weight @ weight + cost * (np.where(targets > 0, 2, 1) * hinge**2).sum()
 
 
-def report(title, fits, ours, sampled, every, gaps, must):
+def report(title, fits, ours, sampled, every, gaps, must, device):
     """Print the table of both benchmarks.
 
     ours: `clock` of each round; sampled: that of LinearSVC's fits.
     """
     theirs = np.sum(sampled, axis=0) * every
     median, least = np.median(ours, axis=0), np.min(ours, axis=0)
-    print(f"\n{title}, {fits:,} fits; {machine()}\n")
+    print(f"\n{title}, {fits:,} fits; {machine(device)}\n")
     print("| | median | minimum | processor, median |")
     print("|---|---|---|---|")
     print(f"| ours | {median[0]:.1f} s | {least[0]:.1f} s | {median[1]:.1f} s |")
@@ -92,7 +91,7 @@ def report(title, fits, ours, sampled, every, gaps, must):
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--every", type=int, default=10,
                         help="LinearSVC solves one fit in so many (a divisor of 20)")
@@ -105,6 +104,7 @@ def main():
     sample = [(part * 20 + c, s) for part in range(4) for s in range(len(voc.COSTS))
               for c in range(20) if (c + s + 5 * part) % arguments.every == 0]
     rows = train.double().numpy()
+    train, test = train.to(arguments.device), test.to(arguments.device)
     ours, sampled, gaps = [], [], []
     for number in range(arguments.rounds):
         start = clock()
@@ -116,11 +116,11 @@ def main():
             t, cost = problems[p].numpy()[used].astype(np.int64), voc.COSTS[s]
             seconds, weight = linear_svc(rows[used], t, cost)
             sampled.append(seconds)
-            b = fits.coefficients[s, p].numpy()
+            b = fits.coefficients[s, p].cpu().numpy()
             best = objective(np.append(rows.T @ b, b.sum()), rows[used], t, cost)
             gaps.append(best / objective(weight, rows[used], t, cost) - 1)
     report("Full SVM of one feature map, 5,011 x 8,192", problems.shape[0] * len(voc.COSTS), ours,
-           sampled, arguments.every, gaps, 20)
+           sampled, arguments.every, gaps, 20, arguments.device)
     del fits, rows
     start = time.perf_counter()
     result = voc.full_svm(train, targets, test, test_targets)

@@ -1,11 +1,19 @@
-"""Interleaved timing and one Markdown table, for all benchmarks."""
+"""Arguments, interleaved timing and one Markdown table, for all benchmarks."""
 
+import argparse
 import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
+
+
+def make_parser(doc):
+    """A parser with the first line of a benchmark's docstring and --device."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
+    return parser
 
 
 def interleave(functions, rounds=5, calls=1, before=None, warm_up=1):
@@ -31,13 +39,13 @@ def interleave(functions, rounds=5, calls=1, before=None, warm_up=1):
     return times
 
 
-def table(title, times, ours, extra=None):
+def table(title, times, ours, extra=None, device="cpu"):
     """Print median and minimum of each, and how often ours, a key of times, fits into it.
 
     extra: {name: text} for a last column.
     """
     reference = statistics.median(times[ours])
-    print(f"\n{title}; {machine()}\n")
+    print(f"\n{title}; {machine(device)}\n")
     print("| | median | minimum | ours / this |" + (" |" if extra else ""))
     print("|---|---|---|---|" + ("---|" if extra else ""))
     for name, seconds in times.items():
@@ -54,10 +62,10 @@ def _show(seconds):
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
-def machine():
-    """The processor or card, and the threads in use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def machine(device="cpu"):
+    """The card, or the processor and the threads in use."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -184,7 +184,7 @@ def make_row(method, key, rows, output, arguments, device):
     return row | scores.all_scores(*features, train, val, clusters.cpu()) | dict(
         num_train=len(train), num_val=len(val), num_classes=len(train.classes),
         num_clusters=args.num_clusters, arch=args.arch, image_size=args.image_size,
-        batch_size=args.batch_size, drawn=args.epochs * len(train), machine=machine())
+        batch_size=args.batch_size, drawn=args.epochs * len(train), machine=machine(device))
 
 
 def print_table(data, rows):
