@@ -59,10 +59,10 @@ def main():
         results[f"k={k}"] = dict(top1=100 * float(hits[:, 0].mean()),
                                  top5=100 * float(hits.sum(1).mean()))
 
-    table = tables.IMAGENET_KNN
-    comparable = args.temperature == 0.07 and table.is_comparable(
-        train, val, network.backbone, network.image_size)
-    published = table if comparable else None
+    published = None
+    if args.temperature == 0.07 and tables.IMAGENET_KNN.is_comparable(
+            train, val, network.backbone, network.image_size):
+        published = tables.IMAGENET_KNN
     protocol = f"weighted k-nearest neighbours, temperature {args.temperature:g}"
     rows = {f"{network.label(args)}, top-{n}": {k: r[f"top{n}"] for k, r in results.items()}
             for n in (1, 5)}

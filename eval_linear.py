@@ -10,14 +10,8 @@ The linear classifiers of all maps train together on one forward pass. A protoco
 split over the processes, and all that mixes its images is summed over them, so one process and
 eight compute the same.
 
-The published rows of fine-tuning are the best of nine runs, so train as many for a row beside them:
-
-    for lr in 0.001 0.01 0.1; do for head in 1 10 100; do
-        torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth \\
-            --data /path/to/imagenet --protocol imagenet-1percent \\
-            --subset meta/train_labeled_1percent.txt \\
-            --lr $lr --head-lr $head --output lr$lr-head$head.json
-    done; done
+The published rows of fine-tuning are the best of nine runs, --lr 0.001, 0.01, 0.1 with --head-lr
+1, 10, 100. Train as many, each with its own --output, for a row beside them.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -95,11 +89,13 @@ class Progress:
 def train(args, network, protocols, classifiers, optimizer, progress):
     """Train and judge the classifiers, from progress on. The results are in progress.history."""
     while progress.epoch < protocols[0].epochs:
-        train_epoch(args, network, protocols, classifiers, optimizer, progress)
         try:
+            train_epoch(args, network, protocols, classifiers, optimizer, progress)
             progress.history.append(evaluate(network, protocols, classifiers, progress))
         except Interrupted:
-            raise interrupted(args, progress) from None
+            end = "; the same command continues." if args.output else "."
+            raise Interrupted(f"Stopped in epoch {progress.epoch + 1} after step {progress.step}, "
+                              f"as a signal asked{end}") from None
         progress.epoch, progress.step, progress.failed = progress.epoch + 1, 0, 0
         progress.losses = [0.0] * len(classifiers.columns)
         save(args, network, protocols, classifiers, optimizer, progress)
@@ -145,7 +141,7 @@ def train_epoch(args, network, protocols, classifiers, optimizer, progress):
             progress.losses = sums.tolist()
             save(args, network, protocols, classifiers, optimizer, progress)
         if stop:
-            raise interrupted(args, progress)
+            raise Interrupted
     bar.close()
     check_unreadable(progress.failed, network.train)
 
@@ -223,17 +219,8 @@ def settings_of(args, network, protocols):
                 "background": args.background, "weights": network.fingerprint[:16],
                 "train images": network.train.labelled_fingerprint,
                 "val images": network.val.labelled_fingerprint}
-    for protocol in protocols:
-        for name, value in asdict(protocol).items():
-            of = " ".join(protocol.columns)
-            settings[f"{name.replace('_', ' ')} of {of}"] = str(value)
-    return settings
-
-
-def interrupted(args, progress):
-    """The exception for a stop after progress.step."""
-    return Interrupted(f"Stopped in epoch {progress.epoch + 1} after step {progress.step}, as a "
-                       "signal asked" + ("; the same command continues." if args.output else "."))
+    return settings | {f"{name.replace('_', ' ')} of {' '.join(protocol.columns)}": str(value)
+                       for protocol in protocols for name, value in asdict(protocol).items()}
 
 
 def main():

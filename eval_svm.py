@@ -18,12 +18,13 @@ from odc.data.augmentation import evaluation_transform, resize_exact
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.evaluation import frozen, tables, voc
-from odc.evaluation.maps import MAP_NAMES, map_pools, map_shapes, pooled_shapes
+from odc.evaluation.maps import MAP_NAMES, map_pools, map_shapes
 from odc.features import extract
 from odc.runtime import program
 from odc.runtime.arguments import Parser, whole
 
 OTHER_TRAIN_IMAGES = 2100  # of other data than VOC07: enough for k = 96 in 10 classes, and quick
+UNCONVERGED = " (fits that did not converge, and were left out: {})"
 
 
 def make_parser():
@@ -90,12 +91,6 @@ def choose_shots(args, targets):
     return voc.draw_low_shot_targets(targets, args.seed, shots)
 
 
-def unconverged(result):
-    """A remark on fits that did not converge, or nothing."""
-    count = result.unconverged
-    return f" (fits that did not converge, and were left out: {count})" if count else ""
-
-
 def main():
     args = make_parser().parse_args()
     network = frozen.prepare(args)
@@ -119,9 +114,9 @@ def main():
                        "counts as 0")
 
     shapes = map_shapes(network.backbone, network.image_size)
-    pools, sizes = map_pools(shapes), pooled_shapes(shapes)
+    pools = map_pools(shapes)
     chosen = [i for i, name in enumerate(MAP_NAMES) if name in (args.maps or MAP_NAMES)]
-    dims = [torch.Size(sizes[i]).numel() for i in chosen]
+    dims = [pools[i](torch.zeros(shapes[i])).numel() for i in chosen]
     transform = network.transform
     if is_voc:
         resize = evaluation_transform(network.image_size).keywords["resize"]
@@ -141,9 +136,8 @@ def main():
                        network.workers, cache, name, images)
         return [distributed.all_gather_uneven_rows(part).cpu() for part in rows.split(dims, dim=1)]
 
-    print_main(f"protocol {protocol}: {count:,} train images, "
-               f"{'published' if args.low_shot_targets else f'{voc.SAMPLES} drawn'} low-shot "
-               "samples")
+    drawn = "published" if args.low_shot_targets else f"{voc.SAMPLES} drawn"
+    print_main(f"protocol {protocol}: {count:,} train images, {drawn} low-shot samples")
     train, val = features(train_set, train_images, "train"), features(val_set, val_images, "val")
     val_targets[~network.readable()] = 0  # as difficult ones, they do not count
 
@@ -154,24 +148,23 @@ def main():
                               val_targets)
         full[MAP_NAMES[i]] = result
         print_main(f"{MAP_NAMES[i]}: mAP {100 * result.mean_average_precision:.2f}"
-                   f"{unconverged(result)}")
+                   + UNCONVERGED.format(result.unconverged) * (result.unconverged > 0))
     best = max(full, key=lambda name: full[name].mean_average_precision)
     at = list(full).index(best)
     program.check_signals()
-    shots = []
-    if samples:
-        shots = voc.low_shot(train[at].to(network.device), samples, val[at].to(network.device),
-                             val_targets)
+    shots = voc.low_shot(train[at].to(network.device), samples, val[at].to(network.device),
+                         val_targets) if samples else []
     for result in shots:
         if result.unconverged:
-            print_main(f"k = {result.k}{unconverged(result)}")
+            print_main(f"k = {result.k}{UNCONVERGED.format(result.unconverged)}")
 
     row = {"Best Layer": best, "SVM": 100 * full[best].mean_average_precision}
     row |= {f"k={result.k}": 100 * result.mean_average_precision for result in shots}
-    comparable = (count == len(train_set) and len(chosen) == len(MAP_NAMES)
-                  and tables.VOC07_SVM.is_comparable(train_set, val_set, network.backbone,
-                                                     network.image_size))
-    published = tables.VOC07_SVM if comparable else None
+    published = None
+    if (count == len(train_set) and len(chosen) == len(MAP_NAMES)
+            and tables.VOC07_SVM.is_comparable(train_set, val_set, network.backbone,
+                                               network.image_size)):
+        published = tables.VOC07_SVM
     tables.show(f"{protocol} on {train_set.name} (mAP, %)", list(row), {network.label(args): row},
                 published)
     tables.write_json(args.output, dict(

@@ -109,10 +109,9 @@ class Frozen:
         Prints how many these are, if that is new. Call it after the images were read. A collective.
         """
         readable = torch.ones(len(self.val), dtype=torch.bool)
-        unreadable = gather_unreadable(self.val)
-        readable[unreadable] = False
-        if len(unreadable) != self.unreadable:
-            self.unreadable = len(unreadable)
+        readable[gather_unreadable(self.val)] = False
+        if (count := int((~readable).sum())) != self.unreadable:
+            self.unreadable = count
             print_main(f"{self.unreadable} of {len(self.val):,} val images cannot be read; they "
                        "are left out")
         return readable
@@ -149,13 +148,13 @@ def prepare(args):
     with distributed.together():
         train, val = (open_dataset(data, split, args.background) for split in ("train", "val"))
         _check_labels(data, train, val)
-        if args.output and (os.path.isdir(args.output) or not os.path.basename(args.output)):
-            raise UserError(f"--output {args.output}: it must be a file, not a folder; add a name "
-                            "such as results.json.")
-        folder = os.path.dirname(os.path.abspath(args.output or "."))
-        if args.output and not os.access(folder, os.W_OK):
-            raise UserError(f"--output {args.output}: its folder is missing or not writable; "
-                            "choose another.")
+        if output := args.output:
+            if os.path.isdir(output) or not os.path.basename(output):
+                raise UserError(f"--output {output}: it must be a file, not a folder; add a name "
+                                "such as results.json.")
+            if not os.access(os.path.dirname(os.path.abspath(output)), os.W_OK):
+                raise UserError(f"--output {output}: its folder is missing or not writable; "
+                                "choose another.")
         size = args.image_size or NATIVE_SIZES.get(train.name, 224)
         backbone, description = load_backbone(args.weights, args.arch, size, args.seed)
     check_same_images(train, val)
@@ -168,9 +167,7 @@ def prepare(args):
                         "with the same command, and give them the same files.")
     print_main(description)
     backbone = backbone.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    workers = args.workers
-    if workers is None:
-        workers = default_workers(train.pixels is not None)
+    workers = default_workers(train.pixels is not None) if args.workers is None else args.workers
     print_main(f"{train.name}: {len(train):,} train and {len(val):,} val images of "
                f"{len(val.classes)} classes, {size} pixels")
     return Frozen(backbone, fingerprint, description, train, val, size, workers, device, args.amp)

@@ -45,12 +45,10 @@ def open_held_out(data, train):
 
     Raises UserError if processes see different files. A collective.
     """
-    val, reason = None, None
-    with distributed.together():
-        try:
-            val = open_dataset(data, "val", train.background)
-        except UserError as error:
-            reason = str(error)
+    try:
+        val = open_dataset(data, "val", train.background)
+    except UserError as error:
+        val, reason = None, str(error)
     if not distributed.same_everywhere(val and (len(val), val.fingerprint)):
         raise UserError(f"{data}: the processes see different val splits there; give all machines "
                         "the same files.")

@@ -10,10 +10,11 @@ from odc import distributed
 from odc.batchnorm import SyncBatchNorm, synchronise
 from odc.errors import UserError
 from odc.evaluation import tables
-from odc.evaluation.maps import MAP_NAMES, map_pools, map_shapes, pooled_shapes
+from odc.evaluation.maps import map_pools, map_shapes
 
-COLUMNS = tuple(name.capitalize() for name in MAP_NAMES)  # Feature1 ... Feature5
+COLUMNS = tables.FIVE_MAPS
 AVGPOOL = "AvgPool"
+MAPS = dict(zip((*COLUMNS, AVGPOOL), (0, 1, 2, 3, 4, 4)))  # which of the five maps a column judges
 FINE_TUNED = "Fine-tuned"  # the average pool and a linear layer, on a backbone that learns, too
 
 
@@ -52,8 +53,7 @@ class Protocol:
         """A parameter group of SGD, with what eval_linear.py needs for its learning rate."""
         lr = self.lr * (self.head_lr if head else 1)
         return dict(params=parameters, lr=lr, initial_lr=lr, lr_steps=self.lr_steps,
-                    lr_gamma=self.lr_gamma, momentum=self.momentum,
-                    weight_decay=self.weight_decay,
+                    lr_gamma=self.lr_gamma, momentum=self.momentum, weight_decay=self.weight_decay,
                     nesterov=self.nesterov and self.momentum > 0)
 
     def describe(self):
@@ -85,8 +85,8 @@ PROTOCOLS = {
         MULTIHEAD, recipe="mhead_8xb32-steplr-28e", classes=205, epochs=28, lr_steps=(7, 14, 21),
         train_transform="places205"),
     "inaturalist2018": dataclasses.replace(
-        MULTIHEAD, recipe="mhead_8xb32-steplr-84e", classes=8142, epochs=84,
-        lr_steps=(24, 48, 72), train_transform="inaturalist2018"),
+        MULTIHEAD, recipe="mhead_8xb32-steplr-84e", classes=8142, epochs=84, lr_steps=(24, 48, 72),
+        train_transform="inaturalist2018"),
     "imagenet-1percent": ONE_PERCENT,
     "imagenet-10percent": TEN_PERCENT,
     "finetune": dataclasses.replace(
@@ -125,13 +125,12 @@ def choose_protocols(args, dataset):
             by = f"--protocol {name} is for {wanted} classes and"
         raise UserError(f"{by} does not match {dataset.root}, which has {classes}: give other "
                         f"--data, or --num-classes {classes}.")
-    given = {setting: getattr(args, setting, None) for setting in dataclasses.asdict(recipe)}
-    given = {setting: value for setting, value in given.items() if value is not None}
+    before = dataclasses.asdict(recipe)
+    given = {k: value for k in before if (value := getattr(args, k, None)) is not None}
     if args.lr_steps is not None:
         given["lr_steps"] = tuple(sorted(args.lr_steps))
-    protocol = dataclasses.replace(recipe.shortened(args.epochs or recipe.epochs),
-                                   **{"classes": classes, **given})
-    before = dataclasses.asdict(recipe)
+    protocol = dataclasses.replace(recipe.shortened(args.epochs or recipe.epochs), classes=classes,
+                                   **given)
     changed = {k: v for k, v in dataclasses.asdict(protocol).items() if v != before[k]}
 
     fine_tuning = protocol.columns == (FINE_TUNED,)
@@ -151,9 +150,9 @@ def choose_protocols(args, dataset):
                         "processes, at least 2 each: choose a --batch-size that can.")
     if args.with_avgpool and AVGPOOL not in protocol.columns:
         avgpool = PROTOCOLS["imagenet-avgpool"].shortened(protocol.epochs)
-        lr = avgpool.lr if args.avgpool_lr is None else args.avgpool_lr
         return name, [protocol, dataclasses.replace(
-            avgpool, classes=classes, lr=lr, batch_size=protocol.batch_size,
+            avgpool, classes=classes, batch_size=protocol.batch_size,
+            lr=avgpool.lr if args.avgpool_lr is None else args.avgpool_lr,
             train_transform=protocol.train_transform)], changed
     if args.avgpool_lr is not None:
         raise UserError(f"--avgpool-lr {args.avgpool_lr:g} is of --with-avgpool beside another "
@@ -226,14 +225,22 @@ def choose_images(dataset, subset=None, train_share=None, seed=0):
 
 def make_classifiers(network, protocols, seed):
     """The module that the protocols train on a Frozen network, on its device."""
+    classes = protocols[0].classes
     if protocols[0].columns == (FINE_TUNED,):
-        classifiers = FineTuned(network.backbone, protocols[0].classes, network.autocast(), seed)
+        classifiers = FineTuned(network.backbone, classes, network.autocast(), seed)
     else:
         columns = [column for protocol in protocols for column in protocol.columns]
-        classifiers = LinearClassifiers(
-            network.maps, map_shapes(network.backbone, network.image_size), columns,
-            protocols[0].classes, seed)
+        shapes = map_shapes(network.backbone, network.image_size)
+        classifiers = LinearClassifiers(network.maps, shapes, columns, classes, seed)
     return classifiers.to(network.device)
+
+
+def _linear(width, num_classes, generator):
+    """A linear layer that starts with weights N(0, 0.01) and biases 0, as the recipes'."""
+    linear = nn.Linear(width, num_classes)
+    nn.init.normal_(linear.weight, std=0.01, generator=generator)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 class LinearClassifiers(nn.Module):
@@ -241,38 +248,34 @@ class LinearClassifiers(nn.Module):
 
     maps: images [B, 3, S, S] -> the five maps, without gradients. shapes: [(C, h, w)] of these.
     columns: of COLUMNS, each the recipe's pool -> batch norm -> Linear, and AVGPOOL, the global
-    average of the last map -> Linear. Weights start as N(0, 0.01) from the seed, biases as 0.
+    average of the last map -> Linear. seed: of the weights.
     """
 
     def __init__(self, maps, shapes, columns, num_classes, seed=0):
         super().__init__()
-        pools, pooled = map_pools(shapes), pooled_shapes(shapes)
+        pools = dict(zip(MAPS, [*map_pools(shapes), nn.AdaptiveAvgPool2d(1)]))
         generator = torch.Generator().manual_seed(seed)
         self.maps, self.columns = maps, list(columns)
-        self.pools, self.norms, self.linears = (nn.ModuleDict() for _ in range(3))
+        self.pools = nn.ModuleDict({column: pools[column] for column in columns})
+        self.norms, self.linears = nn.ModuleDict(), nn.ModuleDict()
         for column in columns:
-            i = COLUMNS.index(column) if column != AVGPOOL else 4
-            channels, height, width = pooled[i] if column != AVGPOOL else (shapes[4][0], 1, 1)
-            self.pools[column] = pools[i] if column != AVGPOOL else nn.AdaptiveAvgPool2d(1)
-            self.norms[column] = (SyncBatchNorm(channels, affine=False) if column != AVGPOOL
-                                  else nn.Identity())
-            linear = nn.Linear(channels * height * width, num_classes)
-            linear.weight.data.normal_(0, 0.01, generator=generator)
-            linear.bias.data.zero_()
-            self.linears[column] = linear
+            shape = shapes[MAPS[column]]
+            self.norms[column] = (nn.Identity() if column == AVGPOOL else
+                                  SyncBatchNorm(shape[0], affine=False))
+            width = pools[column](torch.zeros(shape)).numel()
+            self.linears[column] = _linear(width, num_classes, generator)
 
     def optimizer_groups(self, protocols):
         """SGD's parameter groups, one for each protocol."""
-        return [protocol.group([p for column in protocol.columns
-                                for p in self.linears[column].parameters()])
+        return [protocol.group([parameter for column in protocol.columns
+                                for parameter in self.linears[column].parameters()])
                 for protocol in protocols]
 
     def forward(self, images):
         """Normalised images [B, 3, S, S] -> {column: logits [B, classes]}. A collective."""
         maps, logits = self.maps(images), {}
         for column, linear in self.linears.items():
-            feature_map = maps[COLUMNS.index(column) if column != AVGPOOL else 4]
-            features = self.norms[column](self.pools[column](feature_map))
+            features = self.norms[column](self.pools[column](maps[MAPS[column]]))
             logits[column] = linear(features.flatten(1))
         return logits
 
@@ -287,10 +290,8 @@ class FineTuned(nn.Module):
         super().__init__()
         self.backbone = synchronise(backbone).requires_grad_(True)
         self.autocast, self.columns = autocast, [FINE_TUNED]
-        self.head = nn.Linear(backbone.out_channels[-1], num_classes)
-        generator = torch.Generator().manual_seed(seed)
-        self.head.weight.data.normal_(0, 0.01, generator=generator)
-        self.head.bias.data.zero_()
+        self.head = _linear(backbone.out_channels[-1], num_classes,
+                            torch.Generator().manual_seed(seed))
 
     def optimizer_groups(self, protocols):
         """SGD's parameter groups: the backbone, and the head with its own learning rate."""

@@ -28,10 +28,3 @@ def map_pools(shapes):
         return [nn.AvgPool2d(kernel, stride, padding) for kernel, stride, padding in RESNET50_POOLS]
     return [nn.AdaptiveAvgPool2d((min(grid, height), min(grid, width)))
             for grid, (_, height, width) in zip(GRIDS, shapes)]
-
-
-def pooled_shapes(shapes):
-    """[(channels, height, width)] of the five maps after `map_pools`."""
-    pools = map_pools(shapes)
-    return [(shape[0], *pool(torch.zeros(1, 1, *shape[1:])).shape[2:])
-            for pool, shape in zip(pools, shapes)]

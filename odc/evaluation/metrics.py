@@ -96,15 +96,14 @@ def _best_assignment(gains):
     return float(gains[np.arange(num_rows), column_of].sum())
 
 
-def silhouette(features, labels, centroids, sizes=None):
+def silhouette(features, labels, centroids, sizes):
     """The simplified silhouette of every image, in -1..1 (Hruschka 2004): [N] float32.
 
     (b - a) / max(a, b) with a the distance of the features [N, d] to the own centroid, and b to the
     nearest of the other centroids [K, d]. An image that is alone in its cluster has 0. The mean is
-    the score of the clustering. sizes: [K], of the clusters, if there are more images than these.
+    the score of the clustering. sizes: [K], of the clusters.
     """
     values = torch.empty(len(features), device=features.device)
-    sizes = labels.bincount(minlength=len(centroids)) if sizes is None else sizes
     for rows in torch.arange(len(features), device=features.device).split(4096):
         distances = torch.cdist(features[rows], centroids)
         own = (features[rows] - centroids[labels[rows]]).norm(dim=1)

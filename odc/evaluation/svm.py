@@ -129,18 +129,17 @@ def fit_subsets(gram, eigenvectors, rows, targets, costs, progress=lambda fits: 
     small = [s for s in ascending if costs[s] < 0.1]
     groups = [small, *([s] for s in ascending[len(small) :])]
     size = max(1, BLOCK // (u * u + u * len(costs)))
-    for start in range(0, P, size):
-        part = slice(start, min(start + size, P))
-        index, t = rows[part], targets[part].double()[:, None]  # [G, u], [G, 1, u]
-        solver = _Solver(gram[index[:, :, None], index[:, None]], basis[index],
-                         values * u / len(gram))
+    parts = zip(*(x.split(size) for x in (rows, targets, coefficients, converged)))
+    for index, t, found, done in parts:
+        t = t.double()[:, None]  # [G, 1, u]
+        own = gram[index[:, :, None], index[:, None]]  # [G, u, u]
+        solver = _Solver(own, basis[index], values * u / len(gram))
         b = f = torch.zeros_like(t)
         for group in filter(None, groups):
             cost = torch.tensor([costs[s] for s in group], dtype=torch.float64, device=gram.device)
             slope = 2 * cost[:, None] * row_weights(t)
-            b, f, errors = solver.solve(t.expand_as(slope), slope, b.expand_as(slope),
-                                        f.expand_as(slope))
-            coefficients[part, group], converged[part, group] = b, errors <= TOLERANCE
+            b, f, errors = solver.solve(*(x.expand_as(slope) for x in (t, slope, b, f)))
+            found[:, group], done[:, group] = b, errors <= TOLERANCE
             b, f = b[:, -1:], f[:, -1:]
         progress(len(index) * len(costs))
     return coefficients, converged
@@ -225,8 +224,8 @@ class _Solver:
         if bound:
             square = (residual * self.product(residual)).sum(-1)
         else:
-            square = (residual.float() @ self.basis).square().sum(-1)
-            square = square + self.values[-1] * residual.square().sum(-1)
+            square = ((residual.float() @ self.basis).square().sum(-1)
+                      + self.values[-1] * residual.square().sum(-1))
         # No w is longer than the root of 2 P(0) = sum slope. A thousandth is added, for a w of 0.
         norm = (b * f).sum(-1).clamp_(min=0).sqrt() + 1e-3 * slope.sum(-1).sqrt()
         return square.clamp_(min=0).sqrt() * scale[..., 0] / norm.clamp_(min=1e-300)
@@ -244,11 +243,10 @@ class _Solver:
                 continue
             on, B, F = active[:, p], b[:, p], f[:, p]
             removed = torch.where(on, 0.0, B)
-            f_removed = removed
             if careful:
                 f_removed = removed @ self.gram
-            elif removed.any():
-                f_removed = self.product(removed)
+            else:
+                f_removed = self.product(removed) if removed.any() else removed
             ridge = torch.where(on, 1 / slope[:, p], 1.0)
             rhs = torch.where(on, t[:, p] - F + f_removed - ridge * B, 0.0)
             scale = _largest(rhs)
@@ -298,9 +296,9 @@ class _Solver:
                 factor, failed = torch.linalg.cholesky_ex(system)
                 if not failed.any():  # else once more, in float64
                     break
-            solution = torch.cholesky_solve(
-                rhs[g, p].gather(1, index)[..., None].to(factor.dtype), factor)
-            x[g, p] = torch.zeros_like(x[g, p]).scatter_(1, index, solution[..., 0].double())
+            right = rhs[g, p].gather(1, index)[..., None].to(factor.dtype)
+            solution = torch.cholesky_solve(right, factor)[..., 0].double()
+            x[g, p] = torch.zeros_like(x[g, p]).scatter_(1, index, solution)
         return x, None
 
     def _conjugate_gradients(self, active, ridge, rhs, rank, careful):

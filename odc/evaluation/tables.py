@@ -1,7 +1,7 @@
 """Published benchmark tables, and ours beside them where the two may be compared."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from odc.distributed import is_main, print_main, together
 from odc.runtime.checkpoint import write_atomically
@@ -24,18 +24,16 @@ class Table:
     num_val: int
     num_classes: int
     columns: tuple
-    rows: dict = field(default_factory=dict)
+    rows: dict
     tolerance: float = 0.001
 
     def is_comparable(self, train, val, backbone, image_size):
         """True for the whole data set, ResNet-50 and 224 pixels."""
-        return (
-            train.name == val.name == self.dataset
-            and len(train.classes) == self.num_classes
-            and abs(len(train) - self.num_train) <= self.num_train * self.tolerance
-            and abs(len(val) - self.num_val) <= self.num_val * self.tolerance
-            and (backbone.arch, backbone.small_stem, image_size) == ("resnet50", False, 224)
-        )
+        return (train.name == val.name == self.dataset
+                and len(train.classes) == self.num_classes
+                and abs(len(train) - self.num_train) <= self.num_train * self.tolerance
+                and abs(len(val) - self.num_val) <= self.num_val * self.tolerance
+                and (backbone.arch, backbone.small_stem, image_size) == ("resnet50", False, 224))
 
     def only(self, columns):
         """The table with some of its columns."""
@@ -64,21 +62,15 @@ IMAGENET_LINEAR = Table(
 # Fine-tuning with few labels. The lists of images were made by rounding in each class.
 IMAGENET_1PERCENT = Table(
     "ImageNet, fine-tuned on 1% of the labels", "imagenet", 12812, 50000, 1000, ("Fine-tuned",), {
-        "ODC, top-1": (32.39,),
-        "ODC, top-5": (61.02,),
-        f"{DEEPCLUSTER}, top-1": (33.44,),
-        f"{DEEPCLUSTER}, top-5": (58.62,),
-        f"{RANDOM}, top-1": (1.56,),
-        f"{RANDOM}, top-5": (4.99,),
+        "ODC, top-1": (32.39,), "ODC, top-5": (61.02,),
+        f"{DEEPCLUSTER}, top-1": (33.44,), f"{DEEPCLUSTER}, top-5": (58.62,),
+        f"{RANDOM}, top-1": (1.56,), f"{RANDOM}, top-5": (4.99,),
     }, tolerance=0.02)
 IMAGENET_10PERCENT = Table(
     "ImageNet, fine-tuned on 10% of the labels", "imagenet", 128117, 50000, 1000, ("Fine-tuned",), {
-        "ODC, top-1": (58.15,),
-        "ODC, top-5": (82.55,),
-        f"{DEEPCLUSTER}, top-1": (52.94,),
-        f"{DEEPCLUSTER}, top-5": (77.96,),
-        f"{RANDOM}, top-1": (21.78,),
-        f"{RANDOM}, top-5": (44.24,),
+        "ODC, top-1": (58.15,), "ODC, top-5": (82.55,),
+        f"{DEEPCLUSTER}, top-1": (52.94,), f"{DEEPCLUSTER}, top-5": (77.96,),
+        f"{RANDOM}, top-1": (21.78,), f"{RANDOM}, top-5": (44.24,),
     }, tolerance=0.02)
 PLACES205_LINEAR = Table(
     "Places205 linear (top-1)", "places205", 2448873, 20500, 205, FIVE_MAPS, {
@@ -89,7 +81,7 @@ PLACES205_LINEAR = Table(
         RANDOM: (17.19, 21.70, 19.23, 14.59, 11.73),
     })
 INATURALIST2018_LINEAR = Table(  # the protocol is published, ODC's numbers are not
-    "iNaturalist2018 linear (top-1)", "inaturalist2018", 437513, 24426, 8142, FIVE_MAPS)
+    "iNaturalist2018 linear (top-1)", "inaturalist2018", 437513, 24426, 8142, FIVE_MAPS, {})
 IMAGENET_KNN = Table(
     "ImageNet nearest neighbour (top-1)", "imagenet", 1281167, 50000, 1000,
     ("k=10", "k=20", "k=100", "k=200"), {"ODC (MMSelfSup, 2022)": (38.5, 39.1, 37.8, 36.9)})
@@ -101,31 +93,21 @@ def published_rows(table):
                       for method, values in table.rows.items()}
 
 
-def markdown(title, columns, ours, published=None):
-    """A Markdown table of `columns`: the rows of the Table `published`, then ours.
+def show(title, columns, ours, published=None):
+    """Print a Markdown table of `columns`: the rows of the Table `published`, then ours.
 
-    ours: {row name: {column: number, text or None}}.
+    ours: {row name: {column: number or text}}.
     """
     rows = {f"{method}, published": values
             for method, values in (published_rows(published) or {}).items()} | ours
     cells = [["method", *columns]]
-    cells += [[name, *(_cell(values.get(column)) for column in columns)]
-              for name, values in rows.items()]
+    for name, values in rows.items():
+        row = [values.get(column, "-") for column in columns]
+        cells.append([name, *(v if isinstance(v, str) else f"{v:.2f}" for v in row)])
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([title, "", *lines])
-
-
-def _cell(value):
-    if value is None:
-        return "-"
-    return value if isinstance(value, str) else f"{value:.2f}"
-
-
-def show(title, columns, ours, published=None):
-    """Print `markdown` on the main process."""
-    print_main("\n" + markdown(title, columns, ours, published) + "\n")
+    print_main("\n".join(["", title, "", *lines, ""]))
 
 
 def write_json(path, content):

@@ -106,17 +106,15 @@ def _read_array(path, name):
     """One .npy file of a directory or a zip file; never unpickles."""
     try:
         if os.path.isdir(path):
-            return np.load(os.path.join(path, name), allow_pickle=False)
+            return np.load(os.path.join(path, name))
         with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.namelist() if entry.split("/")[-1] == name]
-            if not entries:
-                raise FileNotFoundError
-            return np.load(io.BytesIO(archive.read(entries[0])), allow_pickle=False)
-    except FileNotFoundError:
-        if not os.path.exists(path):
-            raise UserError(f"{path}: there is no such directory or zip file of low-shot "
-                            "targets.") from None
-        raise UserError(f"{path}: {name} is missing among the low-shot targets.") from None
+            entry = next((e for e in archive.namelist() if e.split("/")[-1] == name), name)
+            return np.load(io.BytesIO(archive.read(entry)))
+    except (FileNotFoundError, KeyError):
+        problem = "there is no such directory or zip file of low-shot targets"
+        if os.path.exists(path):
+            problem = f"{name} is missing among the low-shot targets"
+        raise UserError(f"{path}: {problem}.") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: {name} cannot be read as an array ({error}).") from None
 
@@ -231,19 +229,17 @@ def low_shot(train, samples_by_shot, test, test_targets):
     products = svm.gram_matrix(train, test)  # [N, M]
     test_targets = test_targets.to(gram.device)
     num_classes = test_targets.shape[1]
-    problems = {k: torch.stack(samples).to(gram.device).transpose(1, 2).flatten(0, 1)
-                for k, samples in samples_by_shot.items()}  # [samples * classes, N]
-    own = {k: list(range(len(targets)))[distributed.shard(len(targets))]
-           for k, targets in problems.items()}
+    own = list(range(SAMPLES * num_classes))[distributed.shard(SAMPLES * num_classes)]
     results = []
-    with progress_bar(sum(map(len, own.values())) * len(COSTS), "low-shot fits", "fit") as bar:
-        for k, targets in problems.items():
-            precision = torch.zeros(len(own[k]), len(COSTS), dtype=torch.float64)
-            if own[k]:
-                rows, labels = svm.used_rows(targets[own[k]])
-                coefficients, converged = svm.fit_subsets(gram, eigenvectors, rows, labels, COSTS,
-                                                          bar.update)
-                for i, p in enumerate(own[k]):
+    with progress_bar(len(samples_by_shot) * len(own) * len(COSTS), "low-shot fits", "fit") as bar:
+        for k, samples in samples_by_shot.items():
+            precision = torch.zeros(len(own), len(COSTS), dtype=torch.float64)
+            if own:
+                problems = torch.stack(samples).to(gram.device).transpose(1, 2).flatten(0, 1)
+                rows, labels = svm.used_rows(problems[own])
+                coefficients, converged = svm.fit_subsets(
+                    gram, eigenvectors, rows, labels, COSTS, bar.update)
+                for i, p in enumerate(own):
                     scores = coefficients[i] @ products[rows[i]]  # [S, M]
                     precision[i] = voc_average_precision(test_targets[:, p % num_classes], scores.T)
                 precision.masked_fill_(~converged.cpu(), torch.nan)

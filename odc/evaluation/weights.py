@@ -27,6 +27,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRUNK = re.compile(r"(conv|bn|layer|norm|stem)\d*\.")
 # timm's names of networks with all tensors of a ResNet and other pooling, which has no tensors.
 OTHER_POOLING = re.compile(r"resnet(?:aa|blur)\d+")
+# (blocks of each stage, expansion of the blocks, width of the stem) -> name
+STRUCTURES = {(blocks, block.expansion, width): name
+              for name, (block, blocks, width) in ARCHS.items()}
 
 
 def load_backbone(weights, arch=None, image_size=224, seed=0):
@@ -46,28 +49,41 @@ def load_backbone(weights, arch=None, image_size=224, seed=0):
             backbone = ResNet(arch or "resnet50", use_small_stem(image_size))
         return backbone.eval(), f"{_describe(backbone)}, random weights from seed {seed}"
     content, passed_over = _read(weights)
-    states = [(where, _torchvision_names(state)) for where, state in _state_dicts(content)]
-    candidates = [_match(where, state, prefix, arch)
-                  for where, state in states for prefix in _prefixes(state)]
-    if not candidates:
+    states = sorted(_state_dicts(content), key=lambda item: [*CONTAINERS, item[0]].index(item[0]))
+    states = [(where, _torchvision_names(state)) for where, state in states]
+    places = [(where, state, prefix, _structure(state, prefix))
+              for where, state in states for prefix in _prefixes(state)]
+    if not places:
         raise UserError(_no_resnet(weights, states, passed_over))
     # The first place of this architecture decides, even if it is damaged and a copy is not.
-    known = ARCHS if arch is None else [arch]
-    best = next((c for c in candidates if c["recognised"] in known), candidates[0])
-    if best["channels"] != 3:
-        raise UserError(f"{weights}: its first convolution takes {best['channels']} channels"
-                        f"{' (of a Sobel filter, perhaps)' if best['channels'] == 2 else ''}, and "
+    wanted = [structure for structure, name in STRUCTURES.items() if arch in (None, name)]
+    where, state, prefix, structure = next((p for p in places if p[-1] in wanted), places[0])
+    place = f"{where}: {prefix}" if where and prefix else where or prefix or "top level"
+    own = {key.removeprefix(prefix): value for key, value in state.items()
+           if key.startswith(prefix)}
+    channels, *kernel = own["conv1.weight"].shape[1:]
+    if channels != 3:
+        raise UserError(f"{weights}: its first convolution takes {channels} channels"
+                        f"{' (of a Sobel filter, perhaps)' if channels == 2 else ''}, and "
                         "images here have 3; this network cannot be evaluated.")
-    if best["problems"]:
+    arch = arch or STRUCTURES.get(structure)
+    if arch is None:
+        blocks, expansion, width = structure
+        matched, problems = {}, [f"{'bottleneck' if expansion == 4 else 'basic'} blocks {blocks} "
+                                 f"and a stem of {width} channels are none of {', '.join(ARCHS)}"]
+    else:
+        backbone = ResNet(arch, small_stem=kernel == [3, 3])
+        matched, problems = _match(own, backbone.state_dict())
+    if problems:
         raise UserError(
-            f"{weights}: its weights are not a whole {best['arch']}: "
-            f"{_some(best['problems'], '; ')} ({len(best['matched'])} tensors matched under "
-            f"'{best['place']}'); give the right file or --arch.")
-    backbone = ResNet(best["arch"], best["small_stem"])
-    backbone.load_state_dict(best["matched"], strict=False)
-    left_over = best["left_over"]
-    text = (f"{_describe(backbone)} from {weights}: {len(best['matched'])} tensors matched under "
-            f"'{best['place']}', 0 missing, {len(left_over)} left over")
+            f"{weights}: its weights are not a whole {arch or 'known ResNet'}: "
+            f"{_some(problems, '; ')} ({len(matched)} tensors matched under '{place}'); give the "
+            "right file or --arch.")
+    backbone.load_state_dict(matched, strict=False)
+    left_over = [key for key in state
+                 if not key.startswith(prefix) or key.removeprefix(prefix) not in matched]
+    text = (f"{_describe(backbone)} from {weights}: {len(matched)} tensors matched under "
+            f"'{place}', 0 missing, {len(left_over)} left over")
     text += f" ({_some(left_over)})" if left_over else ""
     text += f"; passed over: objects of {_some(passed_over)}" if passed_over else ""
     if named := next(filter(None, map(OTHER_POOLING.search, [weights, *_strings(content)])), None):
@@ -107,23 +123,16 @@ class _Object:
     def __new__(cls, *arguments):
         return super().__new__(cls)
 
-    def __init__(self, *arguments):
-        pass
-
     def __setstate__(self, state):
         self.state = state
 
 
-class _Dict(_Object):
-    """Stands in for a kind of dict."""
-
+class _Dict(_Object):  # a kind of dict
     def __new__(cls, *arguments):
         return OrderedDict()
 
 
-class _List(_Object):
-    """Stands in for a kind of list."""
-
+class _List(_Object):  # a kind of list
     def __new__(cls, *arguments):
         return []
 
@@ -167,7 +176,11 @@ def _read(path):
         raise UserError(f"--weights {path}: {error.strerror}; give a weights file or the word "
                         "random.") from error
     is_zip = start == b"PK\x03\x04"
-    if not start or (is_zip and not _zip_is_whole(path)):
+    try:  # every part of torch.save's archive must be there with its checksum
+        whole = start and (not is_zip or zipfile.ZipFile(path).testzip() is None)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError):
+        whole = False
+    if not whole:
         raise UserError(f"{path} is truncated or damaged; copy or download it again.")
     try:
         return _load(path, is_zip)
@@ -182,32 +195,18 @@ def _read(path):
                         "damaged.") from error
 
 
-def _zip_is_whole(path):
-    """True if every part of torch.save's archive is there with its checksum."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError):
-        return False
-
-
 # --- finding the backbone ------------------------------------------------------------------------
 
 
 def _state_dicts(content, where="", depth=0):
-    """(name, {key: tensor}) of every dict of tensors in a file, in the order of CONTAINERS."""
-    found = []
+    """(name, {key: tensor}) of every dict of tensors in a file."""
     if isinstance(content, dict):
         tensors = {key: value for key, value in content.items()
                    if isinstance(key, str) and torch.is_tensor(value)}
         if tensors:
-            found.append((where, tensors))
-        if depth < 4:
-            for key, value in content.items():
-                found += _state_dicts(value, f"{where}/{key}" if where else str(key), depth + 1)
-    if depth == 0:
-        found.sort(key=lambda item: ([*CONTAINERS, item[0]]).index(item[0]))
-    return found
+            yield where, tensors
+        for key, value in content.items() if depth < 4 else ():
+            yield from _state_dicts(value, f"{where}/{key}" if where else str(key), depth + 1)
 
 
 def _strings(content, depth=0):
@@ -223,13 +222,13 @@ def _strings(content, depth=0):
 
 # Hugging Face's names of a ResNet's parts, and CIFAR ResNets' of the shortcut, in torchvision's.
 NAMES = (
-    (r"\bembedder\.embedder\.convolution\.", lambda m: "conv1."),
-    (r"\bembedder\.embedder\.normalization\.", lambda m: "bn1."),
+    (r"\bembedder\.embedder\.convolution\.", "conv1."),
+    (r"\bembedder\.embedder\.normalization\.", "bn1."),
     (r"\bencoder\.stages\.(\d)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
     (r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
     (r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),
-    (r"\.shortcut\.(0|convolution)\.", lambda m: ".downsample.0."),
-    (r"\.shortcut\.(1|normalization)\.", lambda m: ".downsample.1."),
+    (r"\.shortcut\.(0|convolution)\.", ".downsample.0."),
+    (r"\.shortcut\.(1|normalization)\.", ".downsample.1."),
 )
 CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # in torchvision's order
 
@@ -253,32 +252,22 @@ def _torchvision_names(state):
 
 def _prefixes(state):
     """The prefixes of a first convolution with a first block, moving averages last."""
-    prefixes = [key.removesuffix("conv1.weight") for key in state if key.endswith("conv1.weight")]
-    prefixes = [p for p in prefixes
-                if f"{p}layer1.0.conv1.weight" in state and state[f"{p}conv1.weight"].dim() == 4]
-    return sorted(prefixes, key=lambda prefix: bool(COPY.search(prefix)))
+    prefixes = [key.removesuffix("conv1.weight") for key, value in state.items()
+                if key.endswith("conv1.weight") and value.dim() == 4]
+    return sorted((prefix for prefix in prefixes if f"{prefix}layer1.0.conv1.weight" in state),
+                  key=lambda prefix: bool(COPY.search(prefix)))
 
 
-def _match(where, state, prefix, arch):
-    """Compare what lies under a prefix with the backbone that it should be."""
-    own = {key.removeprefix(prefix): value for key, value in state.items()
-           if key.startswith(prefix)}
-    place = f"{where}: {prefix}" if where and prefix else where or prefix or "top level"
-    channels, *kernel = own["conv1.weight"].shape[1:]
-    structure = _structure(own)
-    recognised = next((name for name, (block, blocks, width) in ARCHS.items()
-                       if structure == (tuple(blocks), block.expansion, width)), None)
-    arch = arch or recognised
-    if arch is None:
-        blocks, expansion, width = structure
-        kind = "bottleneck" if expansion == 4 else "basic"
-        problems = [f"{kind} blocks {blocks} and a stem of {width} channels are none of "
-                    f"{', '.join(ARCHS)}"]
-        return dict(arch="known ResNet", recognised=None, place=place, channels=channels,
-                    problems=problems, matched={})
-    small_stem = kernel == [3, 3]
-    with torch.device("meta"):
-        wanted = ResNet(arch, small_stem).state_dict()
+def _structure(state, prefix):
+    """A key of STRUCTURES, or its like, of the network under a prefix."""
+    stages = [{key.removeprefix(prefix).split(".")[1] for key in state
+               if key.startswith(f"{prefix}layer{stage}.")} for stage in (1, 2, 3, 4)]
+    expansion = 4 if f"{prefix}layer1.0.conv3.weight" in state else 1
+    return tuple(map(len, stages)), expansion, len(state[f"{prefix}conv1.weight"])
+
+
+def _match(own, wanted):
+    """The tensors of a state dict that fit the wanted one, and what is wrong with the others."""
     matched, problems = {}, []
     for key, value in wanted.items():
         counter = key.endswith("num_batches_tracked")  # not in files from before PyTorch 0.4.1
@@ -296,35 +285,21 @@ def _match(where, state, prefix, arch):
         else:
             matched[key] = own[key]
     problems += [f"{key} is left over" for key in own if key not in wanted and TRUNK.match(key)]
-    left_over = [key for key in state
-                 if not key.startswith(prefix) or key.removeprefix(prefix) not in wanted]
-    return dict(arch=arch, recognised=recognised, place=place, channels=channels,
-                problems=problems, matched=matched, small_stem=small_stem, left_over=left_over)
-
-
-def _structure(own):
-    """Blocks of each stage, expansion of the blocks and width of the stem, as the keys tell."""
-    stages = [{key.split(".")[1] for key in own if key.startswith(f"layer{stage}.")}
-              for stage in (1, 2, 3, 4)]
-    expansion = 4 if "layer1.0.conv3.weight" in own else 1
-    return tuple(map(len, stages)), expansion, len(own["conv1.weight"])
+    return matched, problems
 
 
 def _no_resnet(path, states, passed_over):
     """What a file without a ResNet holds, in one sentence."""
     keys = [key for _, state in states for key in state]
-    only = f"only ResNets can be evaluated: {', '.join(ARCHS)}."
-
-    def of(pattern):
-        return _some([key for key in keys if re.search(pattern, key)])
-
     if not keys:
         objects = f", but objects of {_some(passed_over)}" if passed_over else ""
         return (f"{path} holds no state dict (a dict of named tensors){objects}; save the "
                 "network's state_dict().")
-    if named := of(r"patch_embed|cls_token|class_token|class_embedding|conv_proj"):
-        return f"{path} holds a Vision Transformer ({named}); {only}"
-    if named := of(r"attn|pos_embed"):
-        return f"{path} holds a network with attention ({named}); {only}"
+    for kind, names in (
+            ("Vision Transformer", r"patch_embed|cls_token|class_token|class_embedding|conv_proj"),
+            ("network with attention", r"attn|pos_embed")):
+        if named := [key for key in keys if re.search(names, key)]:
+            return (f"{path} holds a {kind} ({_some(named)}); only ResNets can be evaluated: "
+                    f"{', '.join(ARCHS)}.")
     return (f"{path} holds no ResNet in torchvision's names, conv1.weight, layer1.0.conv1.weight, "
             f"... with any prefix; its keys are {_some(keys)}.")

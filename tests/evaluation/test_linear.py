@@ -451,7 +451,7 @@ def test_interrupted_in_an_epoch_saves_first(path, monkeypatch):
     run = Run(output(path)).start()
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 3"):
         patch.setattr(program, "signal_is_pending", lambda: run.progress.step == 2)
-        train_epoch(*run.parts, run.progress)
+        eval_linear.train(*run.parts, run.progress)
     progress = Run(output(path)).start().progress
     assert (progress.epoch, progress.step) == (0, 3)
 

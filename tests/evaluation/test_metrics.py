@@ -66,7 +66,7 @@ def test_silhouette():
     centroids = torch.randn(7, 8, generator=generator)
     labels = torch.randint(6, (5000,), generator=generator)
     labels[17] = 6  # alone in its cluster
-    found = metrics.silhouette(features, labels, centroids)
+    found = metrics.silhouette(features, labels, centroids, labels.bincount())
     distances = pairwise_distances(features, centroids)
     own = distances[np.arange(5000), labels]
     distances[np.arange(5000), labels] = np.inf
@@ -79,7 +79,8 @@ def test_silhouette():
 def test_silhouette_of_points_on_their_centroids_is_scikit_learns():
     points = torch.tensor([[0.0, 0], [0, 3], [4, 0]])
     features, labels = points.repeat_interleave(4, 0), torch.arange(3).repeat_interleave(4)
-    found = metrics.silhouette(features, labels, points)
+    found = metrics.silhouette(features, labels, points, labels.bincount())
     assert found.tolist() == silhouette_samples(features, labels).tolist() == [1.0] * 12
     one = torch.zeros(12, dtype=torch.int64)
-    assert metrics.silhouette(features, one, points[:1]).tolist() == [0.0] * 12
+    found = metrics.silhouette(features, one, points[:1], one.bincount())
+    assert found.tolist() == [0.0] * 12

@@ -9,17 +9,18 @@ from odc.errors import UserError
 from odc.evaluation import tables
 
 
-def test_markdown():
+def test_markdown(capsys):
     ours = {"ours": {"k=10": 40.123, "k=5": 7}}
-    text = tables.markdown("A title", ["k=10", "k=5"], ours, tables.IMAGENET_KNN)
-    assert text.splitlines() == [
-        "A title", "",
+    tables.show("A title", ["k=10", "k=5"], ours, tables.IMAGENET_KNN)
+    assert capsys.readouterr().out.splitlines() == [
+        "", "A title", "",
         "| method                           | k=10  | k=5  |",
         "|----------------------------------|-------|------|",
         "| ODC (MMSelfSup, 2022), published | 38.50 | -    |",
-        "| ours                             | 40.12 | 7.00 |",
+        "| ours                             | 40.12 | 7.00 |", "",
     ]
-    assert "published" not in tables.markdown("A title", ["k=10"], {"ours": {"k=10": 1.0}})
+    tables.show("A title", ["k=10"], {"ours": {"k=10": 1.0}})
+    assert "published" not in capsys.readouterr().out
 
 
 OPENSELFSUP, MMSELFSUP = "ODC (OpenSelfSup, 2020)", "ODC (MMSelfSup, 2022)"
@@ -43,9 +44,10 @@ def test_published_rows_of_odc(table, method, row):
     assert tables.published_rows(None) is None
 
 
-def test_what_a_row_does_not_share_with_the_others_is_said():
+def test_what_a_row_does_not_share_with_the_others_is_said(capsys):
     """Another code base, another input: Places205 has an ODC row of each code base."""
-    text = tables.markdown("", tables.PLACES205_LINEAR.columns, {}, tables.PLACES205_LINEAR)
+    tables.show("", tables.PLACES205_LINEAR.columns, {}, tables.PLACES205_LINEAR)
+    text = capsys.readouterr().out
     for name in (OPENSELFSUP, MMSELFSUP, "DeepCluster (Sobel input)"):
         assert f"| {name}, published " in text
 
