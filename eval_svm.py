@@ -24,7 +24,6 @@ from odc.runtime import program
 from odc.runtime.arguments import Parser, whole
 
 OTHER_TRAIN_IMAGES = 2100  # of other data than VOC07: enough for k = 96 in 10 classes, and quick
-UNCONVERGED = " (fits that did not converge, and were left out: {})"
 
 
 def make_parser():
@@ -91,6 +90,12 @@ def choose_shots(args, targets):
     return voc.draw_low_shot_targets(targets, args.seed, shots)
 
 
+def unconverged(result):
+    """A remark on fits that did not converge, or nothing."""
+    count = result.unconverged
+    return f" (fits that did not converge, and were left out: {count})" if count else ""
+
+
 def main():
     args = make_parser().parse_args()
     network = frozen.prepare(args)
@@ -148,7 +153,7 @@ def main():
                               val_targets)
         full[MAP_NAMES[i]] = result
         print_main(f"{MAP_NAMES[i]}: mAP {100 * result.mean_average_precision:.2f}"
-                   + UNCONVERGED.format(result.unconverged) * (result.unconverged > 0))
+                   f"{unconverged(result)}")
     best = max(full, key=lambda name: full[name].mean_average_precision)
     at = list(full).index(best)
     program.check_signals()
@@ -156,7 +161,7 @@ def main():
                          val_targets) if samples else []
     for result in shots:
         if result.unconverged:
-            print_main(f"k = {result.k}{UNCONVERGED.format(result.unconverged)}")
+            print_main(f"k = {result.k}{unconverged(result)}")
 
     row = {"Best Layer": best, "SVM": 100 * full[best].mean_average_precision}
     row |= {f"k={result.k}": 100 * result.mean_average_precision for result in shots}
