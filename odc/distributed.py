@@ -27,7 +27,6 @@ _store = None  # the group's key-value store; it works even when collectives no 
 
 # --- the group -----------------------------------------------------------------------------------
 
-
 def init(device="auto"):
     """Choose this process's device and join the process group that torchrun describes.
 
@@ -159,7 +158,6 @@ def shard(num_rows, of_rank=None):
 
 
 # --- collectives ---------------------------------------------------------------------------------
-
 
 def all_reduce(tensor):
     """Sum a tensor over the processes, in place, and return it."""

@@ -21,19 +21,16 @@ DROPPED = "odc: transparency dropped"  # a key of `image.info`
 PAUSES = (0.1, 0.4)  # seconds before a file that could not be read is read again
 
 
-def _digest(*parts):
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
 class BadImage(Exception):
-    """An image that cannot be read: its name and the reason."""
+    """An image that cannot be read; the message is the reason."""
 
-    def __init__(self, name, reason):
-        super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason
+
+def digest(*parts):
+    """8 bytes that change with any byte of the parts."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        hashed.update(part)
+    return hashed.digest()
 
 
 class Names:
@@ -72,9 +69,7 @@ class ImageSet:
     labels: torch.Tensor | None = None  # int64 [N]
     classes: list | None = None  # their names
     targets: torch.Tensor | None = None  # for "voc07": int8 [N, classes], 0 is difficult, else +-1
-    # "white" or "black", on which transparent images are laid. None: their transparency is dropped,
-    # as torchvision does.
-    background: str | None = None
+    background: str | None = None  # "white" or "black", see `read_image`
     # The loader writes {index: reason} of images that cannot be read, and the first image found
     # whose transparency was dropped.
     unreadable: dict = field(default_factory=dict)
@@ -91,12 +86,12 @@ class ImageSet:
             labels=None if self.labels is None else self.labels[indices], targets=None,
             unreadable={}, transparent=None)
 
-    def typical_side(self, sample=100):
-        """The median of the shorter sides of some images, in pixels."""
+    def typical_side(self):
+        """The median of the shorter sides of 100 images, in pixels."""
         if self.pixels is not None:
             return min(self.pixels.shape[1:3])
         sides = []
-        for i in np.linspace(0, len(self) - 1, min(sample, len(self))).round():
+        for i in np.linspace(0, len(self) - 1, min(100, len(self))).round():
             with contextlib.suppress(Exception):  # unreadable: the loader will say so
                 with Image.open(os.path.join(self.root, self.name_of(i)), formats=FORMATS) as image:
                     sides.append(min(image.size))
@@ -112,13 +107,13 @@ class ImageSet:
         content = [] if self.labels is None else [self.labels.numpy()]
         if self.pixels is None:
             content = [self.names.block, self.names.ends]
-        return _digest(f"{self.name} {self.split} {len(self)}".encode(), *content)
+        return digest(f"{self.name} {self.split} {len(self)}".encode(), *content).hex()
 
     @functools.cached_property
     def labelled_fingerprint(self):
         """16 hexadecimal digits that change with labels and targets, too."""
         values = [b"none" if v is None else v.numpy() for v in (self.labels, self.targets)]
-        return _digest(self.fingerprint.encode(), *values)
+        return digest(self.fingerprint.encode(), *values).hex()
 
     def content_stamp(self):
         """63 bits that change with pixels in memory, with a file's size or time, or background."""
@@ -129,14 +124,13 @@ class ImageSet:
                 with contextlib.suppress(OSError):  # not there: the loader will say so
                     status = os.stat(os.path.join(self.root, self.names[i]))
                     content[i] = status.st_size, status.st_mtime_ns
-        digest = _digest((self.background or "").encode(), np.ascontiguousarray(content))
-        return int.from_bytes(bytes.fromhex(digest), "little") >> 1
+        stamp = digest((self.background or "").encode(), np.ascontiguousarray(content))
+        return int.from_bytes(stamp, "little") >> 1
 
     def load(self, i):
         """Image i as an RGB `PIL.Image`. Raises BadImage."""
         if self.pixels is not None:
-            image = Image.fromarray(np.asarray(self.pixels[int(i)]))
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return Image.fromarray(np.asarray(self.pixels[int(i)])).convert("RGB")
         path = os.path.join(self.root, self.name_of(i))
         for pause in (*PAUSES, None):
             try:
@@ -146,7 +140,7 @@ class ImageSet:
                 number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
                 if number in (None, errno.ENOENT, errno.EACCES) or pause is None:
                     reason = reason or str(error).replace(repr(path), "it") or type(error).__name__
-                    raise BadImage(self.name_of(i), reason) from None
+                    raise BadImage(reason) from None
                 time.sleep(pause)
 
 

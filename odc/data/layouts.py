@@ -10,12 +10,13 @@
     train/, val/ (validation/, test/)   class folders, or images without labels
     any other folder                    images; CLASS/IMAGE gives labels
 
-Each layout is a function of a folder and a split. It returns an ImageSet, or None if the folder has
-another layout, and raises UserError for files that are damaged or missing.
+`LAYOUTS` has a function of a folder and a split for each. It returns an ImageSet, and raises
+UserError for files that are damaged or missing.
 """
 
 import collections
 import contextlib
+import functools
 import gzip
 import json
 import os
@@ -56,9 +57,12 @@ def open_dataset(data, split="train", background=None):
     if not os.path.isdir(root):
         what = "is not a folder" if os.path.exists(root) else "does not exist"
         raise UserError(f"{data} {what}: --data takes a folder of images or the word shapes.")
+    places = ((layout, os.path.join(root, place) if place else root, marks)
+              for layout, places, marks in LAYOUTS for place in places)
     try:
-        found = (layout(root, split) for layout in LAYOUTS)
-        opened = next(images for images in found if images is not None)
+        opened = next(layout(folder, split) for layout, folder, marks in places
+                      if any(os.path.exists(os.path.join(folder, mark.format(s)))
+                             for mark in marks for s in ("train", "val")))
     except OSError as error:
         raise UserError(f"{error.filename or root}: {error.strerror or error}; "
                         "--data must be readable.") from None
@@ -82,23 +86,11 @@ def check_same_images(*image_sets):
 
 # --- images named in lists -----------------------------------------------------------------------
 
-
-def imagenet_lists(root, split):
-    return _text_list("imagenet", root, "meta/{}.txt", split, split)
-
-
-def places205(root, split):
-    return _text_list("places205", root, "trainvalsplit_places205/{}_places205.csv",
-                      "data/vision/torralba/deeplearning/images256", split)
-
-
-def _text_list(name, root, pattern, folder, split):
-    """pattern: the lists of train and val. folder: their paths are relative to root/folder."""
-    path = _find_list(root, pattern, split)
-    if path is None:
-        return None
+def text_list(name, pattern, images, root, split):
+    """pattern: the lists of train and val. images: the folder that their paths are relative to."""
+    path = _required(split, root, pattern.format(split))
     names, labels = _read_list(path)
-    opened = ImageSet(name, split, os.path.join(root, folder), names=names, labels=labels)
+    opened = ImageSet(name, split, os.path.join(root, images.format(split)), names, labels=labels)
     if labels is not None:
         # The lists do not name the classes. The train list has an image of each class.
         train = os.path.join(root, pattern.format("train"))
@@ -130,9 +122,7 @@ def _read_list(path):
 
 
 def inaturalist2018(root, split):
-    path = _find_list(root, "{}2018.json", split)
-    if path is None:
-        return None
+    path = _required(split, root, f"{split}2018.json")
     with _whole(path), open(path, encoding="utf-8") as file:
         content = json.load(file)
         names = Names(image["file_name"] for image in content["images"])
@@ -141,20 +131,16 @@ def inaturalist2018(root, split):
         classes = classes or {category: str(category) for category in category_of.values()}
         number = {category: k for k, category in enumerate(sorted(classes))}
         labels = [number[category_of[image["id"]]] for image in content["images"]]
-    opened = ImageSet("inaturalist2018", split, root, names=names, labels=torch.tensor(labels),
-                      classes=[classes[category] for category in sorted(classes)])
-    return _check_images(opened, path)
+    return _check_images(ImageSet(
+        "inaturalist2018", split, root, names, labels=torch.tensor(labels),
+        classes=[classes[category] for category in sorted(classes)]), path)
 
 
-def voc07(root, split):
-    main = os.path.join("ImageSets", "Main")
-    folder = _first_with((main,), root, "VOCdevkit/VOC2007", "VOC2007", "")
-    if folder is None:
-        return None
-    stem = "trainval" if split == "train" else "test"
+def voc07(folder, split):
+    main, stem = os.path.join(folder, "ImageSets/Main"), "trainval" if split == "train" else "test"
 
     def rows(name):
-        path = _required(os.path.join(folder, main, f"{name}.txt"), split)
+        path = _required(split, main, f"{name}.txt")
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             return [line.split() for line in file if line.strip()]
 
@@ -167,17 +153,11 @@ def voc07(root, split):
     for k, name in enumerate(VOC_CLASSES):
         target_of = dict(words for words in rows(f"{name}_{stem}") if len(words) == 2)
         if target_of.keys() != set(ids) or not {"1", "-1", "0"}.issuperset(target_of.values()):
-            raise UserError(f"{name}_{stem}.txt in {os.path.join(folder, main)} must give each "
-                            f"image of {stem}.txt 1, -1 or 0: unpack the list again.")
+            raise UserError(f"{name}_{stem}.txt in {main} must give each image of {stem}.txt 1, -1 "
+                            "or 0: unpack the list again.")
         targets[:, k] = torch.tensor([int(target_of[i]) for i in ids])
-    return ImageSet("voc07", split, folder, names=Names(f"JPEGImages/{name}.jpg" for name in ids),
+    return ImageSet("voc07", split, folder, Names(f"JPEGImages/{name}.jpg" for name in ids),
                     targets=targets, classes=list(VOC_CLASSES))
-
-
-def _find_list(root, pattern, split):
-    """The list of a split, or None if neither split has one."""
-    paths = {s: os.path.join(root, pattern.format(s)) for s in ("train", "val")}
-    return _required(paths[split], split) if any(map(os.path.isfile, paths.values())) else None
 
 
 def _check_images(opened, path):
@@ -193,50 +173,38 @@ def _check_images(opened, path):
 
 # --- all images in a few large files -------------------------------------------------------------
 
-
-def cifar(root, split):
-    for name, reader, mark in ("cifar10", CIFAR10, "data_batch_1"), ("cifar100", CIFAR100, "meta"):
-        folder = _first_with((mark,), root, "", reader.base_folder)
-        if folder is not None:
-            here = type(name, (reader,), {"base_folder": ""})  # the files lie in `folder` itself
-            try:  # it compares checksums first, as these pickles could run a program
-                opened = here(folder, train=split == "train")
-            except RuntimeError:
-                raise UserError(f"{folder}: a file of {name} is missing or damaged; "
-                                "download the set again.") from None
-            return ImageSet(name, split, folder, pixels=opened.data,
-                            labels=torch.tensor(opened.targets), classes=list(opened.classes))
+def cifar(name, reader, folder, split):
+    here = type(name, (reader,), {"base_folder": ""})  # the files lie in `folder` itself
+    try:  # it compares checksums first, as these pickles could run a program
+        opened = here(folder, train=split == "train")
+    except RuntimeError:
+        raise UserError(f"{folder}: a file of {name} is missing or damaged; download the set "
+                        "again.") from None
+    return ImageSet(name, split, folder, pixels=opened.data, labels=torch.tensor(opened.targets),
+                    classes=list(opened.classes))
 
 
-def stl10(root, split):
+def stl10(folder, split):
     """train is the unlabelled images if only these are there.
 
     They take 2.7 GB, so they are mapped; torchvision's reader would copy them into each process.
     """
-    folder = _first_with(("train_X.bin", "unlabeled_X.bin"), root, "", "stl10_binary")
-    if folder is None:
-        return None
-    stem = "train" if split == "train" else "test"
-    if split == "train" and not os.path.exists(os.path.join(folder, "train_X.bin")):
-        stem = "unlabeled"
-    path = _required(os.path.join(folder, f"{stem}_X.bin"), split)
+    labelled = os.path.exists(os.path.join(folder, "train_X.bin"))
+    stem = "test" if split == "val" else "train" if labelled else "unlabeled"
+    path = _required(split, folder, f"{stem}_X.bin")
     with _whole(path):  # column by column
         pixels = np.memmap(path, np.uint8, mode="r").reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
     opened = ImageSet("stl10", split, folder, pixels=pixels)
     if stem != "unlabeled":
-        labels = np.fromfile(_required(os.path.join(folder, f"{stem}_y.bin"), split), np.uint8)
+        labels = np.fromfile(_required(split, folder, f"{stem}_y.bin"), np.uint8)
         opened.labels = torch.from_numpy(labels).long() - 1  # they are 1..10 in the file
-        with open(_required(os.path.join(folder, "class_names.txt"), split)) as file:
+        with open(_required(split, folder, "class_names.txt")) as file:
             opened.classes = file.read().split()
     return opened
 
 
-def fashion_mnist(root, split):
+def fashion_mnist(folder, split):
     """The files may be gzipped, as Debian has them; torchvision's reader does not open those."""
-    names = [f"{s}-images-idx3-ubyte{end}" for s in ("train", "t10k") for end in ("", ".gz")]
-    folder = _first_with(names, root, "", "raw", "FashionMNIST/raw")
-    if folder is None:
-        return None
     stem = os.path.join(folder, "train" if split == "train" else "t10k")
     pixels = _read_idx(f"{stem}-images-idx3-ubyte", 3, split)
     labels = torch.tensor(_read_idx(f"{stem}-labels-idx1-ubyte", 1, split)).long()
@@ -246,7 +214,7 @@ def fashion_mnist(root, split):
 
 def _read_idx(path, dimensions, split):
     """An IDX file of bytes: 4 bytes that name its type, 4 for each dimension, then the values."""
-    path = path if os.path.isfile(path) else _required(path + ".gz", split)
+    path = path if os.path.isfile(path) else _required(split, path + ".gz")
     with _whole(path), (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
         content = file.read()
         shape = np.frombuffer(content, ">u4", dimensions, offset=4)
@@ -255,18 +223,15 @@ def _read_idx(path, dimensions, split):
 
 # --- folders of images ---------------------------------------------------------------------------
 
-
 def image_folders(root, split):
     there = [name for name in ("train", *VAL_FOLDERS) if os.path.isdir(os.path.join(root, name))]
-    if not there:
-        if split == "val":
-            raise UserError(f"{root} has no val split: give a folder that holds train/ and val/.")
+    if not there and split == "train":
         return _image_folder(root, split)
-    wanted = ("train",) if split == "train" else VAL_FOLDERS
-    folder = next((name for name in there if name in wanted), None)
+    folder = next((name for name in there if (name == "train") == (split == "train")), None)
     if folder is None:
-        raise UserError(f"{root} has no {split} split: the folder {os.path.join(root, split)} is "
-                        "missing.")
+        missing = (f"the folder {os.path.join(root, split)} is missing" if there else
+                   "give a folder that holds train/ and val/")
+        raise UserError(f"{root} has no {split} split: {missing}.")
     # Both splits number the classes as the train split does.
     with os.scandir(os.path.join(root, there[0])) as entries:
         classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
@@ -279,18 +244,9 @@ def _image_folder(root, split, classes=None):
     classes: names of the folders directly below root whose images share a label. If None, labels
     are given if every image lies directly in one of several such folders.
     """
-    images_in = collections.Counter()  # images in and below each folder directly below root
-    passed_over = 0
-
-    def paths():
-        nonlocal passed_over
-        for folder, images, others in _walk(root):
-            images_in[folder.split("/")[0]] += len(images)
-            passed_over += others
-            yield from images
-
-    opened = ImageSet("folder", split, root, names=Names(paths()))
-    if passed_over:
+    images_in = collections.Counter()
+    opened = ImageSet("folder", split, root, Names(_walk(root, images_in)))
+    if passed_over := images_in.pop(None, 0):
         distributed.print_main(f"{root}: {passed_over} HEIC, AVIF or raw files are passed over; "
                                "convert them to JPEG.")
     direct = images_in.pop("")
@@ -312,46 +268,40 @@ def _image_folder(root, split, classes=None):
     return opened
 
 
-def _walk(root, below="", parents=()):
-    """Yield (folder, its images, number of files passed over) for root/below and all below it.
+def _walk(root, images_in, below="", parents=()):
+    """Yield the images in root/below and in all folders below it, relative to root and sorted.
 
-    Paths are relative to root and sorted; hidden files are left out. No file is looked at, as
-    millions must be listed fast: a link with the name of an image counts as one.
+    images_in: a Counter. It gets the number of images in and below each folder directly below root,
+    in root itself (""), and of files that are passed over (None). Hidden files are left out. No
+    file is looked at, as millions must be listed fast: a link with an image's name counts as one.
     """
     status = os.stat(os.path.join(root, below))
     identity = (status.st_dev, status.st_ino)
     if identity in parents:  # a link back to a folder above
         return
-    images, folders, passed_over = [], [], 0
+    images, folders = [], []
     with os.scandir(os.path.join(root, below)) as entries:
         for entry in entries:
-            name = entry.name.lower()
+            name, path = entry.name.lower(), os.path.join(below, entry.name)
             is_file = entry.is_file(follow_symlinks=False) or entry.is_symlink()
             if name.startswith("."):
                 continue
             elif is_file and name.endswith(EXTENSIONS):
-                images.append(os.path.join(below, entry.name))
+                images.append(path)
             elif entry.is_dir():
-                folders.append(os.path.join(below, entry.name))
+                folders.append(path)
             elif name.endswith(PASSED_OVER):
-                passed_over += 1
-    yield below, sorted(images), passed_over
+                images_in[None] += 1
+    images_in[below.split("/")[0]] += len(images)
+    yield from sorted(images)
     for folder in sorted(folders):
-        yield from _walk(root, folder, (*parents, identity))
+        yield from _walk(root, images_in, folder, (*parents, identity))
 
 
 # --- shared by the layouts -----------------------------------------------------------------------
 
-
-def _first_with(names, root, *folders):
-    """The first of the folders below root that holds one of the names, or None."""
-    for folder in (os.path.join(root, f) if f else root for f in folders):
-        if any(os.path.exists(os.path.join(folder, name)) for name in names):
-            return folder
-    return None
-
-
-def _required(path, split):
+def _required(split, *path):
+    path = os.path.join(*path)
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing: the {split} split needs it.")
     return path
@@ -368,5 +318,19 @@ def _whole(path):
                         "download it again.") from None
 
 
-LAYOUTS = (voc07, places205, inaturalist2018, imagenet_lists, cifar, stl10, fashion_mnist,
-           image_folders)
+LISTS, PLACES = "meta/{}.txt", "trainvalsplit_places205/{}_places205.csv"
+PLACES_IMAGES = "data/vision/torralba/deeplearning/images256"
+# What opens a layout, the folders below --data where it may lie, the files of which it has one; {}
+# stands for train and val.
+LAYOUTS = (
+    (voc07, ["VOCdevkit/VOC2007", "VOC2007", ""], ["ImageSets/Main"]),
+    (functools.partial(text_list, "places205", PLACES, PLACES_IMAGES), [""], [PLACES]),
+    (inaturalist2018, [""], ["{}2018.json"]),
+    (functools.partial(text_list, "imagenet", LISTS, "{}"), [""], [LISTS]),
+    (functools.partial(cifar, "cifar10", CIFAR10), ["", CIFAR10.base_folder], ["data_batch_1"]),
+    (functools.partial(cifar, "cifar100", CIFAR100), ["", CIFAR100.base_folder], ["meta"]),
+    (stl10, ["", "stl10_binary"], ["train_X.bin", "unlabeled_X.bin"]),
+    (fashion_mnist, ["", "raw", "FashionMNIST/raw"], [
+        f"{s}-images-idx3-ubyte{end}" for s in ("train", "t10k") for end in ("", ".gz")]),
+    (image_folders, [""], [""]),
+)

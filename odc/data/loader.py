@@ -5,7 +5,6 @@ changes nothing, and a run that is resumed within an epoch sees the batches it w
 A batch comes from `BatchLoader`, `_Batches.__getitem__`, `ImageSet.load`, `read_image`.
 """
 
-import hashlib
 import os
 import random
 import signal
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from odc.data import augmentation as augment
-from odc.data.images import DROPPED, BadImage, ImageSet
+from odc.data.images import DROPPED, BadImage, ImageSet, digest
 from odc.distributed import all_gather_uneven_rows, print_main, rank, shard, world_size
 from odc.errors import UserError
 from odc.runtime.program import SIGNALS, dead_worker, is_dead_worker
@@ -39,8 +38,7 @@ def default_workers(in_memory):
     """--workers if it is not given: 0 for images in memory, else 1 to 4, at most one a core."""
     if in_memory:
         return 0
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -55,7 +53,7 @@ def check_unreadable(count, dataset, num_images=None):
 
     count: how many images cannot be read, of num_images (default: all), the same on all processes.
     """
-    num_images = len(dataset) if num_images is None else num_images
+    num_images = num_images or len(dataset)
     if count > 0.01 * num_images:
         known = gather_unreadable(dataset)
         example = f", such as {dataset.name_of(known[0])!r}" if known else ""
@@ -81,8 +79,8 @@ def training_batches(dataset, augmentation, image_size, batch_size, seed, epoch,
     order = torch.randint(len(dataset), (steps * global_batch,), generator=generator)
     starts = [step * global_batch + rank() * batch_size for step in range(first_step, steps)]
     positions = [range(start, start + batch_size) for start in starts]
-    batches = _Batches(dataset, order, positions, (seed, epoch), augmentation, image_size)
-    return BatchLoader(batches, workers, pin_memory)
+    return BatchLoader(_Batches(dataset, order, positions, (seed, epoch), augmentation, image_size),
+                       workers, pin_memory)
 
 
 def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, first_step=0,
@@ -103,9 +101,8 @@ def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, fi
     steps = max(1, N // global_batch + (N % global_batch >= max(global_batch / 2, W)))
     ends = [*range(0, steps * global_batch, global_batch), N]
     positions = [range(start, end)[shard(end - start)] for start, end in zip(ends, ends[1:])]
-    batches = _Batches(dataset, order, positions[first_step:], (seed, epoch), augmentation,
-                       image_size)
-    return BatchLoader(batches, workers, pin_memory)
+    return BatchLoader(_Batches(dataset, order, positions[first_step:], (seed, epoch), augmentation,
+                                image_size), workers, pin_memory)
 
 
 def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memory=False):
@@ -117,8 +114,8 @@ def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memo
     order = torch.arange(len(dataset))
     indices = order[rows]
     positions = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    batches = _Batches(dataset, order, positions, transform=transform)
-    return BatchLoader(batches, workers, pin_memory)
+    return BatchLoader(_Batches(dataset, order, positions, transform=transform), workers,
+                       pin_memory)
 
 
 class BatchLoader(torch.utils.data.DataLoader):
@@ -214,7 +211,7 @@ class _Batches(torch.utils.data.Dataset):
             try:
                 return self.images.load(index), index
             except BadImage as error:
-                reasons[index] = error.reason
+                reasons[index] = str(error)
             others = others or random.Random(_hash("another image", self.seeds, position))
             index = int(others.random() * len(self.images))
         return None, index
@@ -222,5 +219,4 @@ class _Batches(torch.utils.data.Dataset):
 
 def _hash(*words):
     """A seed for a random generator that no other words give: 0 <= seed < 2**63."""
-    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(digest(repr(words).encode()), "little") >> 1

@@ -118,4 +118,4 @@ def write_json(path, content):
     with together():
         if path and is_main():
             text = json.dumps(content, indent=2) + "\n"
-            write_atomically(path, lambda temporary: temporary.write_text(text))
+            write_atomically(path, lambda file: file.write(text.encode()))

@@ -3,6 +3,7 @@
 Only the main process writes, and every file is whole or not there.
 """
 
+import codecs
 import csv
 
 import numpy as np
@@ -30,17 +31,12 @@ def save_backbone(path, backbone):
     """A state dict with torchvision's names and no `fc`."""
     state = {name: value.detach().cpu().contiguous()
              for name, value in backbone.state_dict().items()}
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def save_array(path, array):
     """A tensor on the CPU, or an array, as .npy."""
-
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            np.save(file, np.asarray(array))
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: np.save(file, np.asarray(array)))
 
 
 def save_table(path, dataset, labels, similarity, unreadable, neighbours=None):
@@ -60,10 +56,10 @@ def save_table(path, dataset, labels, similarity, unreadable, neighbours=None):
                  for value in (train.name_of(images[i, n]), f"{float(scores[i, n]):.4f}")]
         return [int(labels[i]), f"{float(similarity[i]):.4f}", *found]
 
-    def write(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["path", "cluster", "similarity", *columns])
-            writer.writerows([dataset.name_of(i), *row(i)] for i in range(len(dataset)))
+    def write(file):
+        text = codecs.getwriter("utf-8")(file, errors="surrogateescape")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["path", "cluster", "similarity", *columns])
+        writer.writerows([dataset.name_of(i), *row(i)] for i in range(len(dataset)))
 
     write_atomically(path, write)

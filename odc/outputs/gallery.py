@@ -130,4 +130,4 @@ def thumbnails(dataset, images, side, workers=0):
 def save(path, *arguments, **options):
     """`draw` into a PNG file, all of it or nothing; main process only. Raises UserError."""
     sheet = draw(*arguments, **options)
-    write_atomically(path, lambda temporary: sheet.save(temporary, "PNG", optimize=True))
+    write_atomically(path, lambda file: sheet.save(file, "PNG", optimize=True))

@@ -64,7 +64,7 @@ def save(folder, dataset=None, clusters=None, unreadable=(), workers=0, without_
     template = Path(__file__).with_name("report.template.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda marker: parts[marker[1]], template)
     write_atomically(folder / "report.html",
-                     lambda temporary: temporary.write_text(page, "utf-8", errors="replace"))
+                     lambda file: file.write(page.encode("utf-8", errors="replace")))
 
 
 def content(dataset, clusters, unreadable, earlier=None):

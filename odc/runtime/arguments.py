@@ -1,7 +1,7 @@
 """Command lines: mistakes as one sentence, number types with limits, help in 80 columns."""
 
 import argparse
-import math
+import contextlib
 
 import odc
 from odc.errors import UserError
@@ -38,31 +38,22 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def whole(minimum, maximum=2**31 - 1):
     """An argparse type: an int from minimum to maximum."""
-
-    def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number from {minimum} to {maximum}")
-        return value
-
-    return parse
+    return _type(int, lambda x: minimum <= x <= maximum,
+                 f"a whole number from {minimum} to {maximum}")
 
 
 def number(minimum, maximum=1e9, above=False):
     """An argparse type: a finite float from minimum to maximum; above excludes the minimum."""
+    least = f"above {minimum:g}" if above else f"from {minimum:g}"
+    return _type(float, lambda x: minimum <= x <= maximum and (x > minimum or not above),
+                 f"a number {least} to {maximum:g}")
 
+
+def _type(kind, is_allowed, what):
     def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (minimum < value if above else minimum <= value) or not value <= maximum:
-            least = f"above {minimum:g}" if above else f"from {minimum:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {least} to {maximum:g}")
-        return value
+        with contextlib.suppress(ValueError):
+            if is_allowed(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
     return parse

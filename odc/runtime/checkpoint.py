@@ -24,15 +24,16 @@ from odc.runtime import program
 
 
 def write_atomically(path, write):
-    """Call write(temporary_path), then move the result to path: all of it or nothing.
+    """Call write(file) with a binary file, and move it to path then: all of it or nothing.
 
     Raises UserError if that fails; a file that was there is then untouched.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # make the new name durable, where a file system can
@@ -51,20 +52,9 @@ def write_atomically(path, write):
                         "folder writable, and start the same command again.") from None
 
 
-def remove_temporary_files(folder):
-    """Delete what a program that was killed while it wrote has left in a folder."""
-    for path in Path(folder).glob("*.partial"):
-        path.unlink()
-
-
 def save(path, state):
     """Write a dict of tensors and plain values. Raises UserError if it cannot be written."""
-
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def load(path):
@@ -80,24 +70,20 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path}: is missing; {remedy}") from None
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        raise UserError(f"{path}: is not a complete checkpoint (truncated, damaged, or another "
-                        f"program's file: {str(error).splitlines()[0]}); {remedy}") from None
-    except (RuntimeError, UnpicklingError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]}); "
-                        f"{remedy}") from None
+    except (zipfile.BadZipFile, EOFError, RuntimeError, UnpicklingError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read, as it is not a complete checkpoint (truncated, "
+                        f"damaged, or another program's file: {reason}); {remedy}") from None
 
 
 def open_run(output):
-    """Make the folder of a run; its checkpoint.pth, or None. Raises UserError if it cannot be used.
-
-    output: a Path.
-    """
+    """Make the folder of a run, a Path; its checkpoint, or None. Raises UserError if that fails."""
     output.mkdir(parents=True, exist_ok=True)
     if not os.access(output, os.W_OK):
         raise UserError(f"--output {output}: the folder is not writable; choose another.")
     if distributed.is_main():
-        remove_temporary_files(output)
+        for path in output.glob("*.partial"):  # of a program that was killed while it wrote
+            path.unlink()
     path = output / "checkpoint.pth"
     saved = load(path) if path.exists() else None
     if saved and saved.get("program") != "odc train":

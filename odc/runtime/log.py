@@ -30,7 +30,6 @@ class Log:
             self.file.seek(0, os.SEEK_END)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # optional, slow to import
-
                 self.events = SummaryWriter(Path(path).parent / "tensorboard",
                                             purge_step=first_step)
 
@@ -65,9 +64,8 @@ class Log:
                    failed_images=len(progress.failed))
         shown = {name: f"{value:.4g}" for name, value in shown.items()}
         bar.set_postfix(shown, refresh=False)
-        if not sys.stderr.isatty():  # else the bar shows the same
-            distributed.print_main(f"epoch {progress.epoch + 1} step {progress.step}/{steps}: "
-                                   + ", ".join(f"{k} {v}" for k, v in shown.items()))
+        plain_line(f"epoch {progress.epoch + 1} step {progress.step}/{steps}: "
+                   + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
     def position(self):
         """The length in bytes, all of it on disk; 0 on processes other than 0."""

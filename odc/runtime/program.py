@@ -58,26 +58,20 @@ def dead_worker(error):
                      "out, use fewer --workers or a smaller --batch-size.")
 
 
-def _is_lost_peer(error):
-    """True if a collective failed because another process is gone."""
-    return isinstance(error, dist.DistError) or any(
-        words in str(error) for words in ("gloo", "Connection closed by peer"))
-
-
 def _explain(error):
     """(sentence, its technical cause, exit code) of an error, or None for a mistake of ours."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            or "DefaultCPUAllocator" in str(error)):
+    text, no_memory = str(error), (torch.OutOfMemoryError, MemoryError)
+    first_line = (text.strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, no_memory) or "DefaultCPUAllocator" in text:
         return (f"there is too little memory ({first_line}); lower --batch-size or --image-size.",
                 "", 2)
     if is_dead_worker(error):
         return str(dead_worker(error)), "", 2
-    if isinstance(error, RuntimeError):
-        if _is_lost_peer(error):
-            return "another process has stopped, or cannot be reached", f" ({first_line})", 1
-        return None
-    return str(error), "", 2
+    if not isinstance(error, RuntimeError):
+        return text, "", 2
+    if isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text:
+        return "another process has stopped, or cannot be reached", f" ({first_line})", 1
+    return None
 
 
 def _kill_workers():

@@ -184,7 +184,7 @@ def test_table(tmp_path, name, make, answer, detail):
     if answer == REPLACED:
         with pytest.raises(BadImage) as caught:
             dataset.load(found[0])
-        assert caught.value.name == name and detail in caught.value.reason
+        assert detail in str(caught.value)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         batches = list(training_batches(dataset, Augmentation(), 16, 16, seed=0, epoch=0))
@@ -288,7 +288,7 @@ def test_unreadable_permissions():
         if user == 0:
             os.seteuid(65534)
         try:
-            with pytest.raises(BadImage, match="secret.jpg: Permission denied"):
+            with pytest.raises(BadImage, match="^Permission denied"):
                 dataset.load(0)
         finally:
             os.seteuid(user)
@@ -329,7 +329,7 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
     dataset.load(0)
 except BadImage as error:
-    print(error.reason)
+    print(error)
 """
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True,
                             text=True, cwd=ROOT)

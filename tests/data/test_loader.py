@@ -33,7 +33,7 @@ class Numbered(ImageSet):
 
     def load(self, i):
         if i in self.bad:
-            raise BadImage(self.name_of(i), "made so")
+            raise BadImage("made so")
         return Image.new("RGB", (20 + i % 13, 20 + i % 7), (i % 256, i // 256, 7))
 
 

@@ -117,7 +117,7 @@ def test_a_failing_sync_keeps_the_checkpoint_from_before(saved, monkeypatch):
 def test_leftovers_are_removed(tmp_path):
     (tmp_path / "checkpoint.pth.partial").write_bytes(b"half")
     (tmp_path / "mine.txt").write_text("stays")
-    checkpoint.remove_temporary_files(tmp_path)
+    assert checkpoint.open_run(tmp_path) is None
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
