@@ -262,3 +262,7 @@ def check(args, dataset, saved, device):
         raise UserError(f"{args.output} holds a run on {saved['data']['num_images']} images, and "
                         f"{args.data} has {N}, or other names or another order: the memory's rows "
                         "belong to images; restore the images, or choose another --output.")
+    epochs = saved["settings"]["epochs"]
+    if args.lr_schedule == "cosine" and args.epochs != epochs:
+        print_main(f"--epochs {args.epochs}: the run was set for {epochs}. The cosine schedule "
+                   "follows the new number, so the learning rate jumps here.")
