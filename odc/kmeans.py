@@ -39,7 +39,7 @@ class ClusterSums:
             self.values.index_add_(0, own, whole, alpha=sign)
 
     def means(self, sizes, clusters=slice(None)):
-        """The mean features of some clusters over all processes, float32 [k, d]; 0 for an empty one.
+        """The mean features [k, d] of some clusters over all processes; 0 for an empty one.
 
         sizes: int64 [K], of all clusters. A collective.
         """
