@@ -241,8 +241,8 @@ def write_results(args, state, dataset, log):
     with distributed.together():
         if distributed.is_main():
             clustering.features = np.load(output / "features.npy", mmap_mode="r")
-            export.save_all(output, state.network.backbone, dataset, clustering, state.progress,
-                            args)
+            export.save_all(output, state.network.backbone, dataset, clustering,
+                            state.progress, args)
 
 
 def is_due(interval, epoch):
@@ -342,8 +342,8 @@ def main(arguments=None):
         {"params": network.head.parameters(), "momentum": 0.0},
     ], lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    autocast = torch.autocast(device.type, enabled=args.amp != "off", dtype=(
-        torch.float16 if args.amp == "fp16" else torch.bfloat16))
+    half = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
 
     # Both memories: from the checkpoint, or from k-means of the first features.
     memory = ODCMemory(len(dataset), args.feature_dim, args.num_clusters, args.memory_momentum,
@@ -356,9 +356,10 @@ def main(arguments=None):
                   state.progress.global_step + 1)
     if not saved:
         cluster_everything(args, state, dataset, autocast)
-        log_measures(log, state.progress, memory.labels, dataset, "initial k-means",
-                     {} if not args.knn_interval else dict(knn_accuracy=knn_accuracy(
-                         args, state, dataset, held_out, autocast)))
+        record = {}
+        if args.knn_interval:
+            record["knn_accuracy"] = knn_accuracy(args, state, dataset, held_out, autocast)
+        log_measures(log, state.progress, memory.labels, dataset, "initial k-means", record)
         save(args, state, dataset, log)
     del saved
 
@@ -377,11 +378,9 @@ def main(arguments=None):
         optimizer.zero_grad()
     model = torch.compile(model) if args.compile else model
 
-    while state.progress.epoch < args.epochs and not args.export_only:
-        progress = state.progress
-        due = (is_due(args.recluster_interval, progress.epoch)
-               or progress.epoch == args.offline_epochs)
-        if due and progress.reclustered_at != progress.epoch:
+    while (epoch := state.progress.epoch) < args.epochs and not args.export_only:
+        due = is_due(args.recluster_interval, epoch) or epoch == args.offline_epochs
+        if due and state.progress.reclustered_at != epoch:
             recluster(args, state, dataset)
             save(args, state, dataset, log)
         train_epoch(args, state, model, dataset, log, autocast)

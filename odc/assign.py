@@ -75,8 +75,8 @@ def load_run(path):
 def load_network(state, device):
     """Backbone and neck of a run: normalised images [B, 3, S, S] -> unit features [B, d]."""
     backbone = ResNet(state["arch"], state["small_stem"])
-    backbone.load_state_dict(state["backbone"])
     neck = Neck(backbone.out_channels[-1], dim=state["settings"]["feature_dim"])
+    backbone.load_state_dict(state["backbone"])
     neck.load_state_dict(state["assigner"]["neck"])
     backbone.to(device, memory_format=torch.channels_last).eval()
     neck.to(device).eval()
@@ -89,8 +89,8 @@ def open_training_images(state, path=None):
     try:
         dataset = open_dataset(path, "train")
     except UserError as error:
-        raise UserError(f"{str(error).rstrip('.')}; give the run's images with "
-                        "--train-data.") from None
+        reason = str(error).rstrip(".")
+        raise UserError(f"{reason}; give the run's images with --train-data.") from None
     if dataset.fingerprint != state["data"]["fingerprint"]:
         raise UserError(f"{path} holds other images than the run was trained on, names or order "
                         "differ: give the run's images with --train-data.")
@@ -102,12 +102,11 @@ def load_vectors(path, num_images):
     path = Path(path).parent / "features.npy"
     try:
         vectors = torch.from_numpy(np.load(path, mmap_mode="c"))
+        if len(vectors) != num_images:
+            raise ValueError(f"{len(vectors)} vectors for {num_images} images")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the run's vectors are missing or damaged ({error}); run its "
                         "command again, with --export-only.") from None
-    if len(vectors) != num_images:
-        raise UserError(f"{path} has {len(vectors)} vectors for {num_images} images; run the run's "
-                        "command again, with --export-only.")
     return vectors
 
 
@@ -123,10 +122,10 @@ def check_outputs(args):
 
 
 def fill_folders(folder, dataset, labels, unreadable, copy):
-    """Link or copy every readable image to a new folder, as folder/CLUSTER/NAME.
+    """Link or copy every readable image to a new folder, as folder/CLUSTER/NAME. Raises UserError.
 
     Images in memory become PNG files. Of images with the same name in a cluster, all but the
-    first have their index behind the name. Raises UserError if a file cannot be written.
+    first have their index behind the name.
     """
     taken = set()
     try:

@@ -75,7 +75,6 @@ def pixel_features(dataset, transform, size, device, batch_size=64, workers=0):
 
 # --- rows of all processes in one file -----------------------------------------------------------
 
-
 def cache_path(folder, *parts):
     """The file of --features-cache for features that depend on all of these parts, and no others.
 

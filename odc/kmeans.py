@@ -127,8 +127,7 @@ def _fill_first_empty(features, labels, centroids, sizes):
     shards = distributed.all_gather_rows(torch.tensor([len(rows)]))
     first = int(shards[: distributed.rank()].sum())
     members = distributed.all_gather_uneven_rows(features[rows]).float()
-    # Process 0 decides for all, as the processes' hardware may round differently.
-    second_half = distributed.broadcast(two_means(members, seed=empty).byte()).bool()
+    second_half = two_means(members, seed=empty)
     labels[rows[second_half[first : first + len(rows)]]] = empty
     for cluster, half in ((largest, ~second_half), (empty, second_half)):
         centroids[cluster], sizes[cluster] = members[half].mean(0), int(half.sum())
@@ -140,7 +139,7 @@ def two_means(x, at_least=1, iterations=20, seed=0):
     x: [n, d]. The start is the two sides of the principal axis, so that no luck is involved. Each
     half keeps at_least points, or n // 2 if there are fewer: the points farthest on its side.
     Points that k-means cannot tell apart are split at random into equal halves (the recipe).
-    Nothing here waits for a GPU.
+    Nothing here waits for a GPU. A collective: all processes have the same points.
     """
     n = len(x)
     x = x - x.mean(dim=0)
@@ -166,4 +165,6 @@ def two_means(x, at_least=1, iterations=20, seed=0):
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     random_half[shuffled[n // 2 :]] = False
     random_half = random_half.to(x.device, non_blocking=True)
-    return torch.where((size == 0) | (size == n), random_half, second)
+    second = torch.where((size == 0) | (size == n), random_half, second)
+    # Process 0 decides for all, as the processes' hardware may round differently.
+    return distributed.broadcast(second.byte()).bool()

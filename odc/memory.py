@@ -8,8 +8,8 @@ Features are split over the processes: each holds the contiguous rows `rows` of 
 centroids and cluster sizes are the same on every process. Every method but `loss_weights` is a
 collective: all processes call it with the same arguments.
 
-Lists of images are int64 tensors on the CPU, ascending, so that their lengths are known without
-waiting for a GPU, and the images of one process are neighbours in them.
+Lists of images are ascending int64 tensors on the CPU. So their lengths are known without waiting
+for a GPU, and the images of one process are neighbours in them.
 """
 
 import torch
@@ -97,8 +97,8 @@ class ODCMemory:
         means = torch.where(self.cluster_sizes[:, None] > 0, means, self.centroids)
         self._set_centroids(slice(None), means)
 
-    def _set_centroids(self, clusters, values):
-        self.centroids[clusters] = values
+    def _set_centroids(self, which, values):
+        self.centroids[which] = values
         self.best_centroid = NearestCentroid(self.centroids, inner_product=True)
 
     # --- clustering distribution -----------------------------------------------------------------
@@ -108,8 +108,7 @@ class ODCMemory:
 
         Returns how many clusters were refilled. Nothing happens while every cluster is small. A
         cluster of fewer than 2 x min_cluster_size images is not split, as its half would be
-        dissolved again in the next step. Clusters that are left then stay empty. With
-        N >= 2 K min_cluster_size none is left.
+        dissolved again in the next step. So clusters may stay empty if N < 2 K min_cluster_size.
         """
         sizes = self.cluster_sizes.cpu()
         small = sizes < self.min_cluster_size
@@ -153,9 +152,7 @@ class ODCMemory:
         """Give half of the images [n] of `largest` to `empty`, with new centroids: both halves."""
         own, rows = self._own(images)
         features = self._collect(self.features[rows], own, len(images))  # [n, d], on every process
-        moves = two_means(features, at_least=self.min_cluster_size, seed=empty)
-        # Process 0 decides for all, as the processes' hardware may round differently.
-        moves = distributed.broadcast(moves.byte()).bool().cpu()
+        moves = two_means(features, at_least=self.min_cluster_size, seed=empty).cpu()
         stay, go = images[~moves], images[moves]
         own, rows = self._own(go)
         moved = self.features[rows]

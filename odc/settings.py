@@ -50,8 +50,8 @@ def make_parser():
         default=[0.4, 0.4, 1.0, 0.5], help="brightness, contrast, saturation and hue jitter")
     add("--background", choices=["white", "black"], help="lay transparent images on it; otherwise "
         "their transparency is dropped, as torchvision does")
-    add("--workers", metavar="N", type=whole(0, 256), default=None, help="processes that read "
-        "images, per training process (default: up to 4; 0 for images in memory)")
+    add("--workers", metavar="N", type=whole(0, 256), help="processes that read images, per "
+        "training process (default: up to 4; 0 for images in memory)")
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=list(ARCHS), default="resnet50", help="backbone; narrow: small images")

@@ -20,18 +20,13 @@ INK, FADED, PAPER, GRAY = (30, 30, 34), (120, 120, 128), (255, 255, 255), 225
 
 @dataclass
 class Description:
-    """What there is to say of K clusters; unreadable images do not count.
+    """What there is to say of K clusters; unreadable images do not count."""
 
-    members: a list of K int64 arrays of images, the most similar to the centroid first.
-    sizes: int64 [K]. tightness: [K], mean similarity of the images, 0 for an empty cluster.
-    main_class, purity: [K], the most frequent class and its share; None without labels.
-    """
-
-    members: list
-    sizes: torch.Tensor
-    tightness: torch.Tensor
-    purity: torch.Tensor | None = None
-    main_class: torch.Tensor | None = None
+    members: list  # K int64 arrays of images, the most similar to the centroid first
+    sizes: torch.Tensor  # int64 [K]
+    tightness: torch.Tensor  # [K], mean similarity of the images, 0 for an empty cluster
+    purity: torch.Tensor | None = None  # [K], share of the most frequent class; None without labels
+    main_class: torch.Tensor | None = None  # [K], that class
 
 
 def describe(clustering, classes=None, unreadable=()):
@@ -73,9 +68,8 @@ def choose(described, seed=0):
         return full[values[full].argsort(descending=True, stable=True)[:ROWS]].tolist()
 
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
-    second = ("Loosest", best(-described.tightness))
-    if described.purity is not None:
-        second = ("Purest", best(described.purity))
+    second = (("Loosest", best(-described.tightness)) if described.purity is None
+              else ("Purest", best(described.purity)))
     return [("Largest", present[:ROWS].tolist()), second, ("Tightest", best(described.tightness)),
             ("Random", order[sizes[order] > 0][:ROWS].tolist())]
 
@@ -108,9 +102,8 @@ def draw(dataset, clustering, unreadable=(), title="", seed=0):
 
 def caption(described, cluster, classes=None):
     """What there is to say of a cluster, as text. classes: their names, or None."""
-    size = int(described.sizes[cluster])
-    words = [f"{size:,} image{'s' if size != 1 else ''}",
-             f"tightness {float(described.tightness[cluster]):.2f}"]
+    size, tightness = int(described.sizes[cluster]), float(described.tightness[cluster])
+    words = [f"{size:,} image{'s' if size != 1 else ''}", f"tightness {tightness:.2f}"]
     if described.purity is not None:
         main_class = int(described.main_class[cluster])
         name = classes[main_class] if classes else f"class {main_class}"

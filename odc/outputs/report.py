@@ -101,8 +101,8 @@ def content(dataset, clustering, unreadable, earlier=None):
         notes.append("Near-duplicates are left out: features.npy is missing.")
     pairs = near_duplicates(clustering.features, described.members)
     readable = np.concatenate(described.members)
-    order = clustering.similarity[readable].argsort(stable=True)[:OUTLIERS]
-    outliers = readable[order.numpy()].tolist()
+    least_similar = clustering.similarity[readable].argsort(stable=True)[:OUTLIERS]
+    outliers = readable[least_similar.numpy()].tolist()
     shown += sorted({*outliers, *(i for pair in pairs for i in pair[1:])}.difference(shown))
     position = {image: n for n, image in enumerate(shown)}
     labels, classes = [], []
@@ -128,8 +128,8 @@ def sample(images, count):
 
 
 def neighbours_and_map(centroids):
-    """For each centroid [K, d] the most similar others, and its place in the plane of the two
-    principal components, scaled to -1..1: two lists of K lists."""
+    """For each centroid [K, d] the most similar others, and its place on the two principal
+    components, scaled to -1..1: two lists of K lists."""
     unit = F.normalize(centroids)
     nearest = torch.cat([(part @ unit.T).topk(min(NEAR + 1, len(unit))).indices
                          for part in unit.split(1024)])
@@ -145,7 +145,7 @@ def near_duplicates(features, members):
     """Images and the most similar one of their cluster, [(similarity, i, j)], the best first.
 
     features: unit rows [N, d], or None. members: for each cluster its images. An image is in one
-    pair at most, so that many copies of one image do not fill the list.
+    pair at most: many copies of one image do not fill the list.
     """
     pairs = []
     for images in members if features is not None else []:
