@@ -61,7 +61,7 @@ class State:
     memory: ODCMemory
     progress: Progress
     labels_before: torch.Tensor | None = None  # [N], at the end of the epoch before
-    clusters: dict | None = None  # what odc.assign needs, once `write_clusters` has made it
+    assigner: dict | None = None  # neck and centroids for odc.assign, once `write_results` has run
 
 
 def train_epoch(args, state, model, dataset, log, autocast):
@@ -75,7 +75,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
         dataset, augmentation, args.image_size, args.batch_size, args.seed, epoch, progress.step,
         args.workers, pin_memory=device.type == "cuda"))
     model.train()
-    state.clusters = None  # out of date as soon as the weights change
+    state.assigner = None  # out of date as soon as the weights change
     loss_weights = memory.loss_weights(args.reweight_power)
     bar = progress_bar(steps, f"epoch {epoch + 1}/{args.epochs}", initial=progress.step)
 
@@ -167,18 +167,16 @@ def check_step(args, progress, loss, failed, dataset):
 
 def cluster_everything(args, state, dataset, autocast):
     """Features of all images, k-means, both memories, a new head (paper, before the first step)."""
-    network, memory, progress = state.network, state.memory, state.progress
+    network, memory = state.network.eval(), state.memory
     device, transform = memory.labels.device, evaluation_transform(args.image_size)
-    share_statistics(network)
-    network.eval()
     with autocast:
         features = extract(
             lambda images: F.normalize(network.neck(network.backbone(images)[-1]).float()),
             dataset, transform, args.feature_dim, device, args.batch_size, args.workers)
-    progress.failed = sorted({*progress.failed, *gather_unreadable(dataset)})
-    labels, _ = kmeans(features if args.initial == "network" else pixel_features(
-        dataset, transform, args.image_size, device, args.batch_size, args.workers),
-        args.num_clusters, args.kmeans_iterations, args.seed)
+    state.progress.failed = gather_unreadable(dataset)
+    seen = features if args.initial == "network" else pixel_features(
+        dataset, transform, args.image_size, device, args.batch_size, args.workers)
+    labels, _ = kmeans(seen, args.num_clusters, args.kmeans_iterations, args.seed)
     memory.initialize(features, distributed.all_gather_uneven_rows(labels))
     state.labels_before = memory.labels.cpu().clone()
     torch.manual_seed(args.seed + 1)
@@ -187,25 +185,25 @@ def cluster_everything(args, state, dataset, autocast):
 
 def recluster(args, state, dataset):
     """Both memories again, from all unaugmented images: k-means continues, the head stays."""
-    clusters = current_clusters(args, state, dataset)
-    state.memory.initialize(clusters.features, clusters.labels)
+    clustering = current_clustering(args, state, dataset)
+    state.memory.initialize(clustering.features, clustering.labels)
     state.progress.reclustered_at = state.progress.epoch
 
 
-def current_clusters(args, state, dataset):
-    """`Clusters` of the unaugmented images by the network as it is."""
-    share_statistics(state.network)
-    clusters = cluster_images(
+def current_clustering(args, state, dataset):
+    """The `Clustering` of the unaugmented images, by the current network."""
+    clustering = cluster_images(
         state.network, dataset, state.memory.labels, args.num_clusters, args.min_cluster_size,
-        args.image_size, state.memory.labels.device, args.batch_size, args.workers)
+        args.image_size, args.batch_size, args.workers)
     state.progress.failed = sorted({*state.progress.failed, *gather_unreadable(dataset)})
-    return clusters
+    return clustering
 
 
 def end_epoch(args, state, dataset, held_out, log, autocast):
     """Measure and save after an epoch; keep copies and draw pictures at their intervals."""
     progress, memory, output = state.progress, state.memory, Path(args.output)
     epoch, record = progress.epoch + 1, {}
+    share_statistics(state.network)
     if is_due(args.knn_interval, epoch):
         try:
             record["knn_accuracy"] = knn_accuracy(args, state, dataset, held_out, autocast)
@@ -219,7 +217,7 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
     log_measures(log, progress, memory.labels, dataset, f"epoch {epoch}", record)
     if is_due(args.gallery_interval, epoch) and epoch < args.epochs:
         save(args, state, dataset, log)  # a signal may come in the middle
-        write_clusters(args, state, dataset, log)
+        write_results(args, state, dataset, log)
     with distributed.together():
         if distributed.is_main():
             if is_due(args.save_interval, epoch):
@@ -230,20 +228,21 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
     save(args, state, dataset, log)
 
 
-def write_clusters(args, state, dataset, log):
-    """Cluster all images by the network as it is, and write what people and programs read."""
-    output = Path(args.output)
-    clusters = current_clusters(args, state, dataset)
-    if state.clusters is None:  # not logged yet
-        silhouette = metrics.mean_silhouette(clusters.features, clusters.labels, clusters.centroids)
-        log_measures(log, state.progress, clusters.labels, dataset,
+def write_results(args, state, dataset, log):
+    """Cluster all images by the current network, and write what people and programs read."""
+    output, clustering = Path(args.output), current_clustering(args, state, dataset)
+    if state.assigner is None:  # not logged yet
+        silhouette = metrics.mean_silhouette(
+            clustering.features, clustering.labels, clustering.centroids)
+        log_measures(log, state.progress, clustering.labels, dataset,
                      f"epoch {state.progress.epoch}, final clusters", dict(silhouette=silhouette))
-    state.clusters = dict(neck=clusters.neck.state_dict(), centroids=clusters.centroids)
-    save_rows(output / "features.npy", clusters.features, len(dataset), f"--output {output}")
+    state.assigner = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids)
+    save_rows(output / "features.npy", clustering.features, len(dataset), f"--output {output}")
     with distributed.together():
         if distributed.is_main():
-            clusters.features = np.load(output / "features.npy", mmap_mode="r")
-            export.save_all(output, state.network.backbone, dataset, clusters, state.progress, args)
+            clustering.features = np.load(output / "features.npy", mmap_mode="r")
+            export.save_all(output, state.network.backbone, dataset, clustering,
+                            state.progress, args)
 
 
 def is_due(interval, epoch):
@@ -253,15 +252,14 @@ def is_due(interval, epoch):
 
 def knn_accuracy(args, state, dataset, held_out, autocast):
     """Nearest-neighbour accuracy of the backbone on held-out images, in 0..1."""
-    share_statistics(state.network)
-    state.network.eval()
+    backbone = state.network.eval().backbone
     with autocast:
-        return knn.knn_accuracy(state.network.backbone, dataset, held_out, args.image_size,
+        return knn.knn_accuracy(backbone, dataset, held_out, args.image_size,
                                 state.memory.labels.device, args.batch_size, args.workers)
 
 
 def log_measures(log, progress, labels, dataset, when, record):
-    """Log a record, and how well clusters, given as labels [N], agree with the true classes."""
+    """Log a record, and how well labels [N] of clusters agree with the true classes."""
     if dataset.labels is not None:
         measures, line = metrics.agreement(labels.cpu(), dataset.labels)
         record = {**measures, **record}
@@ -288,7 +286,7 @@ def save(args, state, dataset, log):
         backbone=network.backbone.state_dict(), neck=network.neck.state_dict(),
         head=network.head.state_dict(), optimizer=state.optimizer.state_dict(),
         scaler=state.scaler.state_dict(), memory=state.memory.state_dict(),
-        labels_before=state.labels_before, clusters=state.clusters, progress=asdict(progress),
+        labels_before=state.labels_before, assigner=state.assigner, progress=asdict(progress),
         log_position=log.position(),
     ), state.memory.features, len(dataset))
 
@@ -303,7 +301,7 @@ def restore(args, state, saved, dataset):
     with distributed.together():
         features = checkpoint.load_rows(Path(args.output, "checkpoint.pth"), saved, memory.rows)
     memory.load_state_dict(saved["memory"], features)
-    state.labels_before, state.clusters = saved["labels_before"].clone(), saved["clusters"]
+    state.labels_before, state.assigner = saved["labels_before"].clone(), saved["assigner"]
     progress = state.progress = Progress(**saved["progress"])
     # With another number of processes a step has another size: continue at the nearest whole one.
     done = progress.step * saved["global_batch"]
@@ -338,16 +336,14 @@ def main(arguments=None):
             print_main(load_pretrained(network.backbone, args.weights, args.image_size))
     network.to(device, memory_format=torch.channels_last)
     if device.type == "cuda" and distributed.world_size() > 1:  # batch norm over all processes
-        network.backbone = synchronise(network.backbone)
-        if args.neck_norm == "synchronised":
-            network.neck = synchronise(network.neck)
+        synchronise(network if args.neck_norm == "synchronised" else network.backbone)
     optimizer = torch.optim.SGD([
         {"params": [*network.backbone.parameters(), *network.neck.parameters()]},
         {"params": network.head.parameters(), "momentum": 0.0},
     ], lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    autocast = torch.autocast(device.type, enabled=args.amp != "off", dtype=(
-        torch.float16 if args.amp == "fp16" else torch.bfloat16))
+    half = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
 
     # Both memories: from the checkpoint, or from k-means of the first features.
     memory = ODCMemory(len(dataset), args.feature_dim, args.num_clusters, args.memory_momentum,
@@ -360,9 +356,10 @@ def main(arguments=None):
                   state.progress.global_step + 1)
     if not saved:
         cluster_everything(args, state, dataset, autocast)
-        log_measures(log, state.progress, memory.labels, dataset, "initial k-means",
-                     {} if not args.knn_interval else dict(knn_accuracy=knn_accuracy(
-                         args, state, dataset, held_out, autocast)))
+        record = {}
+        if args.knn_interval:
+            record["knn_accuracy"] = knn_accuracy(args, state, dataset, held_out, autocast)
+        log_measures(log, state.progress, memory.labels, dataset, "initial k-means", record)
         save(args, state, dataset, log)
     del saved
 
@@ -381,16 +378,14 @@ def main(arguments=None):
         optimizer.zero_grad()
     model = torch.compile(model) if args.compile else model
 
-    while state.progress.epoch < args.epochs and not args.export_only:
-        progress = state.progress
-        due = (is_due(args.recluster_interval, progress.epoch)
-               or progress.epoch == args.offline_epochs)
-        if due and progress.reclustered_at != progress.epoch:
+    while (epoch := state.progress.epoch) < args.epochs and not args.export_only:
+        due = is_due(args.recluster_interval, epoch) or epoch == args.offline_epochs
+        if due and state.progress.reclustered_at != epoch:
             recluster(args, state, dataset)
             save(args, state, dataset, log)
         train_epoch(args, state, model, dataset, log, autocast)
         end_epoch(args, state, dataset, held_out, log, autocast)
-    write_clusters(args, state, dataset, log)
+    write_results(args, state, dataset, log)
     save(args, state, dataset, log)
     print_main(f"Done: backbone.pth, clusters.csv, clusters.png and report.html are in {output}.")
 

@@ -31,46 +31,42 @@ from odc.runtime.arguments import Parser, whole
 def make_parser():
     parser = Parser("Find the cluster of every image in a folder, by the network and the centroids "
                     "of a run.")
-    group = parser.add_argument_group("what")
-    group.add_argument("--checkpoint", metavar="FILE", required=True,
-                       help="checkpoint.pth of train.py")
-    group.add_argument("--data", metavar="PATH", required=True,
-                       help="folder of images, in any known layout, or the word shapes")
-    group.add_argument("--split", choices=["train", "val"], default="train",
-                       help="which one, of data with several")
-    group.add_argument("--background", choices=["white", "black"],
-                       help="colour on which transparent images are laid (default: the run's)")
-    results = parser.add_argument_group("results")
-    results.add_argument("--output", metavar="FILE", default="clusters.csv", help="the table")
-    results.add_argument("--folders", metavar="DIR", help="a new folder with links to the "
-                         "images, as DIR/CLUSTER/IMAGE")
-    results.add_argument("--copy", action="store_true", help="copies, not links, in --folders")
-    results.add_argument("--features", metavar="FILE", help=".npy file for the vectors of the "
-                         "images, in the table's order")
-    neighbours = parser.add_argument_group("nearest training images")
-    neighbours.add_argument("--neighbours", metavar="N", type=whole(0, 1000), default=0,
-                            help="how many to name in the table")
-    neighbours.add_argument("--train-data", metavar="PATH",
-                            help="the images of the run (default: where they were)")
-    run = parser.add_argument_group("run")
-    run.add_argument("--batch-size", metavar="N", type=whole(1, 65536), default=128,
-                     help="images in a batch")
-    run.add_argument("--workers", metavar="N", type=whole(0, 256), default=None,
-                     help="processes that read images, per process (default: up to 4; 0 for "
-                     "images in memory)")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
+    add = parser.add_argument_group("what").add_argument
+    add("--checkpoint", metavar="FILE", required=True, help="checkpoint.pth of train.py")
+    add("--data", metavar="PATH", required=True,
+        help="folder of images, in any known layout, or the word shapes")
+    add("--split", choices=["train", "val"], default="train",
+        help="which one, of data with several")
+    add("--background", choices=["white", "black"],
+        help="colour on which transparent images are laid (default: the run's)")
+    add = parser.add_argument_group("results").add_argument
+    add("--output", metavar="FILE", default="clusters.csv", help="the table")
+    add("--folders", metavar="DIR", help="a new folder with links to the images, as "
+        "DIR/CLUSTER/IMAGE")
+    add("--copy", action="store_true", help="copies, not links, in --folders")
+    add("--features", metavar="FILE",
+        help=".npy file for the vectors of the images, in the table's order")
+    add = parser.add_argument_group("nearest training images").add_argument
+    add("--neighbours", metavar="N", type=whole(0, 1000), default=0,
+        help="how many to name in the table")
+    add("--train-data", metavar="PATH", help="the images of the run (default: where they were)")
+    add = parser.add_argument_group("run").add_argument
+    add("--batch-size", metavar="N", type=whole(1, 65536), default=128, help="images in a batch")
+    add("--workers", metavar="N", type=whole(0, 256), help="processes that read images, per "
+        "process (default: up to 4; 0 for images in memory)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
     return parser
 
 
 def load_run(path):
-    """The checkpoint of a run, a dict. Raises UserError for a file that is missing or is none."""
+    """The checkpoint of a finished run, a dict. Raises UserError for any other path."""
     if not os.path.isfile(path):
         raise UserError(f"--checkpoint {path}: there is no such file; give the checkpoint.pth that "
                         "train.py wrote.")
     state = checkpoint.load(path)
     if state.get("program") != "odc train":
         raise UserError(f"--checkpoint {path}: is not a checkpoint of train.py.")
-    if state["clusters"] is None:
+    if state["assigner"] is None:
         raise UserError(f"--checkpoint {path}: the run has not come to its end and has no final "
                         "clusters; run its command again, with --export-only for them as it is.")
     return state
@@ -79,11 +75,11 @@ def load_run(path):
 def load_network(state, device):
     """Backbone and neck of a run: normalised images [B, 3, S, S] -> unit features [B, d]."""
     backbone = ResNet(state["arch"], state["small_stem"])
-    backbone.load_state_dict(state["backbone"])
     neck = Neck(backbone.out_channels[-1], dim=state["settings"]["feature_dim"])
-    neck.load_state_dict(state["clusters"]["neck"])
-    backbone = backbone.to(device, memory_format=torch.channels_last).eval()
-    neck = neck.to(device).eval()
+    backbone.load_state_dict(state["backbone"])
+    neck.load_state_dict(state["assigner"]["neck"])
+    backbone.to(device, memory_format=torch.channels_last).eval()
+    neck.to(device).eval()
     return lambda images: unit_features(neck, backbone(images)[-1].mean((2, 3)))
 
 
@@ -93,8 +89,8 @@ def open_training_images(state, path=None):
     try:
         dataset = open_dataset(path, "train")
     except UserError as error:
-        raise UserError(f"{str(error).rstrip('.')}; give the run's images with "
-                        "--train-data.") from None
+        reason = str(error).rstrip(".")
+        raise UserError(f"{reason}; give the run's images with --train-data.") from None
     if dataset.fingerprint != state["data"]["fingerprint"]:
         raise UserError(f"{path} holds other images than the run was trained on, names or order "
                         "differ: give the run's images with --train-data.")
@@ -106,12 +102,11 @@ def load_vectors(path, num_images):
     path = Path(path).parent / "features.npy"
     try:
         vectors = torch.from_numpy(np.load(path, mmap_mode="c"))
+        if len(vectors) != num_images:
+            raise ValueError(f"{len(vectors)} vectors for {num_images} images")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the run's vectors are missing or damaged ({error}); run its "
                         "command again, with --export-only.") from None
-    if len(vectors) != num_images:
-        raise UserError(f"{path} has {len(vectors)} vectors for {num_images} images; run the run's "
-                        "command again, with --export-only.")
     return vectors
 
 
@@ -127,10 +122,10 @@ def check_outputs(args):
 
 
 def fill_folders(folder, dataset, labels, unreadable, copy):
-    """Link or copy every readable image to a new folder, as folder/CLUSTER/NAME.
+    """Link or copy every readable image to a new folder, as folder/CLUSTER/NAME. Raises UserError.
 
     Images in memory become PNG files. Of images with the same name in a cluster, all but the
-    first have their index behind the name. Raises UserError if a file cannot be written.
+    first have their index behind the name.
     """
     taken = set()
     try:
@@ -173,16 +168,16 @@ def main(arguments=None):
             vectors = load_vectors(args.checkpoint, len(train))
         check_outputs(args)
     check_same_images(dataset, *([train] if train else []))
-    settings, workers = state["settings"], args.workers
-    if workers is None:
-        workers = default_workers(dataset.pixels is not None)
+    settings = state["settings"]
+    if args.workers is None:
+        args.workers = default_workers(dataset.pixels is not None)
     print_main(f"{len(dataset):,} images, {settings['num_clusters']:,} clusters after epoch "
                f"{state['progress']['epoch']} of a run on {settings['data']}")
 
     features = extract(load_network(state, device), dataset,
                        evaluation_transform(settings["image_size"]), settings["feature_dim"],
-                       device, args.batch_size, workers).to(device)
-    centroids = state["clusters"]["centroids"].to(device)
+                       device, args.batch_size, args.workers)
+    centroids = state["assigner"]["centroids"].to(device)
     labels = nearest_centroids(features, centroids)
     similarity = cosine_to_centroid(features, centroids, labels)
     labels, similarity, features = (

@@ -80,6 +80,6 @@ def synchronise(module):
 
 
 def share_statistics(network):
-    """Give all processes process 0's running statistics; evaluation uses them."""
+    """Give all processes process 0's running statistics, by which an epoch is measured."""
     for buffer in network.buffers():
         distributed.broadcast(buffer)

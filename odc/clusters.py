@@ -1,10 +1,10 @@
-"""The clusters of the images as they are, without augmentation, by the network of the moment.
+"""Clusters of the unaugmented images, by the current network: the ones that a user gets.
 
 The samples memory serves the training. Its features come from augmented images, with dropout, by
-weights of many steps, and the neck's batch norm statistics lag behind (momentum 0.001). So for the
-clusters that a user gets all images pass through the finished network once more, and k-means
-continues from the memory's clusters on these features. New images are assigned by the same features
-and centroids.
+the weights of many different steps, and the neck's batch norm statistics lag behind (momentum
+0.001). So all images pass through the network once more, without augmentation. K-means continues
+on these features, from the memory's clusters. `odc.assign` compares new images with the centroids
+that it finds.
 """
 
 import copy
@@ -23,8 +23,8 @@ ROUNDS, ITERATIONS = 10, 10  # of k-means and of its iterations in a round
 
 
 @dataclass
-class Clusters:
-    """The clusters of N images, the same on every process but for the features."""
+class Clustering:
+    """N images in K clusters. All but the features is the same on every process."""
 
     labels: torch.Tensor  # int64 [N], on the CPU
     similarity: torch.Tensor  # float32 [N], cosine to the centroid of the own cluster, on the CPU
@@ -33,22 +33,22 @@ class Clusters:
     neck: torch.nn.Module | None = None  # the network's, with batch norm statistics of all images
 
 
-def cluster_images(network, dataset, labels, num_clusters, min_cluster_size, image_size, device,
+def cluster_images(network, dataset, labels, num_clusters, min_cluster_size, image_size,
                    batch_size=64, workers=0):
-    """Cluster the images by a network as it is.
+    """Cluster the unaugmented images by the current network.
 
-    labels: int64 [N], the clusters from which k-means starts. Small clusters are
-    dissolved and refilled as in training. Returns Clusters. A collective.
+    labels: int64 [N], the clusters from which k-means starts, on the network's device. Small
+    clusters are dissolved and refilled as in training. Returns a Clustering. A collective.
     """
     backbone, neck = network.backbone.eval(), copy.deepcopy(network.neck).eval()
     pooled = extract(lambda images: backbone(images)[-1].mean((2, 3)), dataset,
-                     evaluation_transform(image_size), backbone.out_channels[-1], device,
+                     evaluation_transform(image_size), backbone.out_channels[-1], labels.device,
                      batch_size, workers)  # [n, C]
     estimate_statistics(neck, pooled, len(dataset))
     features = torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])  # [n, d]
     del pooled
     memory = ODCMemory(len(dataset), features.shape[1], num_clusters,
-                       min_cluster_size=min_cluster_size, device=device)
+                       min_cluster_size=min_cluster_size, device=labels.device)
     memory.initialize(features, labels)
     for _ in range(ROUNDS):
         own_labels, centroids = kmeans(features, num_clusters, ITERATIONS,
@@ -57,9 +57,9 @@ def cluster_images(network, dataset, labels, num_clusters, min_cluster_size, ima
         memory.initialize(features, labels)
         if memory.split_small_clusters() == 0:
             break
-    similarity = distributed.all_gather_uneven_rows(
-        cosine_to_centroid(features, centroids, own_labels))
-    return Clusters(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck)
+    similarity = cosine_to_centroid(features, centroids, own_labels)
+    similarity = distributed.all_gather_uneven_rows(similarity)
+    return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck)
 
 
 @torch.no_grad()

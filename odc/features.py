@@ -2,18 +2,17 @@
 
 import hashlib
 import os
-import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from odc import distributed
 from odc.data.augmentation import MEAN, STD, normalise
 from odc.data.loader import check_unreadable, evaluation_batches
 from odc.errors import UserError
 from odc.runtime import program
+from odc.runtime.log import progress_bar
 
 
 @torch.no_grad()
@@ -40,8 +39,7 @@ def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, 
     # larger one, as the collectives below want it.
     longest = -(-len(images) // distributed.world_size())
     done, failed = 0, 0
-    bar = tqdm(total=len(features), desc=name, unit="img", leave=False,
-               disable=not (distributed.is_main() and sys.stderr.isatty()))
+    bar = progress_bar(len(features), name, "img")
     for _ in range(0, longest, batch_size):
         program.check_signals()
         with distributed.together():
@@ -77,12 +75,10 @@ def pixel_features(dataset, transform, size, device, batch_size=64, workers=0):
 
 # --- rows of all processes in one file -----------------------------------------------------------
 
-
 def cache_path(folder, *parts):
     """The file of --features-cache for features that depend on all of these parts, and no others.
 
-    parts: `weights_fingerprint`, the data set's fingerprint, the transform, ... All processes must
-    see the same file system.
+    parts: the fingerprints of weights and images, ... All processes must see the same file system.
     """
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
     return os.path.join(folder, digest[:16] + ".npy")
@@ -102,9 +98,9 @@ def save_rows(path, features, num_rows, option):
                     os.makedirs(os.path.dirname(path), exist_ok=True)
                     with open(partial, "ab" if turn else "wb") as file:
                         if turn == 0:
-                            np.lib.format.write_array_header_1_0(file, dict(
-                                descr="<f4", fortran_order=False,
-                                shape=(num_rows, *features.shape[1:])))
+                            shape = (num_rows, *features.shape[1:])
+                            np.lib.format.write_array_header_1_0(
+                                file, dict(descr="<f4", fortran_order=False, shape=shape))
                         for part in features.split(65536):
                             file.write(part.cpu().contiguous().numpy().data)
                         file.flush()

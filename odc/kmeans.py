@@ -31,29 +31,23 @@ class ClusterSums:
         self.one = 2.0 ** (62 - math.ceil(math.log2(num_rows + 1)))
         self.values = torch.zeros(num_clusters, dim, dtype=torch.int64, device=device)
 
-    def fixed_point(self, features):
-        """Features as multiples of 1 / `one`, int64."""
-        return (features.double() * self.one).round_().long()
-
     def add(self, features, labels, sign=1):
         """Add features [n, d] to the sums of their clusters [n], or subtract them with sign=-1."""
         block = 1024 if features.device.type == "cpu" else max(1, 2**26 // features.shape[1])
         for part, own in zip(features.split(block), labels.split(block)):
-            self.values.index_add_(0, own, self.fixed_point(part), alpha=sign)
+            whole = (part.double() * self.one).round_().long()
+            self.values.index_add_(0, own, whole, alpha=sign)
 
-    def means(self, sizes):
-        """The mean feature of each cluster over all processes: sizes int64 [K] -> float32 [K, d].
+    def means(self, sizes, clusters=slice(None)):
+        """The mean features [k, d] of some clusters over all processes; 0 for an empty one.
 
-        An empty cluster has mean 0. A collective.
+        sizes: int64 [K], of all clusters. A collective.
         """
-        total = self.values
+        total = self.values[clusters]
         if distributed.world_size() > 1:
             total = distributed.all_reduce(total.clone())
-        return self.divide(total, sizes[:, None])
-
-    def divide(self, sums, sizes):
-        """Sums in units of 1 / `one`, divided by sizes."""
-        return sums.float().mul_((1 / (sizes.clamp(min=1).double() * self.one)).float())
+        units = sizes[clusters, None].clamp(min=1).double() * self.one
+        return total.float().mul_((1 / units).float())
 
 
 def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None):
@@ -62,8 +56,7 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
     features: [n, d] float, unit rows of this process; in rank order they make up all N.
     initial_centroids: [K, d]; by default K distinct rows, drawn from the seed.
     Returns labels int64 [n] of these rows, and the centroids float32 [K, d] to which they are
-    nearest. No cluster is empty. Stops early once no label changes. The result does not depend on
-    the number of processes.
+    nearest, on any number of processes the same. No cluster is empty. Stops once no label changes.
     Raises UserError if K > N or a feature is not finite, Interrupted on a signal. A collective.
     """
     K = num_clusters
@@ -98,7 +91,7 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
         if num_changed == 0 or iteration == iterations:
             break
         centroids = sums.means(labels.new_tensor(sizes))
-        _restart_empty(centroids, list(sizes))
+        _restart_empty(centroids, sizes)
     bar.close()
     while 0 in sizes:
         _fill_first_empty(features, labels, centroids, sizes)
@@ -134,8 +127,7 @@ def _fill_first_empty(features, labels, centroids, sizes):
     shards = distributed.all_gather_rows(torch.tensor([len(rows)]))
     first = int(shards[: distributed.rank()].sum())
     members = distributed.all_gather_uneven_rows(features[rows]).float()
-    # Process 0 decides for all, as the processes' hardware may round differently.
-    second_half = distributed.broadcast(two_means(members, seed=empty).byte()).bool()
+    second_half = two_means(members, seed=empty)
     labels[rows[second_half[first : first + len(rows)]]] = empty
     for cluster, half in ((largest, ~second_half), (empty, second_half)):
         centroids[cluster], sizes[cluster] = members[half].mean(0), int(half.sum())
@@ -147,7 +139,7 @@ def two_means(x, at_least=1, iterations=20, seed=0):
     x: [n, d]. The start is the two sides of the principal axis, so that no luck is involved. Each
     half keeps at_least points, or n // 2 if there are fewer: the points farthest on its side.
     Points that k-means cannot tell apart are split at random into equal halves (the recipe).
-    Nothing here waits for a GPU.
+    Nothing here waits for a GPU. A collective: all processes have the same points.
     """
     n = len(x)
     x = x - x.mean(dim=0)
@@ -173,4 +165,6 @@ def two_means(x, at_least=1, iterations=20, seed=0):
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     random_half[shuffled[n // 2 :]] = False
     random_half = random_half.to(x.device, non_blocking=True)
-    return torch.where((size == 0) | (size == n), random_half, second)
+    second = torch.where((size == 0) | (size == n), random_half, second)
+    # Process 0 decides for all, as the processes' hardware may round differently.
+    return distributed.broadcast(second.byte()).bool()

@@ -8,8 +8,8 @@ Features are split over the processes: each holds the contiguous rows `rows` of 
 centroids and cluster sizes are the same on every process. Every method but `loss_weights` is a
 collective: all processes call it with the same arguments.
 
-Lists of images are int64 tensors on the CPU, ascending, so that their lengths are known without
-waiting for a GPU, and the images of one process are neighbours in them.
+Lists of images are ascending int64 tensors on the CPU. So their lengths are known without waiting
+for a GPU, and the images of one process are neighbours in them.
 """
 
 import torch
@@ -42,8 +42,8 @@ class ODCMemory:
     def initialize(self, features, labels):
         """Start from clustered images (paper, before the first iteration).
 
-        features: [n, d], the rows of this process; normalised here. labels: [N], in 0..K-1.
-        Raises UserError if a feature is not finite.
+        features: [n, d], the rows of this process, normalised here. labels: [N]. Raises UserError
+        if a feature is not finite.
         """
         if distributed.any_process(not torch.isfinite(features.sum())):
             raise UserError("The network's features are not finite: start from other weights.")
@@ -63,8 +63,7 @@ class ODCMemory:
         last occurrence counts. Returns the share of the images whose label changed, 0-dim float64.
         """
         images, last = _last_occurrences(indices)
-        own = self._own(images)
-        rows = self._to_device(images[own] - self.rows.start)
+        own, rows = self._own(images)
         z = F.normalize(z[self._to_device(last[own])].float())
         before = self.features[rows]
 
@@ -72,18 +71,23 @@ class ODCMemory:
         labels = self.best_centroid(features)  # Eq. 2: argmax_c <F_i, C_c>, as the recipe has it
 
         self.features[rows] = features
-        self.sums.add(before, self.labels[rows + self.rows.start], sign=-1)
-        self.sums.add(features, labels)
-        changed = self._relabel(self._to_device(images), self._collect(labels, own, len(images)))
+        labels = self._collect(labels, own, len(images))
+        changed = self._relabel(images, labels, own, before, features)
         return changed.double() / len(images)
 
-    def _relabel(self, images, labels):
-        """Set y of some images, each once. Returns how many labels changed, 0-dim."""
-        before = self.labels[images]
-        self.labels[images] = labels
+    def _relabel(self, images, labels, own, before, features):
+        """Set y of some images, each once, and keep sizes and sums in step.
+
+        before, features: of the images `own`, as they were and as they are. Returns how many labels
+        changed, 0-dim.
+        """
+        images = self._to_device(images)
+        old_labels, self.labels[images] = self.labels[images], labels
+        self.sums.add(before, old_labels[own], sign=-1)
+        self.sums.add(features, labels[own])
         self.cluster_sizes.index_add_(0, labels, torch.ones_like(labels))
-        self.cluster_sizes.index_add_(0, before, torch.full_like(before, -1))
-        return (labels != before).sum()
+        self.cluster_sizes.index_add_(0, old_labels, torch.full_like(labels, -1))
+        return (labels != old_labels).sum()
 
     # --- centroids memory ------------------------------------------------------------------------
 
@@ -93,19 +97,18 @@ class ODCMemory:
         means = torch.where(self.cluster_sizes[:, None] > 0, means, self.centroids)
         self._set_centroids(slice(None), means)
 
-    def _set_centroids(self, clusters, values):
-        self.centroids[clusters] = values
+    def _set_centroids(self, which, values):
+        self.centroids[which] = values
         self.best_centroid = NearestCentroid(self.centroids, inner_product=True)
 
     # --- clustering distribution -----------------------------------------------------------------
 
     def split_small_clusters(self):
-        """Dissolve the small clusters, then refill each with half of a large one.
+        """Dissolve the small clusters, then refill each with half of a large one, as in the paper.
 
-        (Paper, "Handling Clustering Distribution".) Returns how many clusters were refilled.
-        Nothing happens while every cluster is small. A cluster of fewer than 2 x min_cluster_size
-        images is not split, as its half would be dissolved again in the next step. Clusters that
-        are left then stay empty. With N >= 2 K min_cluster_size none is left.
+        Returns how many clusters were refilled. Nothing happens while every cluster is small. A
+        cluster of fewer than 2 x min_cluster_size images is not split, as its half would be
+        dissolved again in the next step. So clusters may stay empty if N < 2 K min_cluster_size.
         """
         sizes = self.cluster_sizes.cpu()
         small = sizes < self.min_cluster_size
@@ -129,13 +132,10 @@ class ODCMemory:
         """Move every image of a small cluster [K] bool to the best cluster that is not small."""
         large = self._to_device((~small).nonzero()[:, 0])
         images = self._to_device(small)[self.labels].nonzero()[:, 0].cpu()
-        own = self._own(images)
-        features = self.features[self._to_device(images[own] - self.rows.start)]
+        own, rows = self._own(images)
+        features = self.features[rows]
         labels = large[nearest_centroids(features, self.centroids[large], inner_product=True)]
-        images = self._to_device(images)
-        self.sums.add(features, self.labels[images[own]], sign=-1)
-        self.sums.add(features, labels)
-        self._relabel(images, self._collect(labels, own, len(images)))
+        self._relabel(images, self._collect(labels, own, len(images)), own, features, features)
 
     def _members_of_largest(self, sizes, count):
         """{cluster: images [N_c]} of the `count` largest clusters and those of equal size.
@@ -149,46 +149,31 @@ class ODCMemory:
         return dict(zip(clusters, images.split(sizes[chosen].tolist())))
 
     def _split(self, images, largest, empty):
-        """Give half of the images [n] of cluster `largest` to cluster `empty`; returns both halves.
-
-        Both centroids are computed again at once.
-        """
-        own = self._own(images)
-        features = self.features[self._to_device(images[own] - self.rows.start)]
-        features = self._collect(features, own, len(images))  # [n, d], on every process
-        moves = two_means(features, at_least=self.min_cluster_size, seed=empty)
-        # Process 0 decides for all, as the processes' hardware may round differently.
-        moves = distributed.broadcast(moves.byte()).bool()
-        moves_here = moves.cpu()
-        stay, go = images[~moves_here], images[moves_here]
-
-        at = self._own(go)
-        moved = self.features[self._to_device(go[at] - self.rows.start)]
-        labels = torch.full((len(moved),), largest, device=moved.device)
-        self.sums.add(moved, labels, sign=-1)
-        self.sums.add(moved, torch.full_like(labels, empty))
-        go_there = self._to_device(go)
-        self._relabel(go_there, torch.full_like(go_there, empty))
-        fixed = self.sums.fixed_point(features)
-        for cluster, half in ((largest, ~moves), (empty, moves)):
-            total = (fixed * half[:, None]).sum(dim=0)
-            self._set_centroids(cluster, self.sums.divide(total, half.sum()))
+        """Give half of the images [n] of `largest` to `empty`, with new centroids: both halves."""
+        own, rows = self._own(images)
+        features = self._collect(self.features[rows], own, len(images))  # [n, d], on every process
+        moves = two_means(features, at_least=self.min_cluster_size, seed=empty).cpu()
+        stay, go = images[~moves], images[moves]
+        own, rows = self._own(go)
+        moved = self.features[rows]
+        labels = torch.full((len(go),), empty, device=moved.device)
+        self._relabel(go, labels, own, moved, moved)
+        both = self._to_device(torch.tensor([largest, empty]))
+        self._set_centroids(both, self.sums.means(self.cluster_sizes, both))
         return stay, go
 
     def loss_weights(self, power=0.5):
-        """w_c proportional to N_c^-power, sum 1: float32 [K]. An empty cluster counts as one image.
-
-        (Paper, "Handling Clustering Distribution".)
-        """
+        """w_c ~ N_c^-power (paper), sum 1: float32 [K]. An empty cluster counts as one image."""
         weights = self.cluster_sizes.clamp(min=1).double() ** -power
         return (weights / weights.sum()).float()
 
     # --- rows of this process, and of the others -------------------------------------------------
 
     def _own(self, images):
-        """The part of ascending images whose rows this process holds, as a slice."""
+        """Which of ascending images this process holds: a slice, and their rows, on the device."""
         bounds = torch.tensor([self.rows.start, self.rows.stop])
-        return slice(*torch.searchsorted(images, bounds).tolist())
+        own = slice(*torch.searchsorted(images, bounds).tolist())
+        return own, self._to_device(images[own] - self.rows.start)
 
     def _collect(self, values, own, count):
         """Put values of the images `own` in their places among `count`, from every process."""

@@ -32,10 +32,8 @@ class ResNet(nn.Module):
         super().__init__()
         block, blocks, width = ARCHS[arch]
         self.arch, self.small_stem = arch, small_stem
-        if small_stem:
-            self.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        side, stride = (3, 1) if small_stem else (7, 2)
+        self.conv1 = nn.Conv2d(3, width, side, stride, padding=side // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, stride=2, padding=1)
@@ -63,9 +61,8 @@ def _stage(block, in_channels, planes, count, stride):
     out_channels = planes * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
-        downsample = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
-            nn.BatchNorm2d(out_channels))
+        shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
     first = block(in_channels, planes, stride, downsample)
     return nn.Sequential(first, *(block(out_channels, planes) for _ in range(count - 1)))
 

@@ -25,9 +25,14 @@ DEMO = dict(arch="narrow", image_size=32, epochs=20, batch_size=32, lr=0.06, lr_
             num_clusters=60, crop_scale=0.5, save_interval=0, checkpoint_interval=100,
             knn_interval=5)
 
+SMALL_SET = 200_000  # fewer images than this: settings that follow the data
 
-# Fewer images than this: settings that follow the data.
-SMALL_SET = 200_000
+# Settings of one start, which a continued run does not take from its checkpoint.
+PER_START = {"data", "output", "workers", "device", "weights", "compile", "tensorboard",
+             "export_only", "recipe"}
+# Settings that may differ when a run is continued.
+MAY_DIFFER = PER_START | {"epochs", "batch_size", "log_interval", "save_interval",
+                          "checkpoint_interval", "gallery_interval", "knn_interval"}
 
 
 def make_parser():
@@ -45,8 +50,8 @@ def make_parser():
         default=[0.4, 0.4, 1.0, 0.5], help="brightness, contrast, saturation and hue jitter")
     add("--background", choices=["white", "black"], help="lay transparent images on it; otherwise "
         "their transparency is dropped, as torchvision does")
-    add("--workers", metavar="N", type=whole(0, 256), default=None, help="processes that read "
-        "images, per training process (default: up to 4; 0 for images in memory)")
+    add("--workers", metavar="N", type=whole(0, 256), help="processes that read images, per "
+        "training process (default: up to 4; 0 for images in memory)")
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=list(ARCHS), default="resnet50", help="backbone; narrow: small images")
@@ -110,14 +115,11 @@ def make_parser():
 
 
 def parse(arguments=None):
-    """The arguments, and the names of those that were given.
-
-    Without --data, and without data/imagenet, the data are the drawn shapes.
-    """
+    """The arguments, and the names of those that were given."""
     args = make_parser().parse_args(arguments)
     marked = argparse.Namespace(**dict.fromkeys(vars(args), "not given"))
-    marked = vars(make_parser().parse_args(arguments, marked))
-    given = {name for name, value in marked.items() if value != "not given"}
+    make_parser().parse_args(arguments, marked)
+    given = {name for name, value in vars(marked).items() if value != "not given"}
     if args.data is None:
         args.data = "data/imagenet" if os.path.isdir("data/imagenet") else "shapes"
     return args, given
@@ -130,15 +132,15 @@ def follow_data(args, given, dataset, saved, device):
     or more keep the published settings. Raises UserError if the processes have different arguments
     or see different checkpoints. A collective.
     """
-    arguments = {name: value for name, value in vars(args).items()
-                 if name not in ("data", "output", "workers")}
-    if not distributed.same_everywhere((arguments, given - {"data", "output", "workers"})):
+    own = {"data", "output", "workers"}  # of a machine
+    arguments = {name: value for name, value in vars(args).items() if name not in own}
+    if not distributed.same_everywhere((arguments, given - own)):
         raise UserError("The processes have different arguments: start all machines with the same "
                         "command.")
     if not distributed.same_everywhere(saved and (saved["progress"], saved["log_position"])):
         raise UserError(f"--output {args.output}: the processes see different checkpoints; it must "
                         "be a folder that all machines share.")
-    chosen, reasons = {}, {}
+    chosen = {}
     if saved:
         chosen = {name: value for name, value in saved["settings"].items()
                   if name not in PER_START}
@@ -148,34 +150,31 @@ def follow_data(args, given, dataset, saved, device):
             print_main("No --data and no data/imagenet: this is the demonstration, on drawn "
                        "shapes.\n")
     elif len(dataset) < SMALL_SET and not args.recipe:
-        chosen, reasons = small_set(args, given, dataset, device)
+        follow_small_set(args, given, dataset, device)
     for name, value in chosen.items():
         if name not in given:
             setattr(args, name, value)
     dataset.background = args.background
     if args.workers is None:
         args.workers = default_workers(dataset.pixels is not None)
-    if reasons:
-        print_main(f"{len(dataset):,} images: these settings follow from the data. Every argument "
-                   "that is given wins, and --recipe asks for the published ones.")
-        for name, reason in reasons.items():
-            if name not in given:
-                print_main(f"  --{name.replace('_', '-')} {_plain(chosen[name])}: {reason}")
-        print_main("")
 
 
-def small_set(args, given, dataset, device):
-    """Settings for a small set: ({name: value}, {name: why}). They follow what was given.
+def follow_small_set(args, given, dataset, device):
+    """Set what was not given for a small set; print what and why.
 
     Most rules come from trials on 12,000 images of Fashion-MNIST, see the README.
     """
     N, W = len(dataset), distributed.world_size()
-    chosen, reasons = {}, {}
+    print_main(f"{N:,} images: these settings follow from the data. Every argument that is given "
+               "wins, and --recipe asks for the published ones.")
 
     def choose(name, value, reason):
-        """Note a setting; returns the value that the run will have."""
-        chosen[name], reasons[name] = value, reason
-        return getattr(args, name) if name in given else value
+        """Set and print a setting, unless it was given; returns the value that the run has."""
+        if name not in given:
+            setattr(args, name, value)
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            print_main(f"  --{name.replace('_', '-')} {shown}: {reason}")
+        return getattr(args, name)
 
     side, largest = dataset.typical_side(), 64 if device.type == "cpu" else 224
     size = choose("image_size", max(24, min(side, largest)) // 4 * 4,
@@ -202,20 +201,7 @@ def small_set(args, given, dataset, device):
     if dataset.labels is not None:
         choose("knn_interval", max(1, epochs // 5), "there are labels to measure by")
     choose("save_interval", 0, "the checkpoint is enough")
-    return chosen, reasons
-
-
-def _plain(value):
-    return " ".join(map(str, value)) if isinstance(value, list) else value
-
-
-# Settings of one start, which a continued run does not take from its checkpoint.
-PER_START = {"data", "output", "workers", "device", "weights", "compile", "tensorboard",
-             "export_only", "recipe"}
-
-# Settings that may differ when a run is continued.
-MAY_DIFFER = PER_START | {"epochs", "batch_size", "log_interval", "save_interval",
-                          "checkpoint_interval", "gallery_interval", "knn_interval"}
+    print_main("")
 
 
 def check(args, dataset, saved, device):

@@ -24,8 +24,7 @@ def clusters_of(folder, min_cluster_size=5):
     """cluster_images of a random network, from labels in turn; plain values."""
     dataset = open_dataset(str(folder))
     labels = torch.arange(len(dataset)) % 8
-    found = clusters.cluster_images(small_network(), dataset, labels, 8, min_cluster_size, 32,
-                                    torch.device("cpu"))
+    found = clusters.cluster_images(small_network(), dataset, labels, 8, min_cluster_size, 32)
     features = distributed.all_gather_uneven_rows(found.features)
     return [found.labels, found.similarity, found.centroids, features,
             found.neck.bn1.running_mean, found.neck.bn1.running_var]
@@ -60,8 +59,7 @@ def test_any_number_of_processes_gives_the_same_clusters(folder):
 
 def test_the_network_is_left_as_it_was(folder):
     network, before = small_network(), small_network().state_dict()
-    clusters.cluster_images(network, open_dataset(str(folder)), torch.arange(150) % 8, 8, 5, 32,
-                            torch.device("cpu"))
+    clusters.cluster_images(network, open_dataset(str(folder)), torch.arange(150) % 8, 8, 5, 32)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
@@ -97,7 +95,7 @@ def test_assign_says_what_to_do_with_a_run_that_was_stopped(folder, tmp_path, mo
     from odc.errors import UserError
     import train
 
-    monkeypatch.setattr(train, "write_clusters", lambda *_: None)
+    monkeypatch.setattr(train, "write_results", lambda *_: None)
     assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1") == 0
     with pytest.raises(UserError, match="--export-only"):
         assign.main(["--checkpoint", str(tmp_path / "checkpoint.pth"), "--data", str(folder)])

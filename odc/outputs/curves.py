@@ -1,6 +1,5 @@
 """The curves of a run: its log.jsonl as inline SVG charts."""
 
-import html
 import json
 import math
 from pathlib import Path
@@ -62,7 +61,7 @@ def charts(records):
     return "\n".join(drawn)
 
 
-def chart(heading, series, until, logarithmic=False):
+def chart(heading, series, until, logarithmic):
     """One <svg> element. series: {legend: [(step, value), ...]}. until: last step on the axis."""
     values = [value for points in series.values() for _, value in points]
     if logarithmic:  # what is below 1 counts as 1
@@ -83,17 +82,15 @@ def chart(heading, series, until, logarithmic=False):
 
     legend = "".join(f'<tspan class="curve{n}">{name} {short(points[-1][1])}</tspan>  '
                      for n, (name, points) in enumerate(series.items()))
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(heading)}">',
-             f'<text class="title" x="0" y="18">{html.escape(heading)}</text>',
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{heading}">',
+             f'<text class="title" x="0" y="18">{heading}</text>',
              f'<text x="0" y="41" xml:space="preserve">{legend}</text>']
     for mark in marks:
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"'
                      f'/><text x="{LEFT - 8}" y="{y(mark) + 5:.1f}" text-anchor="end">{short(mark)}'
                      '</text>')
-    for step in ticks(0, until, 5):
-        if step <= until:
-            parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 4}" text-anchor="middle">'
-                         f"{short(step)}</text>")
+    parts += [f'<text x="{x(step):.1f}" y="{HEIGHT - 4}" text-anchor="middle">{short(step)}</text>'
+              for step in ticks(0, until, 5) if step <= until]
     for n, points in enumerate(series.values()):
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         parts.append(f'<polyline class="curve{n}" points="{path}"/>')
@@ -115,10 +112,8 @@ def ticks(low, high, count):
 
 def short(number):
     """A number as an axis shows it: 0.25, 800, 20k, 1.1M."""
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
+    size, letter = (1e6, "M") if number >= 1e6 else (1e3, "k") if number >= 1e3 else (1, "")
+    return f"{number / size:.3g}{letter}"
 
 
 def thin(points):

@@ -13,18 +13,16 @@ from odc.outputs import gallery, report
 from odc.runtime.checkpoint import write_atomically
 
 
-def save_all(folder, backbone, dataset, clusters, progress, args):
-    """All files of a run. clusters: `odc.clusters.Clusters` with the features of all images.
-
-    progress, args: train.py's.
-    """
+def save_all(folder, backbone, dataset, clustering, progress, args):
+    """All files of a run; the Clustering has the features of all images. progress: train.py's."""
     unreadable, title = set(progress.failed), f"{dataset.name}, epoch {progress.epoch}"
     save_backbone(folder / "backbone.pth", backbone)
-    save_array(folder / "labels.npy", clusters.labels)
-    save_array(folder / "centroids.npy", clusters.centroids)
-    save_table(folder / "clusters.csv", dataset, clusters.labels, clusters.similarity, unreadable)
-    gallery.save(folder / "clusters.png", dataset, clusters, unreadable, title, args.seed)
-    report.save(folder, dataset, clusters, unreadable, args.workers)
+    save_array(folder / "labels.npy", clustering.labels)
+    save_array(folder / "centroids.npy", clustering.centroids)
+    save_table(folder / "clusters.csv", dataset, clustering.labels, clustering.similarity,
+               unreadable)
+    gallery.save(folder / "clusters.png", dataset, clustering, unreadable, title, args.seed)
+    report.save(folder, dataset, clustering, unreadable, args.workers)
 
 
 def save_backbone(path, backbone):

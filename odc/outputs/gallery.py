@@ -20,28 +20,23 @@ INK, FADED, PAPER, GRAY = (30, 30, 34), (120, 120, 128), (255, 255, 255), 225
 
 @dataclass
 class Description:
-    """What there is to say of K clusters; unreadable images do not count.
+    """What there is to say of K clusters; unreadable images do not count."""
 
-    members: a list of K int64 arrays of images, the most similar to the centroid first.
-    sizes: int64 [K]. tightness: [K], mean similarity of the images, 0 for an empty cluster.
-    main_class, purity: [K], the most frequent class and its share; None without labels.
-    """
-
-    members: list
-    sizes: torch.Tensor
-    tightness: torch.Tensor
-    purity: torch.Tensor | None = None
-    main_class: torch.Tensor | None = None
+    members: list  # K int64 arrays of images, the most similar to the centroid first
+    sizes: torch.Tensor  # int64 [K]
+    tightness: torch.Tensor  # [K], mean similarity of the images, 0 for an empty cluster
+    purity: torch.Tensor | None = None  # [K], share of the most frequent class; None without labels
+    main_class: torch.Tensor | None = None  # [K], that class
 
 
-def describe(clusters, classes=None, unreadable=()):
-    """The Description of `odc.clusters.Clusters`. classes: int64 [N] or None."""
-    K = len(clusters.centroids)
-    order = np.lexsort((-clusters.similarity.numpy(), clusters.labels.numpy()))
+def describe(clustering, classes=None, unreadable=()):
+    """The Description of `odc.clusters.Clustering`. classes: int64 [N] or None."""
+    K = len(clustering.centroids)
+    order = np.lexsort((-clustering.similarity.numpy(), clustering.labels.numpy()))
     order = order[~np.isin(order, list(unreadable))] if unreadable else order
-    labels = clusters.labels[order]
+    labels = clustering.labels[order]
     sizes = labels.bincount(minlength=K)
-    tightness = labels.bincount(clusters.similarity[order].double(), K) / sizes.clamp(min=1)
+    tightness = labels.bincount(clustering.similarity[order].double(), K) / sizes.clamp(min=1)
     members = np.split(order, sizes.cumsum(0)[:-1])
     if classes is None:
         return Description(members, sizes, tightness)
@@ -56,7 +51,7 @@ def describe(clusters, classes=None, unreadable=()):
     return Description(members, sizes, tightness, most / sizes.clamp(min=1), main_class)
 
 
-def choose(described, seed=0, count=ROWS):
+def choose(described, seed=0):
     """[(heading, [cluster, ...])]: the largest, purest (or loosest), tightest and random clusters.
 
     Clusters of a few images are pure and tight by chance: where enough others exist, only those
@@ -66,23 +61,22 @@ def choose(described, seed=0, count=ROWS):
     sizes = described.sizes
     present = sizes.argsort(descending=True, stable=True)[: int((sizes > 0).sum())]
     full = present[sizes[present] >= COLUMNS]
-    if len(full) < count:
+    if len(full) < ROWS:
         full = present
 
     def best(values):  # of equal values the larger cluster
-        return full[values[full].argsort(descending=True, stable=True)[:count]].tolist()
+        return full[values[full].argsort(descending=True, stable=True)[:ROWS]].tolist()
 
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
-    second = ("Loosest", best(-described.tightness))
-    if described.purity is not None:
-        second = ("Purest", best(described.purity))
-    return [("Largest", present[:count].tolist()), second, ("Tightest", best(described.tightness)),
-            ("Random", order[sizes[order] > 0][:count].tolist())]
+    second = (("Loosest", best(-described.tightness)) if described.purity is None
+              else ("Purest", best(described.purity)))
+    return [("Largest", present[:ROWS].tolist()), second, ("Tightest", best(described.tightness)),
+            ("Random", order[sizes[order] > 0][:ROWS].tolist())]
 
 
-def draw(dataset, clusters, unreadable=(), title="", seed=0):
+def draw(dataset, clustering, unreadable=(), title="", seed=0):
     """The sheet as a `PIL.Image`; a row has the images that are most similar to the centroid."""
-    described = describe(clusters, dataset.labels, unreadable)
+    described = describe(clustering, dataset.labels, unreadable)
     sheet = Image.new("RGB", (2 * WIDTH + 3 * MARGIN, 3 * MARGIN + HEADING + 2 * HEIGHT), PAPER)
     pen = ImageDraw.Draw(sheet)
 
@@ -91,7 +85,7 @@ def draw(dataset, clusters, unreadable=(), title="", seed=0):
         x += pen.textlength(f"{black}  ", ImageFont.load_default(size))
         pen.text((x, y), gray, FADED, ImageFont.load_default(min(size, 14)))
 
-    write(MARGIN, MARGIN, f"{len(described.sizes):,} clusters of {len(clusters.labels):,} images",
+    write(MARGIN, MARGIN, f"{len(described.sizes):,} clusters of {len(clustering.labels):,} images",
           title, 22)
     for place, (name, chosen) in enumerate(choose(described, seed)):
         x = MARGIN + place % 2 * (WIDTH + MARGIN)
@@ -108,9 +102,8 @@ def draw(dataset, clusters, unreadable=(), title="", seed=0):
 
 def caption(described, cluster, classes=None):
     """What there is to say of a cluster, as text. classes: their names, or None."""
-    size = int(described.sizes[cluster])
-    words = [f"{size:,} image{'s' if size != 1 else ''}",
-             f"tightness {float(described.tightness[cluster]):.2f}"]
+    size, tightness = int(described.sizes[cluster]), float(described.tightness[cluster])
+    words = [f"{size:,} image{'s' if size != 1 else ''}", f"tightness {tightness:.2f}"]
     if described.purity is not None:
         main_class = int(described.main_class[cluster])
         name = classes[main_class] if classes else f"class {main_class}"

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from odc.clusters import Clusters
+from odc.clusters import Clustering
 from odc.data.images import ImageSet, Names
 from odc.data.layouts import open_dataset
 from odc.data.loader import default_workers
@@ -38,22 +38,22 @@ NEAR, PAIRS, OUTLIERS = 5, 24, 48  # neighbours of a cluster, near-duplicate pai
 TILES = 16  # images in a row and in a column of a sprite sheet
 
 
-def save(folder, dataset=None, clusters=None, unreadable=(), workers=0, without_pictures=""):
+def save(folder, dataset=None, clustering=None, unreadable=(), workers=0, without_pictures=""):
     """Write report.html into the folder of a run; main process only. Raises UserError.
 
-    dataset: the ImageSet of the run; clusters: an `odc.clusters.Clusters`; without both the page
-    has curves alone. without_pictures: the sentence that says why thumbnails are missing.
+    dataset, clustering: an ImageSet and its Clustering; without both the page has curves alone.
+    without_pictures: the sentence that says why thumbnails are missing.
     """
     records = curves.read_log(folder / "log.jsonl")
     last = {name: value for record in records for name, value in record.items()}
     summary = f"epoch {last['epoch']}, step {last['step']:,}" if last else "no step yet"
     data, sheets = {}, ""
-    if clusters is not None:
-        rounded = clusters.similarity.round(decimals=4)  # as clusters.csv has it
-        clusters = dataclasses.replace(clusters, similarity=rounded)
-        earlier = earlier_sizes(folder, last.get("epoch", 0), len(clusters.centroids))
-        data, shown = content(dataset, clusters, unreadable, earlier)
-        summary += f" · {len(clusters.labels):,} images in {len(data['clusters']):,} clusters"
+    if clustering is not None:
+        rounded = clustering.similarity.round(decimals=4)  # as clusters.csv has it
+        clustering = dataclasses.replace(clustering, similarity=rounded)
+        earlier = earlier_sizes(folder, last.get("epoch", 0), len(clustering.centroids))
+        data, shown = content(dataset, clustering, unreadable, earlier)
+        summary += f" · {len(clustering.labels):,} images in {len(data['clusters']):,} clusters"
         data["pictures"] = not without_pictures
         if without_pictures:
             data["notes"].append(f"There are no pictures: {without_pictures}")
@@ -67,18 +67,18 @@ def save(folder, dataset=None, clusters=None, unreadable=(), workers=0, without_
                      lambda file: file.write(page.encode("utf-8", errors="replace")))
 
 
-def content(dataset, clusters, unreadable, earlier=None):
+def content(dataset, clustering, unreadable, earlier=None):
     """(what the page says, a dict for JSON; the images that it shows, a list of indices).
 
     earlier: (epoch, sizes int64 [K]) from which clusters have grown, or None.
     """
-    described = gallery.describe(clusters, dataset.labels, unreadable)
+    described = gallery.describe(clustering, dataset.labels, unreadable)
     order = described.sizes.argsort(descending=True, stable=True).tolist()
     present = [k for k in order if described.sizes[k]]
-    N = len(clusters.labels)
+    N = len(clustering.labels)
     per_cluster = N if N <= IMAGES else max(4, IMAGES // len(present))
     shown, records = [], []
-    for k, near, place in zip(present, *neighbours_and_map(clusters.centroids[present])):
+    for k, near, place in zip(present, *neighbours_and_map(clustering.centroids[present])):
         images = sample(described.members[k].tolist(), per_cluster)
         record = dict(id=k, size=int(described.sizes[k]), first=len(shown), count=len(images),
                       tightness=round(float(described.tightness[k]), 4), place=place,
@@ -91,19 +91,18 @@ def content(dataset, clusters, unreadable, earlier=None):
             record["caption"] += f" · {record['growth']:+,} since epoch {earlier[0]}"
         records.append(record)
         shown += images
-    num_readable = int(described.sizes.sum())
-    notes = []
+    num_readable, notes = int(described.sizes.sum()), []
     if len(shown) < num_readable:
         notes.append(f"This page shows {len(shown):,} of {num_readable:,} images: of each cluster "
                      "the central ones, those at its edge, and some between.")
     if N > num_readable:
         notes.append(f"{N - num_readable:,} images cannot be read.")
-    if clusters.features is None:
+    if clustering.features is None:
         notes.append("Near-duplicates are left out: features.npy is missing.")
-    pairs = near_duplicates(clusters.features, described.members)
+    pairs = near_duplicates(clustering.features, described.members)
     readable = np.concatenate(described.members)
-    order = clusters.similarity[readable].argsort(stable=True)[:OUTLIERS]
-    outliers = readable[order.numpy()].tolist()
+    least_similar = clustering.similarity[readable].argsort(stable=True)[:OUTLIERS]
+    outliers = readable[least_similar.numpy()].tolist()
     shown += sorted({*outliers, *(i for pair in pairs for i in pair[1:])}.difference(shown))
     position = {image: n for n, image in enumerate(shown)}
     labels, classes = [], []
@@ -114,9 +113,8 @@ def content(dataset, clusters, unreadable, earlier=None):
         clusters=records, notes=notes, classes=classes, outliers=[position[i] for i in outliers],
         pairs=[dict(similarity=score, images=[position[i], position[j]]) for score, i, j in pairs],
         images=dict(path=[dataset.name_of(i).encode("utf-8", "replace").decode() for i in shown],
-                    label=labels,
-                    cluster=clusters.labels[shown].tolist(),
-                    similarity=[round(value, 4) for value in clusters.similarity[shown].tolist()]))
+                    label=labels, cluster=clustering.labels[shown].tolist(),
+                    similarity=[round(s, 4) for s in clustering.similarity[shown].tolist()]))
     return data, shown
 
 
@@ -130,8 +128,8 @@ def sample(images, count):
 
 
 def neighbours_and_map(centroids):
-    """For each centroid [K, d] the most similar others, and its place in the plane of the two
-    principal components, scaled to -1..1: two lists of K lists."""
+    """For each centroid [K, d] the most similar others, and its place on the two principal
+    components, scaled to -1..1: two lists of K lists."""
     unit = F.normalize(centroids)
     nearest = torch.cat([(part @ unit.T).topk(min(NEAR + 1, len(unit))).indices
                          for part in unit.split(1024)])
@@ -147,7 +145,7 @@ def near_duplicates(features, members):
     """Images and the most similar one of their cluster, [(similarity, i, j)], the best first.
 
     features: unit rows [N, d], or None. members: for each cluster its images. An image is in one
-    pair at most, so that many copies of one image do not fill the list.
+    pair at most: many copies of one image do not fill the list.
     """
     pairs = []
     for images in members if features is not None else []:
@@ -192,8 +190,8 @@ def earlier_sizes(folder, epoch, K):
     return max(before), np.bincount(np.load(copies[max(before)]), minlength=K)
 
 
-def read_clusters(folder):
-    """(file names, Clusters, unreadable images) from what a run has left. Raises UserError."""
+def read_clustering(folder):
+    """(file names, Clustering, unreadable images) from what a run has left. Raises UserError."""
     table = folder / "clusters.csv"
     try:
         with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -204,9 +202,9 @@ def read_clusters(folder):
         raise UserError(f"{table}: is not a table that train.py wrote; move it away.") from None
     unreadable = {i for i, row in enumerate(rows) if not row[1]}
     centroids = torch.from_numpy(np.load(folder / "centroids.npy"))
-    features = folder / "features.npy"
-    features = np.load(features, mmap_mode="r") if features.exists() else None
-    return [row[0] for row in rows], Clusters(labels, similarity, centroids, features), unreadable
+    path = folder / "features.npy"
+    features = np.load(path, mmap_mode="r") if path.exists() else None
+    return [row[0] for row in rows], Clustering(labels, similarity, centroids, features), unreadable
 
 
 def open_images(folder, names, data=None):
@@ -236,13 +234,14 @@ def main(arguments=None):
         save(folder)
         print_main(f"The page has curves alone: {folder / missing[0]} is missing.")
     else:
-        names, clusters, unreadable = read_clusters(folder)
+        names, clustering, unreadable = read_clustering(folder)
         try:
             dataset = open_images(folder, names, args.data)
-            save(folder, dataset, clusters, unreadable, default_workers(dataset.pixels is not None))
+            workers = default_workers(dataset.pixels is not None)
+            save(folder, dataset, clustering, unreadable, workers)
         except UserError as error:
             dataset = ImageSet("folder", "train", "", names=Names(names))
-            save(folder, dataset, clusters, unreadable, without_pictures=str(error))
+            save(folder, dataset, clustering, unreadable, without_pictures=str(error))
             print_main(f"The page has no pictures: {error}")
     print_main(f"Done: {folder / 'report.html'}")
 

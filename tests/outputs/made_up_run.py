@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from odc.clusters import Clusters
+from odc.clusters import Clustering
 from odc.data.images import ImageSet, Names
 from odc.outputs import export, report
 
@@ -39,7 +39,7 @@ def clusters(noise=0.4):
     generator = torch.Generator().manual_seed(1)
     features = F.normalize(centroids[labels] + scale * torch.randn(N, 8, generator=generator))
     similarity = F.cosine_similarity(features, centroids[labels]).round(decimals=4)
-    return Clusters(labels, similarity, centroids, features)
+    return Clustering(labels, similarity, centroids, features)
 
 
 def write_images(root, dataset):

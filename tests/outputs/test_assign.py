@@ -36,7 +36,7 @@ def expected_features(state, dataset):
     """One image at a time, through the whole network."""
     network = ODC(state["arch"], state["small_stem"], dim=32, num_clusters=8)
     network.backbone.load_state_dict(state["backbone"])
-    network.neck.load_state_dict(state["clusters"]["neck"])
+    network.neck.load_state_dict(state["assigner"]["neck"])
     network.eval()
     transform = evaluation_transform(32)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path):
     rows = run_assign(finished / "checkpoint.pth", folder, tmp_path / "new.csv",
                       "--neighbours", 4, "--features", tmp_path / "new.npy")
     state, dataset = checkpoint.load(finished / "checkpoint.pth"), open_dataset(str(folder))
-    features, centroids = expected_features(state, dataset), state["clusters"]["centroids"]
+    features, centroids = expected_features(state, dataset), state["assigner"]["centroids"]
     written = np.load(tmp_path / "new.npy")
     assert written.dtype == np.float32 and written == pytest.approx(features.numpy(), abs=1e-5)
     bank = torch.from_numpy(np.load(finished / "features.npy"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from odc.clusters import Clusters
+from odc.clusters import Clustering
 from odc.data.images import ImageSet, Names
 from odc.outputs import gallery
 from tests.runs import SMALL, run_main
@@ -19,14 +19,14 @@ def some_clusters(N=400, K=20, seed=0):
     labels = torch.randint(K - 1, (N,), generator=generator) ** 2 // (K - 1)
     similarity = torch.rand(N, generator=generator)
     classes = torch.randint(5, (N,), generator=generator)
-    return Clusters(labels, similarity, torch.zeros(K, 2), torch.zeros(N, 2)), classes
+    return Clustering(labels, similarity, torch.zeros(K, 2), torch.zeros(N, 2)), classes
 
 
 def of_labels(labels, K):
     """Clusters with all similarities 1."""
     labels = torch.as_tensor(labels)
     N = len(labels)
-    return Clusters(labels, torch.ones(N), torch.zeros(K, 2), torch.zeros(N, 2))
+    return Clustering(labels, torch.ones(N), torch.zeros(K, 2), torch.zeros(N, 2))
 
 
 @pytest.mark.parametrize("unreadable", [(), {3, 77, 200, 201}])
@@ -83,7 +83,7 @@ def test_a_row_shows_the_images_closest_to_the_centroid_first():
     dataset = ImageSet("folder", "train", "nowhere", pixels=pixels)
     similarity = torch.rand(N, generator=torch.Generator().manual_seed(0))
     labels = (torch.arange(N) >= 20).long()  # 20 images and 10
-    clusters = Clusters(labels, similarity, torch.zeros(2, 2), torch.zeros(N, 2))
+    clusters = Clustering(labels, similarity, torch.zeros(2, 2), torch.zeros(N, 2))
     unreadable = {int(similarity[:20].argmax())}
     sheet = gallery.draw(dataset, clusters, unreadable, "a title")
     first_row = gallery.MARGIN + gallery.HEADING + gallery.MARGIN // 2 + gallery.HEADING
