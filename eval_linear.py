@@ -205,7 +205,7 @@ def restore(args, network, protocols, classifiers, optimizer):
     progress = Progress(**saved["progress"])
     network.unreadable = progress.unreadable
     print_main(f"{path} holds the finished run." if progress.epoch == protocols[0].epochs else
-               f"Continuing {path} at epoch {progress.epoch + 1}, step {progress.step + 1}.")
+               f"Continuing {path} in epoch {progress.epoch + 1} after step {progress.step}.")
     return progress
 
 

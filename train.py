@@ -45,7 +45,7 @@ class Progress:
     epoch: int = 0  # epochs that are done
     step: int = 0  # steps that are done of the epoch after them
     global_step: int = 0  # steps of all epochs
-    reclustered_at: int = 0  # `epoch` when `recluster` last ran
+    reclustered_at: int = 0  # `epoch` when all images were last clustered; 0: at the start
     failed: list = field(default_factory=list)  # images that could not be read, ascending
     interval: dict = field(default_factory=lambda: dict(  # sums since the last line of the log
         steps=0, loss=0.0, change_ratio=0.0, splits=0))
@@ -65,7 +65,10 @@ class State:
 
 
 def train_epoch(args, state, model, dataset, log, autocast):
-    """One epoch of the paper's iteration, from step progress.step on."""
+    """One epoch of the paper's iteration, from step progress.step on.
+
+    model: state.network, as it is or wrapped by DDP or torch.compile.
+    """
     memory, optimizer, progress = state.memory, state.optimizer, state.progress
     epoch, device, began, timed = progress.epoch, memory.labels.device, time.monotonic(), 0
     steps = steps_per_epoch(len(dataset), args.batch_size)
@@ -87,7 +90,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
         images = images.contiguous(memory_format=torch.channels_last)  # [B, 3, S, S]
         labels = memory.labels[batch.indices.to(device, non_blocking=True)]  # [B]
 
-        # 1. Features z [B, d], and logits [B, K] of the clusters that the head sees in them.
+        # 1. Features z [B, d] and logits [B, K], one for each cluster.
         with autocast:
             z, logits = model(images)
         # 2. Classify into the clusters as they were before this step.
@@ -131,7 +134,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
         if stop or (step + 1 < steps and progress.global_step % args.checkpoint_interval == 0):
             save(args, state, dataset, log)
         if stop:
-            raise Interrupted(f"Stopped after epoch {epoch + 1}, step {step + 1}, as a signal "
+            raise Interrupted(f"Stopped in epoch {epoch + 1} after step {step + 1}, as a signal "
                               "asked; the same command continues.")
     bar.close()
 
@@ -184,7 +187,7 @@ def cluster_everything(args, state, dataset, autocast):
 
 
 def recluster(args, state, dataset):
-    """Both memories again, from all unaugmented images: k-means continues, the head stays."""
+    """Both memories from all unaugmented images again; the head stays. Ours, not in the paper."""
     clustering = current_clustering(args, state, dataset)
     state.memory.initialize(clustering.features, clustering.labels)
     state.progress.reclustered_at = state.progress.epoch
@@ -231,7 +234,7 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
 def write_results(args, state, dataset, log):
     """Cluster all images by the current network, and write what people and programs read."""
     output, clustering = Path(args.output), current_clustering(args, state, dataset)
-    if state.assigner is None:  # not logged yet
+    if state.assigner is None:  # trained since the last call: this clustering is not logged yet
         silhouette = metrics.mean_silhouette(
             clustering.features, clustering.labels, clustering.centroids)
         log_measures(log, state.progress, clustering.labels, dataset,
@@ -261,7 +264,7 @@ def knn_accuracy(args, state, dataset, held_out, autocast):
 def log_measures(log, progress, labels, dataset, when, record):
     """Log a record, and how well labels [N] of clusters agree with the true classes."""
     if dataset.labels is not None:
-        measures, line = metrics.agreement(labels.cpu(), dataset.labels)
+        measures, line = metrics.agreement(labels.cpu(), dataset.labels)  # clusters, classes
         record = {**measures, **record}
         print_main(f"{when}: {line}")
     if "knn_accuracy" in record:
@@ -279,7 +282,7 @@ def save(args, state, dataset, log):
                             "is from before that. Start again with a lower --lr or --amp off, in "
                             "another --output.")
     checkpoint.save_run(path, dict(
-        program="odc train", settings=vars(args),
+        program=checkpoint.PROGRAM, settings=vars(args),
         global_batch=args.batch_size * distributed.world_size(),
         data=dict(num_images=len(dataset), fingerprint=dataset.fingerprint),
         arch=args.arch, small_stem=network.backbone.small_stem,
@@ -308,7 +311,8 @@ def restore(args, state, saved, dataset):
     progress.step = steps_per_epoch(len(dataset), args.batch_size)
     if done < len(dataset):
         progress.step = round(done / (args.batch_size * distributed.world_size()))
-    print_main(f"Continuing {args.output} at epoch {progress.epoch + 1}, step {progress.step}.")
+    print_main(f"Continuing {args.output} in epoch {progress.epoch + 1} after step "
+               f"{progress.step}.")
 
 
 def main(arguments=None):

@@ -59,13 +59,13 @@ def make_parser():
 
 
 def load_run(path):
-    """The checkpoint of a finished run, a dict. Raises UserError for any other path."""
+    """The checkpoint of a run with final clusters, a dict. UserError for any other path."""
     if not os.path.isfile(path):
         raise UserError(f"--checkpoint {path}: there is no such file; give the checkpoint.pth that "
                         "train.py wrote.")
     state = checkpoint.load(path)
-    if state.get("program") != "odc train":
-        raise UserError(f"--checkpoint {path}: is not a checkpoint of train.py.")
+    if state.get("program") != checkpoint.PROGRAM:
+        raise UserError(f"--checkpoint {path}: is not a checkpoint of this version of train.py.")
     if state["assigner"] is None:
         raise UserError(f"--checkpoint {path}: the run has not come to its end and has no final "
                         "clusters; run its command again, with --export-only for them as it is.")

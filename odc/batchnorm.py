@@ -80,6 +80,6 @@ def synchronise(module):
 
 
 def share_statistics(network):
-    """Give all processes process 0's running statistics, by which an epoch is measured."""
+    """Copy process 0's running statistics to all: they measure and save the same network."""
     for buffer in network.buffers():
         distributed.broadcast(buffer)

@@ -47,6 +47,7 @@ def cluster_images(network, dataset, labels, num_clusters, min_cluster_size, ima
     estimate_statistics(neck, pooled, len(dataset))
     features = torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])  # [n, d]
     del pooled
+    # A memory of its own, for its splits. Splits of the last round are not used.
     memory = ODCMemory(len(dataset), features.shape[1], num_clusters,
                        min_cluster_size=min_cluster_size, device=labels.device)
     memory.initialize(features, labels)

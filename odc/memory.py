@@ -2,14 +2,15 @@
 
 The samples memory holds a moving feature F_i and a pseudo-label y_i for every image i. The
 centroids memory holds the mean feature C_c of every cluster c. N_c is the number of images in
-cluster c, and m the momentum.
+cluster c. The momentum m is the share of the new feature: F_i <- m z_i + (1 - m) F_i, normalised.
 
 Features are split over the processes: each holds the contiguous rows `rows` of all N. Labels,
-centroids and cluster sizes are the same on every process. Every method but `loss_weights` is a
-collective: all processes call it with the same arguments.
+centroids and cluster sizes are the same on every process. All processes call `initialize`,
+`update_samples`, `update_centroids` and `split_small_clusters` together, with the same arguments,
+but for the features [n, d] of `initialize`.
 
-Lists of images are ascending int64 tensors on the CPU. So their lengths are known without waiting
-for a GPU, and the images of one process are neighbours in them.
+`images` are indices of images: ascending int64 tensors on the CPU. So their lengths are known
+without waiting for a GPU, and the images of one process are neighbours in them.
 """
 
 import torch
@@ -38,6 +39,7 @@ class ODCMemory:
         self.centroids = torch.zeros(num_clusters, dim, device=device)
         self.cluster_sizes = torch.zeros(num_clusters, dtype=torch.int64, device=device)
         self.sums = ClusterSums(num_clusters, dim, num_images, device)
+        self.best_centroid = None  # the search among the centroids, made by _set_centroids
 
     def initialize(self, features, labels):
         """Start from clustered images (paper, before the first iteration).
@@ -78,8 +80,8 @@ class ODCMemory:
     def _relabel(self, images, labels, own, before, features):
         """Set y of some images, each once, and keep sizes and sums in step.
 
-        before, features: of the images `own`, as they were and as they are. Returns how many labels
-        changed, 0-dim.
+        before, features: the old and the new features of images[own], which this process holds.
+        Returns how many labels changed, 0-dim.
         """
         images = self._to_device(images)
         old_labels, self.labels[images] = self.labels[images], labels
@@ -170,7 +172,7 @@ class ODCMemory:
     # --- rows of this process, and of the others -------------------------------------------------
 
     def _own(self, images):
-        """Which of ascending images this process holds: a slice, and their rows, on the device."""
+        """The part of `images` that this process holds: a slice of them, and their rows."""
         bounds = torch.tensor([self.rows.start, self.rows.stop])
         own = slice(*torch.searchsorted(images, bounds).tolist())
         return own, self._to_device(images[own] - self.rows.start)

@@ -126,11 +126,11 @@ def parse(arguments=None):
 
 
 def follow_data(args, given, dataset, saved, device):
-    """Set what was not given on the command line from the data; print what and why.
+    """Set what was not given: from the checkpoint, the demonstration or the data.
 
-    A run that continues keeps the settings of its checkpoint. --recipe and sets of SMALL_SET images
-    or more keep the published settings. Raises UserError if the processes have different arguments
-    or see different checkpoints. A collective.
+    Settings that follow from the data are printed, with the reason. --recipe and sets of SMALL_SET
+    images or more keep the published settings. Raises UserError if the processes have different
+    arguments or see different checkpoints. A collective.
     """
     own = {"data", "output", "workers"}  # of a machine
     arguments = {name: value for name, value in vars(args).items() if name not in own}
@@ -176,7 +176,9 @@ def follow_small_set(args, given, dataset, device):
             print_main(f"  --{name.replace('_', '-')} {shown}: {reason}")
         return getattr(args, name)
 
-    side, largest = dataset.typical_side(), 64 if device.type == "cpu" else 224
+    # Process 0's: another machine may fail to read one of the files that are measured.
+    side = int(distributed.broadcast(torch.tensor(dataset.typical_side())))
+    largest = 64 if device.type == "cpu" else 224
     size = choose("image_size", max(24, min(side, largest)) // 4 * 4,
                   f"the images have about {side} pixels"
                   + (f", a {device.type.upper()} takes {largest}" if side > largest else ""))
@@ -193,7 +195,7 @@ def follow_small_set(args, given, dataset, device):
     every = max(1, min(round(60_000 / N), epochs // 4))
     choose("offline_epochs", every, "the network first learns the clusters of the pixels")
     choose("recluster_interval", every, "the memories start anew from all images")
-    choose("memory_momentum", 0.1, "re-clustering keeps the memory fresh")
+    choose("memory_momentum", 0.1, "a tenth of each new feature; re-clustering renews all")
     choose("crop_scale", 0.5, "at least half of an image")
     choose("jitter", [0.8, 0.8, 0.8, 0.2], "SimCLR's: pixels depend on brightness and contrast")
     if not distributed.any_process(coarse_dtype(device) != torch.bfloat16):
@@ -249,6 +251,6 @@ def check(args, dataset, saved, device):
                         f"{args.data} has {N}, or other names or another order: the memory's rows "
                         "belong to images; restore the images, or choose another --output.")
     epochs = saved["settings"]["epochs"]
-    if args.lr_schedule == "cosine" and args.epochs != epochs:
+    if args.lr_schedule == "cosine" and args.epochs != epochs and not args.export_only:
         print_main(f"--epochs {args.epochs}: the run was set for {epochs}. The cosine schedule "
                    "follows the new number, so the learning rate jumps here.")

@@ -194,7 +194,7 @@ def test_another_number_of_processes_within_an_epoch(folder, tmp_path, monkeypat
     monkeypatch.setattr(train, "check_step", check_and_stop)
     assert run_main(*arguments) == 128 + signal.SIGTERM
     result = run_script("train.py", *arguments, processes=2)
-    assert result.returncode == 0 and "at epoch 1, step 2." in result.stdout
+    assert result.returncode == 0 and "in epoch 1 after step 2." in result.stdout
     steps = [record["step"] for record in log_of(tmp_path) if "loss" in record]
     assert steps == [1, 2, 3, 4, 5, 6, 7]
 

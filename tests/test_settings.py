@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from odc import settings
+from odc import distributed, settings
 from odc.data.images import ImageSet
 from odc.data.layouts import open_dataset
+from tests.processes import run_processes
 from tests.runs import SMALL, assert_same_run, log_of, run_main, state_of
 
 CPU = torch.device("cpu")
@@ -79,6 +80,17 @@ def test_a_run_continues_with_its_settings():
                  progress={}, log_position=0)
     args = chosen(["--data", "there", "--epochs", "9"], made_up(6000), saved)
     assert (args.data, args.lr, args.epochs, args.num_clusters) == ("there", 0.5, 9, 150)
+
+
+def image_size_where_one_process_measures_other_images():
+    images = made_up(100)
+    images.typical_side = lambda: (32, 48)[distributed.rank()]
+    return chosen(["--data", "somewhere"], images).image_size
+
+
+def test_processes_agree_on_the_size_of_images():
+    """Files are measured. A machine that cannot read some of them would measure others."""
+    assert run_processes(image_size_where_one_process_measures_other_images, 2) == [32, 32]
 
 
 def test_images_of_files_are_measured(folder):

@@ -206,7 +206,7 @@ def test_a_truncated_checkpoint(folder, finished, tmp_path, capsys):
     whole = (finished / "checkpoint.pth").read_bytes()
     (tmp_path / "checkpoint.pth").write_bytes(whole[: len(whole) // 2])
     code = run_main("--data", folder, "--output", tmp_path, *SMALL)
-    assert_one_sentence(capsys, code, tmp_path / "checkpoint.pth", "not a complete checkpoint")
+    assert_one_sentence(capsys, code, tmp_path / "checkpoint.pth", "cannot be read as a checkpoint")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_path, capsys):
@@ -239,7 +239,7 @@ def test_a_checkpoint_of_another_program(folder, finished, tmp_path, capsys):
     state = checkpoint.load(finished / "checkpoint.pth")
     checkpoint.save(tmp_path / "checkpoint.pth", {**state, "program": "another"})
     code = run_main("--data", folder, "--output", tmp_path, *SMALL)
-    assert_one_sentence(capsys, code, tmp_path / "checkpoint.pth", "not a checkpoint of train.py")
+    assert_one_sentence(capsys, code, tmp_path / "checkpoint.pth", "not a checkpoint of this version")
 
 
 def test_images_that_break_while_the_run_trains(folder, tmp_path, capsys, monkeypatch):

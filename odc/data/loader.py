@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """B rows of this process."""
 
     images: torch.Tensor  # uint8 [B, 3, S, S], cropped and flipped
-    draws: torch.Tensor  # float32 [B, 16], a Draw for each row; [B, 0] in an evaluation
+    draws: torch.Tensor  # float32 [B, 16], rows of augmentation.Draw; [B, 0] in an evaluation
     indices: torch.Tensor  # int64 [B], the image of each row
     failed: torch.Tensor  # int64 [B], -1, or the unreadable image for which another one stands in
 
@@ -131,7 +131,7 @@ class BatchLoader(torch.utils.data.DataLoader):
                          multiprocessing_context=context)
 
     def __iter__(self):
-        images = self.dataset.images
+        images = self.dataset.image_set
         # Workers inherit the blocked signals; the training process gets them, too, and decides.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if self.num_workers else ())
         try:
@@ -169,7 +169,7 @@ class BatchLoader(torch.utils.data.DataLoader):
 class _Batches(torch.utils.data.Dataset):
     """Item t is step t's Batch, as a loader worker makes it."""
 
-    images: ImageSet
+    image_set: ImageSet
     order: torch.Tensor  # int64 [M], the image at each position of the epoch
     positions: list  # for each step, the positions of this process's rows
     seeds: tuple | None = None  # (seed, epoch)
@@ -209,11 +209,11 @@ class _Batches(torch.utils.data.Dataset):
         others = None
         for _ in range(TRIES):
             try:
-                return self.images.load(index), index
+                return self.image_set.load(index), index
             except BadImage as error:
                 reasons[index] = str(error)
             others = others or random.Random(_hash("another image", self.seeds, position))
-            index = int(others.random() * len(self.images))
+            index = int(others.random() * len(self.image_set))
         return None, index
 
 

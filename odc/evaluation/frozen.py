@@ -1,4 +1,4 @@
-"""What the evaluation scripts begin with: a frozen backbone, and a labelled train and val split."""
+"""Arguments and set-up that the evaluation scripts share: a frozen backbone, and two splits."""
 
 import itertools
 import os

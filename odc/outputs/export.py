@@ -1,4 +1,4 @@
-"""The files of a run that other programs read: backbone.pth, clusters.csv and the arrays.
+"""The files of a finished run: backbone, table, arrays, picture and page.
 
 Only the main process writes, and every file is whole or not there.
 """

@@ -22,6 +22,8 @@ from odc import distributed
 from odc.errors import UserError
 from odc.runtime import program
 
+PROGRAM = "odc train 2"  # who wrote a checkpoint of a run, and the version of what is in it
+
 
 def write_atomically(path, write):
     """Call write(file) with a binary file, and move it to path then: all of it or nothing.
@@ -72,8 +74,8 @@ def load(path):
         raise UserError(f"{path}: is missing; {remedy}") from None
     except (zipfile.BadZipFile, EOFError, RuntimeError, UnpicklingError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read, as it is not a complete checkpoint (truncated, "
-                        f"damaged, or another program's file: {reason}); {remedy}") from None
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}). If it is truncated, "
+                        f"damaged or another program's file, {remedy}") from None
 
 
 def open_run(output):
@@ -86,8 +88,9 @@ def open_run(output):
             path.unlink()
     path = output / "checkpoint.pth"
     saved = load(path) if path.exists() else None
-    if saved and saved.get("program") != "odc train":
-        raise UserError(f"{path} is not a checkpoint of train.py; choose another --output.")
+    if saved and saved.get("program") != PROGRAM:
+        raise UserError(f"{path} is not a checkpoint of this version of train.py; choose another "
+                        "--output.")
     return saved
 
 
