@@ -1,4 +1,4 @@
-"""The best centroid of every row: exact, by a half-precision product.
+"""The best centroid of every row: exact, though half precision does most of it.
 
 1. `odc.products` gives a coarse score of every row with every centroid. A centroid whose score lies
    below the row's best by more than twice the bound cannot be the best one. Scores are first
