@@ -5,9 +5,12 @@ import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
-# A script's background jobs ignore SIGINT, and so would all that the tests start.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A script's background jobs ignore SIGINT, those of nohup SIGHUP, and so would all that the tests
+# start.
+for number, handler in ((signal.SIGINT, signal.default_int_handler),
+                        (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

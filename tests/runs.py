@@ -19,8 +19,7 @@ SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min
 
 def run_main(*arguments):
     """train.main in this process: exit code."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in program.SIGNALS}
     try:
         with pytest.raises(SystemExit) as stopped:
             program.run_program(train.main, list(map(str, arguments)))

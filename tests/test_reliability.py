@@ -213,7 +213,7 @@ def restores_the_memory(output):
 # --- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", program.SIGNALS)
 @pytest.mark.parametrize("phase", ["extract", "kmeans", "save"])
 def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number):
     """In a step: test_train.test_a_signal_saves_and_stops."""
@@ -390,6 +390,25 @@ def train_with_another_rate_on_one_process(folder, output):
 def test_processes_with_different_arguments(folder, tmp_path):
     said = run_processes(train_with_another_rate_on_one_process, 2, folder, tmp_path)
     assert all("different arguments" in words for words in said)
+
+
+def train_on_other_images_in_one_process(folder, others, output):
+    data = others if distributed.rank() else folder
+    try:
+        train.main(["--data", str(data), "--output", str(output), "--device", "cpu"])
+    except UserError as error:
+        return str(error)
+
+
+def test_processes_with_different_images(folder, tmp_path):
+    """Folders of equal size and other names, as on machines with copies of their own."""
+    others = tmp_path / "others"
+    shutil.copytree(folder, others)
+    image = min(path for path in others.rglob("*") if path.is_file())
+    image.rename(image.with_stem("renamed"))
+    said = run_processes(train_on_other_images_in_one_process, 2, folder, others, tmp_path / "out",
+                         timeout=120)
+    assert all("the processes see different images" in words for words in said)
 
 
 def train_where_one_process_sees_no_checkpoint(folder, empty, held):
