@@ -9,6 +9,7 @@ for their class with weight exp(s / 0.07).
 """
 
 from odc import distributed
+from odc.data.loader import readable
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.evaluation import frozen, tables
@@ -22,8 +23,8 @@ def make_parser():
     parser = Parser(__doc__.splitlines()[0])
     frozen.add_arguments(parser, batch_size=128)
     add = parser.add_argument_group("nearest neighbours").add_argument
-    add("--k", metavar="K", type=whole(1), nargs="+", default=[10, 20, 100, 200],
-        help="numbers of neighbours that vote")
+    add("--k", metavar="K", type=whole(1), nargs="+", help="numbers of neighbours that vote "
+        "(default: 10 20 100 200, as far as there are so many training images)")
     add("--temperature", metavar="T", type=number(0, above=True), default=0.07,
         help="a neighbour of cosine similarity s weighs exp(s / T)")
     return parser
@@ -36,6 +37,7 @@ def main():
     if train.labels is None:
         raise UserError(f"{train.name} has several classes an image, and neighbours vote for one: "
                         "use eval_svm.py.")
+    args.k = args.k or [k for k in (10, 20, 100, 200) if k <= len(train)] or [1]
     if max(args.k) > len(train):
         raise UserError(f"--k {max(args.k)}: the bank has only {len(train)} images, in "
                         f"{train.root}; choose less.")
@@ -47,15 +49,17 @@ def main():
                        network.backbone.out_channels[-1], network.device, args.batch_size,
                        network.workers, cache, name)
 
-    bank = features(train, "bank")
+    bank, own = features(train, "bank"), distributed.shard(len(train))
+    in_bank = readable(train)[own]
+    bank, labels = bank[in_bank.to(bank.device)], train.labels[own][in_bank]
     queries = distributed.all_gather_uneven_rows(features(val, "queries"))
-    readable = network.readable()
+    judged = network.readable()
     print_main(f"voting: {len(val):,} queries, k = {', '.join(map(str, args.k))}")
-    predictions = knn_predict(queries, bank, train.labels[distributed.shard(len(train))],
-                              len(train.classes), sorted(set(args.k)), args.temperature)
+    predictions = knn_predict(queries, bank, labels, len(train.classes), sorted(set(args.k)),
+                              args.temperature)
     results = {}
     for k in args.k:
-        hits = (predictions[k].cpu() == val.labels[:, None])[readable].double()
+        hits = (predictions[k].cpu() == val.labels[:, None])[judged].double()
         results[f"k={k}"] = dict(top1=100 * float(hits[:, 0].mean()),
                                  top5=100 * float(hits.sum(1).mean()))
 
@@ -67,10 +71,10 @@ def main():
     rows = {f"{network.label(args)}, top-{n}": {k: r[f"top{n}"] for k, r in results.items()}
             for n in (1, 5)}
     title = "ImageNet" if published else train.name
-    tables.show(f"{title} nearest neighbour (%), {protocol}", list(results), rows, published)
     tables.write_json(args.output, dict(
         script="eval_knn", protocol=protocol, temperature=args.temperature,
         **network.description(), results=results, published=tables.published_rows(published)))
+    tables.show(f"{title} nearest neighbour (%), {protocol}", list(results), rows, published)
 
 
 if __name__ == "__main__":

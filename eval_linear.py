@@ -254,6 +254,11 @@ def main():
     title = f"{network.train.name} {'fine-tuning' if fine_tuning else 'linear'}"
     if published:
         title = published.title.removesuffix(" (top-1)")
+    tables.write_json(args.output, dict(
+        script="eval_linear", protocol=name, settings=asdict(protocol), not_the_recipes=changed,
+        settings_of_avgpool=asdict(protocols[1]) if len(protocols) > 1 else None,
+        **network.description(), results=results, history=progress.history,
+        published=tables.published_rows(published)))
     row = network.label(args)
     tables.show(f"{title} (%), protocol {name}", classifiers.columns, {
         f"{row}, top-1": {column: result["top1"] for column, result in results.items()},
@@ -265,11 +270,6 @@ def main():
     if published and fine_tuning:
         print_main("Each published row is the best of nine runs, --lr 0.001, 0.01, 0.1 with "
                    "--head-lr 1, 10, 100; this is one.")
-    tables.write_json(args.output, dict(
-        script="eval_linear", protocol=name, settings=asdict(protocol), not_the_recipes=changed,
-        settings_of_avgpool=asdict(protocols[1]) if len(protocols) > 1 else None,
-        **network.description(), results=results, history=progress.history,
-        published=tables.published_rows(published)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 
 from odc import distributed
 from odc.data.augmentation import evaluation_transform, resize_exact
+from odc.data.loader import readable
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.evaluation import frozen, tables, voc
@@ -145,6 +146,9 @@ def main():
     print_main(f"protocol {protocol}: {count:,} train images, {drawn} low-shot samples")
     train, val = features(train_set, train_images, "train"), features(val_set, val_images, "val")
     val_targets[~network.readable()] = 0  # as difficult ones, they do not count
+    kept = readable(train_set)[train_images]
+    train, targets = [rows[kept] for rows in train], targets[kept]
+    samples = {k: [sample[kept] for sample in of_k] for k, of_k in samples.items()}
 
     full = {}
     for i, train_rows, val_rows in zip(chosen, train, val):
@@ -170,8 +174,6 @@ def main():
             and tables.VOC07_SVM.is_comparable(train_set, val_set, network.backbone,
                                                network.image_size)):
         published = tables.VOC07_SVM
-    tables.show(f"{protocol} on {train_set.name} (mAP, %)", list(row), {network.label(args): row},
-                published)
     tables.write_json(args.output, dict(
         script="eval_svm", protocol=protocol, **network.description(), train_images_used=count,
         seed=args.seed, low_shot_samples=args.low_shot_targets or "drawn", results=row,
@@ -183,6 +185,8 @@ def main():
                                    standard_deviation=100 * r.deviation, cost=r.cost,
                                    unconverged=r.unconverged) for r in shots},
         published=tables.published_rows(published)))
+    tables.show(f"{protocol} on {train_set.name} (mAP, %)", list(row), {network.label(args): row},
+                published)
 
 
 if __name__ == "__main__":

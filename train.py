@@ -203,7 +203,7 @@ def current_clustering(args, state, dataset):
 
 
 def end_epoch(args, state, dataset, held_out, log, autocast):
-    """Measure and save after an epoch; keep copies and draw pictures at their intervals."""
+    """Measure and save after an epoch; keep copies at their interval."""
     progress, memory, output = state.progress, state.memory, Path(args.output)
     epoch, record = progress.epoch + 1, {}
     share_statistics(state.network)
@@ -218,9 +218,6 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
     record["nmi_previous"] = metrics.nmi(memory.labels.cpu(), state.labels_before)
     state.labels_before = memory.labels.cpu().clone()
     log_measures(log, progress, memory.labels, dataset, f"epoch {epoch}", record)
-    if is_due(args.gallery_interval, epoch) and epoch < args.epochs:
-        save(args, state, dataset, log)  # a signal may come in the middle
-        write_results(args, state, dataset, log)
     with distributed.together():
         if distributed.is_main():
             if is_due(args.save_interval, epoch):
@@ -244,20 +241,18 @@ def write_results(args, state, dataset, log):
     with distributed.together():
         if distributed.is_main():
             clustering.features = np.load(output / "features.npy", mmap_mode="r")
-            export.save_all(output, state.network.backbone, dataset, clustering,
-                            state.progress, args)
+            export.save_all(args, state.network.backbone, dataset, clustering, state.progress)
 
 
 def is_due(interval, epoch):
     """True if something that happens every `interval` epochs (0: never) happens after this one."""
-    return interval > 0 and epoch % interval == 0
+    return interval > 0 and epoch > 0 and epoch % interval == 0
 
 
 def knn_accuracy(args, state, dataset, held_out, autocast):
     """Nearest-neighbour accuracy of the backbone on held-out images, in 0..1."""
-    backbone = state.network.eval().backbone
     with autocast:
-        return knn.knn_accuracy(backbone, dataset, held_out, args.image_size,
+        return knn.knn_accuracy(state.network.eval().backbone, dataset, held_out, args.image_size,
                                 state.memory.labels.device, args.batch_size, args.workers)
 
 
@@ -273,9 +268,10 @@ def log_measures(log, progress, labels, dataset, when, record):
         log.write(epoch=progress.epoch, step=progress.global_step, **record)
 
 
-def save(args, state, dataset, log):
-    """Write the checkpoint. A collective."""
+def save(args, state, dataset, log, **kept):
+    """Write the checkpoint. kept: parts of it that stay as they were. A collective."""
     path, network, progress = Path(args.output, "checkpoint.pth"), state.network, state.progress
+    progress.interval["change_ratio"] = float(progress.interval["change_ratio"])  # off the device
     with distributed.together():
         if not all(torch.isfinite(value).all() for value in network.parameters()):
             raise UserError(f"The weights are not finite after step {progress.global_step}; {path} "
@@ -291,7 +287,7 @@ def save(args, state, dataset, log):
         scaler=state.scaler.state_dict(), memory=state.memory.state_dict(),
         labels_before=state.labels_before, assigner=state.assigner, progress=asdict(progress),
         log_position=log.position(),
-    ), state.memory.features, len(dataset))
+    ) | kept, state.memory.features, len(dataset))
 
 
 def restore(args, state, saved, dataset):
@@ -311,8 +307,8 @@ def restore(args, state, saved, dataset):
     progress.step = steps_per_epoch(len(dataset), args.batch_size)
     if done < len(dataset):
         progress.step = round(done / (args.batch_size * distributed.world_size()))
-    print_main(f"Continuing {args.output} in epoch {progress.epoch + 1} after step "
-               f"{progress.step}.")
+    print_main(f"{args.output} holds the finished run." if progress.epoch >= args.epochs else
+               f"Continuing {args.output} in epoch {progress.epoch + 1} after step {progress.step}")
 
 
 def main(arguments=None):
@@ -365,6 +361,9 @@ def main(arguments=None):
             record["knn_accuracy"] = knn_accuracy(args, state, dataset, held_out, autocast)
         log_measures(log, state.progress, memory.labels, dataset, "initial k-means", record)
         save(args, state, dataset, log)
+    # After --export-only the run may go on as if nothing had happened.
+    parts = ("settings", "global_batch", "progress") if args.export_only else ()
+    kept = {name: saved[name] for name in parts}
     del saved
 
     # Gradients are averaged over the processes.
@@ -383,6 +382,9 @@ def main(arguments=None):
     model = torch.compile(model) if args.compile else model
 
     while (epoch := state.progress.epoch) < args.epochs and not args.export_only:
+        if is_due(args.gallery_interval, epoch) and state.progress.step == 0 and not state.assigner:
+            write_results(args, state, dataset, log)
+            save(args, state, dataset, log)
         due = is_due(args.recluster_interval, epoch) or epoch == args.offline_epochs
         if due and state.progress.reclustered_at != epoch:
             recluster(args, state, dataset)
@@ -390,7 +392,7 @@ def main(arguments=None):
         train_epoch(args, state, model, dataset, log, autocast)
         end_epoch(args, state, dataset, held_out, log, autocast)
     write_results(args, state, dataset, log)
-    save(args, state, dataset, log)
+    save(args, state, dataset, log, **kept)
     print_main(f"Done: backbone.pth, clusters.csv, clusters.png and report.html are in {output}.")
 
 

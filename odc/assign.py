@@ -104,7 +104,7 @@ def load_vectors(path, num_images):
         vectors = torch.from_numpy(np.load(path, mmap_mode="c"))
         if len(vectors) != num_images:
             raise ValueError(f"{len(vectors)} vectors for {num_images} images")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: the run's vectors are missing or damaged ({error}); run its "
                         "command again, with --export-only.") from None
     return vectors
@@ -112,11 +112,20 @@ def load_vectors(path, num_images):
 
 def check_outputs(args):
     """Raise UserError now for what could not be written after the work."""
-    for name in ("output", "features", "folders"):
-        path = getattr(args, name)
-        if path and not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+    paths = {name: path for name in ("output", "features", "folders")
+             if (path := getattr(args, name)) is not None}
+    for name, path in paths.items():
+        is_file = not os.path.exists(path) or os.path.isfile(path)  # or will be
+        if not os.path.basename(path.rstrip("/")) or (name != "folders" and not is_file):
+            raise UserError(f"--{name} {path}: is no name of a file; choose another.")
+        if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
             raise UserError(f"--{name} {path}: its folder is missing or not writable; choose "
                             "another.")
+    if len({os.path.realpath(path) for path in paths.values()}) < len(paths):
+        raise UserError(f"--output {args.output}: another result has the same name; choose "
+                        "different ones.")
+    if args.copy and not args.folders:
+        raise UserError("--copy: there are no --folders to copy into; name them, or leave it out.")
     if args.folders and os.path.exists(args.folders):
         raise UserError(f"--folders {args.folders}: is there already; choose a new folder.")
 
@@ -162,9 +171,10 @@ def main(arguments=None):
                                args.background or state["settings"].get("background"))
         if args.neighbours:
             train = open_training_images(state, args.train_data)
-            if args.neighbours > len(train):
-                raise UserError(f"--neighbours {args.neighbours}: the run has only {len(train)} "
-                                "images.")
+            failed = state["progress"]["failed"]  # their vectors are those of other images
+            if args.neighbours > len(train) - len(failed):
+                raise UserError(f"--neighbours {args.neighbours}: the run has only "
+                                f"{len(train) - len(failed)} images.")
             vectors = load_vectors(args.checkpoint, len(train))
         check_outputs(args)
     check_same_images(dataset, *([train] if train else []))
@@ -184,9 +194,10 @@ def main(arguments=None):
         distributed.all_gather_uneven_rows(part).cpu() for part in (labels, similarity, features))
     neighbours = None
     if train:
-        rows = distributed.shard(len(train))
-        scores, found = nearest_neighbours(features.to(device), vectors[rows].to(device),
-                                           torch.arange(len(train))[rows], args.neighbours)
+        rows = torch.arange(len(train))[distributed.shard(len(train))]
+        rows = rows[~torch.isin(rows, torch.tensor(failed, dtype=torch.int64))]
+        scores, found = nearest_neighbours(
+            features.to(device), vectors[rows].to(device), rows, args.neighbours)
         neighbours = train, found.cpu(), scores.cpu()
     unreadable = set(gather_unreadable(dataset))
     with distributed.together():

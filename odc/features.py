@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 
 import numpy as np
 import torch
@@ -90,7 +91,9 @@ def save_rows(path, features, num_rows, option):
     features: [n, d] of this process; in rank order they make up all num_rows. The processes write
     in turn. option: what an error message names. Raises UserError.
     """
-    partial = f"{path}.partial"
+    # Two runs may write the same file at once. The one that ends last wins.
+    run = int(distributed.broadcast(torch.tensor(secrets.randbits(62))))
+    partial = f"{path}.{run:016x}.partial"
     try:
         for turn in range(distributed.world_size()):
             with distributed.together():

@@ -56,7 +56,8 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
     features: [n, d] float, unit rows of this process; in rank order they make up all N.
     initial_centroids: [K, d]; by default K distinct rows, drawn from the seed.
     Returns labels int64 [n] of these rows, and the centroids float32 [K, d] to which they are
-    nearest, on any number of processes the same. No cluster is empty. Stops once no label changes.
+    nearest, on any number of processes the same. No cluster is empty: an empty one takes half of
+    the largest, so equal rows may lie in several clusters. Stops once no label changes.
     Raises UserError if K > N or a feature is not finite, Interrupted on a signal. A collective.
     """
     K = num_clusters
@@ -65,7 +66,7 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
     if not 1 <= K <= num_rows:
         raise UserError(f"--num-clusters {K}: there are {num_rows} images to cluster; choose "
                         f"between 1 and {num_rows}.")
-    if distributed.any_process(not torch.isfinite(features.sum())):
+    if distributed.any_process(not features.sum(dtype=torch.float32).isfinite()):
         raise UserError("The features to cluster are not finite: start from other weights.")
     centroids = initial_centroids
     if centroids is None:

@@ -5,8 +5,9 @@
    reduced to the maximum of each GROUP of centroids: one pass finds the few groups that matter.
 2. The centroids that remain, usually one a row, are compared in double precision.
 
-So the answer depends on the row and the centroids alone, not on blocks, processes or threads. A
-GPU compares up to 4,096 rows with all centroids in double precision, without the first step.
+So the answer depends on the row and the centroids alone, not on blocks, processes or threads, but
+where two scores differ by the rounding of double precision alone. A GPU compares up to 4,096 rows
+with all centroids in double precision, without the first step.
 """
 
 import torch

@@ -28,8 +28,7 @@ DEMO = dict(arch="narrow", image_size=32, epochs=20, batch_size=32, lr=0.06, lr_
 SMALL_SET = 200_000  # fewer images than this: settings that follow the data
 
 # Settings of one start, which a continued run does not take from its checkpoint.
-PER_START = {"data", "output", "workers", "device", "weights", "compile", "tensorboard",
-             "export_only", "recipe"}
+PER_START = {"data", "output", "workers", "device", "compile", "tensorboard", "export_only"}
 # Settings that may differ when a run is continued.
 MAY_DIFFER = PER_START | {"epochs", "batch_size", "log_interval", "save_interval",
                           "checkpoint_interval", "gallery_interval", "knn_interval"}
@@ -222,8 +221,9 @@ def check(args, dataset, saved, device):
     if args.export_only and not saved:
         raise UserError(f"--export-only: there is no run in --output {args.output}; name the "
                         "folder of one, or leave it out.")
-    if args.amp == "fp16" and device.type == "cpu":
-        raise UserError("--amp fp16 needs a CUDA device; on the CPU use --amp bf16 or off.")
+    if args.amp == "fp16" and device.type == "cpu" and not args.export_only:
+        remedy = "continue it on one" if saved else "on the CPU use --amp bf16 or off"
+        raise UserError(f"--amp fp16 needs a CUDA device; {remedy}.")
     if args.knn_interval and dataset.labels is None:
         raise UserError(f"--knn-interval {args.knn_interval}: the images in {args.data} have no "
                         "labels to predict; leave it at 0.")

@@ -1,6 +1,7 @@
 """The clusters that a user gets: of the network as it is, the same as odc.assign finds again."""
 
 import csv
+import signal
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.layouts import open_dataset
 from odc.model import ODC
 from odc.nearest import nearest_centroids as nearest
-from tests.processes import run_processes
-from tests.runs import SMALL, run_main, state_of
+from tests.processes import run_processes, run_script
+from tests.runs import SMALL, assert_equal_state, run_main, start, state_of, wait_for_step
 
 
 def small_network(seed=0):
@@ -89,6 +90,25 @@ def test_export_only_makes_the_clusters_of_a_run_that_was_stopped(folder, tmp_pa
     assert run_main(*arguments, "--epochs", "9", "--export-only") == 0
     assert (tmp_path / "clusters.csv").exists() and (tmp_path / "report.html").exists()
     assert state_of(tmp_path)["progress"]["epoch"] == 1  # and nothing was trained
+
+
+def test_a_run_goes_on_after_export_only_as_if_nothing_had_happened(folder, finished, tmp_path):
+    """Even if the export had other epochs and another number of processes."""
+    child = start(folder, tmp_path, "--checkpoint-interval", "1000")
+    wait_for_step(child, tmp_path, 4)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(300) == 128 + signal.SIGTERM
+    before = state_of(tmp_path)
+    done = run_script("train.py", "--data", folder, "--output", tmp_path, *SMALL, "--epochs", "9",
+                      "--batch-size", "8", "--export-only", processes=2)
+    assert done.returncode == 0, done.stderr
+    after = state_of(tmp_path)
+    for name in ("settings", "global_batch", "progress", "memory"):
+        assert_equal_state(before[name], after[name], name)
+    assert before["assigner"] is None and after["assigner"] is not None
+    assert start(folder, tmp_path).wait(300) == 0
+    state = state_of(tmp_path)
+    assert_equal_state(state["backbone"], state_of(finished)["backbone"])
 
 
 def test_assign_says_what_to_do_with_a_run_that_was_stopped(folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from odc import distributed
 from odc.errors import Interrupted, UserError
 from odc.kmeans import kmeans
+from odc.nearest import nearest_centroids
 from odc.runtime import program
 from tests.processes import run_processes
 
@@ -157,3 +158,10 @@ def test_a_signal_is_asked_for_every_iteration_and_standing_still_stops(monkeypa
     monkeypatch.setattr(program, "check_signals", stop)
     with pytest.raises(Interrupted):
         kmeans(features, 20, 4)
+
+
+def test_features_in_half_precision():
+    """Their sum is beyond the range of float16."""
+    features = F.normalize(torch.rand(20_000, 64, generator=torch.Generator().manual_seed(0)))
+    labels, centroids = kmeans(features.half(), 10, 2)
+    assert torch.equal(labels, nearest_centroids(features.half(), centroids))

@@ -426,6 +426,19 @@ def test_processes_with_different_checkpoints(folder, finished, tmp_path):
     assert all("different checkpoints" in words for words in said)
 
 
+def train_into_a_folder_of_its_own(folder, output):
+    try:
+        train.main([str(a) for a in arguments_for(folder, output / str(distributed.rank()))])
+    except UserError as error:
+        return str(error)
+
+
+def test_outputs_that_the_machines_do_not_share(folder, tmp_path):
+    """The first save tells, before any step."""
+    said = run_processes(train_into_a_folder_of_its_own, 2, folder, tmp_path)
+    assert all("a folder that all machines share" in words for words in said)
+
+
 # --- numbers -------------------------------------------------------------------------------------
 
 NUMBERS = [action.option_strings[0] for action in settings.make_parser()._actions

@@ -12,6 +12,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 import train
 from odc.data.layouts import open_dataset
+from odc.errors import Interrupted
 from odc.runtime import checkpoint, program
 from tests.processes import run_script
 from tests.runs import (
@@ -119,6 +120,54 @@ def test_a_signal_saves_and_stops(folder, finished, tmp_path, number):
     assert_same_run(finished, tmp_path)
 
 
+def test_a_checkpoint_between_two_lines_of_the_log_holds_plain_numbers(folder, tmp_path):
+    """A tensor among them would be on the CPU after a restart, and the run may be on a GPU."""
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1",
+                    "--log-interval", "1000") == 0
+    interval = checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["interval"]
+    assert interval["steps"] == 10
+    assert all(type(value) in (int, float) for value in interval.values())
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_stopped_while_it_draws_the_clusters_of_an_epoch(folder, tmp_path, monkeypatch, moment):
+    """Copies and records of the log are those of a run without a stop."""
+    arguments = ["--data", folder, *SMALL, "--epochs", "3", "--save-interval", "1",
+                 "--gallery-interval", "1", "--output"]
+    assert run_main(*arguments, tmp_path / "whole") == 0
+    write = train.write_results
+
+    def stopped(*all_of_it):
+        if moment == "after":
+            write(*all_of_it)
+        raise Interrupted("Stopped.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_results", stopped)
+        assert run_main(*arguments, tmp_path / "run") == 128 + signal.SIGTERM
+    assert run_main(*arguments, tmp_path / "run") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert (tmp_path / "run" / "backbone_epoch_1.pth").exists()
+    assert (tmp_path / "run" / "labels_epoch_1.npy").exists()
+
+
+def test_a_finished_run_says_so(folder, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    assert run_main("--data", folder, "--output", tmp_path / "run", *SMALL, "--epochs", "2") == 0
+    said = capsys.readouterr().out
+    assert "holds the finished run" in said and "Continuing" not in said
+
+
+def test_two_runs_in_one_folder(folder, tmp_path, capsys):
+    first = start(folder, tmp_path, "--epochs", "200")
+    wait_for_step(first, tmp_path, 2)
+    code = run_main("--data", folder, "--output", tmp_path, *SMALL)
+    assert_one_sentence(capsys, code, tmp_path, "another run is writing there")
+    first.kill()
+    first.wait()
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2") == 0
+
+
 def test_another_number_of_processes_goes_on(folder, finished, tmp_path):
     """1 -> 2 -> 1 processes; the memories are the same when they change hands."""
     output = ["--data", folder, "--output", tmp_path, *SMALL]
@@ -177,10 +226,19 @@ def test_an_output_that_is_a_file(folder, tmp_path, capsys):
     (["--arch", "resnet18"], ["--arch narrow", "resnet18"]),
     (["--batch-size", "8"], ["--batch-size 16", "8"]),
     (["--seed", "1"], ["--seed 0", "1"]),
+    (["--weights", "other.pth"], ["--weights None", "other.pth"]),
 ])
 def test_other_settings_do_not_continue(folder, finished, capsys, change, words):
     code = run_main("--data", folder, "--output", finished, *SMALL, "--epochs", "3", *change)
     assert_one_sentence(capsys, code, *words, finished)
+
+
+def test_a_recipe_does_not_continue_a_run_of_other_settings(folder, tmp_path, capsys):
+    arguments = [argument for argument in SMALL if argument != "--recipe"]
+    output = ["--data", folder, "--output", tmp_path, *arguments]
+    assert run_main(*output, "--epochs", "1") == 0
+    assert_one_sentence(capsys, run_main(*output, "--epochs", "2", "--recipe"),
+                        "--recipe False, not True")
 
 
 def test_another_dataset_does_not_continue(folder, finished, tmp_path, capsys):

@@ -156,10 +156,8 @@ def _central_square(image, resize, crop):
     width, height = image.size
     if max(width, height) > 8 * min(width, height):
         # A very long image would take gigabytes when resized, though only its middle counts.
-        half_width, half_height = min(width, 8 * height) // 2, min(height, 8 * width) // 2
-        x, y = width // 2, height // 2
-        image = image.crop((x - half_width, y - half_height,
-                            x + max(1, half_width), y + max(1, half_height)))
+        left, top = max(0, width // 2 - 4 * height), max(0, height // 2 - 4 * width)
+        image = image.crop((left, top, width - left, height - top))
     return TF.center_crop(TF.resize(image, resize), crop)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Only these decoders are tried, whatever a file is called. Pillow has others that start programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
@@ -70,6 +70,7 @@ class ImageSet:
     classes: list | None = None  # their names
     targets: torch.Tensor | None = None  # for "voc07": int8 [N, classes], 0 is difficult, else +-1
     background: str | None = None  # "white" or "black", see `read_image`
+    taken: np.ndarray | None = None  # int64 [N], where these images lie in the set they are part of
     # The loader writes {index: reason} of images that cannot be read, and the first image found
     # whose transparency was dropped.
     unreadable: dict = field(default_factory=dict)
@@ -84,7 +85,7 @@ class ImageSet:
             self, names=self.names and Names(self.names[i] for i in indices),
             pixels=None if self.pixels is None else self.pixels[indices],
             labels=None if self.labels is None else self.labels[indices], targets=None,
-            unreadable={}, transparent=None)
+            taken=np.asarray(indices), unreadable={}, transparent=None)
 
     def typical_side(self):
         """The median of the shorter sides of 100 images, in pixels."""
@@ -92,7 +93,8 @@ class ImageSet:
             return min(self.pixels.shape[1:3])
         sides = []
         for i in np.linspace(0, len(self) - 1, min(100, len(self))).round():
-            with contextlib.suppress(Exception):  # unreadable: the loader will say so
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is wrong with it, the loader will say
                 with Image.open(os.path.join(self.root, self.name_of(i)), formats=FORMATS) as image:
                     sides.append(min(image.size))
         return int(np.median(sides)) if sides else 224
@@ -104,10 +106,11 @@ class ImageSet:
     @functools.cached_property
     def fingerprint(self):
         """16 hexadecimal digits that change with names, order and number, not with the root."""
-        content = [] if self.labels is None else [self.labels.numpy()]
+        content = [v for v in (self.labels, self.taken) if v is not None]
         if self.pixels is None:
             content = [self.names.block, self.names.ends]
-        return digest(f"{self.name} {self.split} {len(self)}".encode(), *content).hex()
+        return digest(f"{self.name} {self.split} {len(self)}".encode(),
+                      *map(np.asarray, content)).hex()
 
     @functools.cached_property
     def labelled_fingerprint(self):
@@ -116,7 +119,8 @@ class ImageSet:
         return digest(self.fingerprint.encode(), *values).hex()
 
     def content_stamp(self):
-        """63 bits that change with pixels in memory, with a file's size or time, or background."""
+        """63 bits that change with root, background, pixels in memory, and a file's size or time.
+        """
         content = self.pixels
         if content is None:
             content = np.full((len(self), 2), -1, np.int64)
@@ -124,7 +128,8 @@ class ImageSet:
                 with contextlib.suppress(OSError):  # not there: the loader will say so
                     status = os.stat(os.path.join(self.root, self.names[i]))
                     content[i] = status.st_size, status.st_mtime_ns
-        stamp = digest((self.background or "").encode(), np.ascontiguousarray(content))
+        place = f"{self.background} {os.path.realpath(self.root)}"
+        stamp = digest(os.fsencode(place), np.ascontiguousarray(content))
         return int.from_bytes(stamp, "little") >> 1
 
     def load(self, i):
@@ -138,6 +143,8 @@ class ImageSet:
             except Exception as error:  # for broken files, decoders raise anything
                 # Errors of a disk or a network have a number, those of a decoder have none.
                 number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+                if isinstance(error, UnidentifiedImageError):
+                    reason = "not an image in a known format"
                 if number in (None, errno.ENOENT, errno.EACCES) or pause is None:
                     reason = reason or str(error).replace(repr(path), "it") or type(error).__name__
                     raise BadImage(reason) from None
@@ -161,6 +168,8 @@ def read_image(path, background=None):
         if image.mode.startswith("I"):  # "I;16", "I;16B" and "I" hold 0..65535
             values = np.asarray(image).astype(np.int64).clip(0, 65535)
             image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("pixels are floating-point numbers, of unknown range")
         transparent = False
         if image.has_transparency_data:
             layer = image.convert("RGBA")

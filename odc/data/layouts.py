@@ -61,7 +61,7 @@ def open_dataset(data, split="train", background=None):
               for layout, places, marks in LAYOUTS for place in places)
     try:
         opened = next(layout(folder, split) for layout, folder, marks in places
-                      if any(os.path.exists(os.path.join(folder, mark.format(s)))
+                      if any(_is_there(os.path.join(folder, mark.format(s)))
                              for mark in marks for s in ("train", "val")))
     except OSError as error:
         raise UserError(f"{error.filename or root}: {error.strerror or error}; "
@@ -69,11 +69,20 @@ def open_dataset(data, split="train", background=None):
     if len(opened) == 0:
         raise UserError(f"{opened.root}: no images found; the names of images end in "
                         f"{' '.join(EXTENSIONS)}.")
-    if opened.labels is not None and len(opened.labels) != len(opened):
-        raise UserError(f"{opened.root}: {len(opened)} images, but {len(opened.labels)} labels for "
-                        f"the {split} split; download the files again.")
+    if (labels := opened.labels) is not None:
+        if len(labels) != len(opened):
+            raise UserError(f"{opened.root}: {len(opened)} images, but {len(labels)} labels for "
+                            f"the {split} split; download the files again.")
+        if labels.min() < 0 or labels.max() >= len(opened.classes):
+            raise UserError(f"{opened.root}: the {split} split has labels outside of its "
+                            f"{len(opened.classes)} classes; download the files again.")
     opened.background = background
     return opened
+
+
+def _is_there(path):
+    """True for a file, and for a folder if the path ends with a slash."""
+    return os.path.isdir(path) if path.endswith("/") else os.path.isfile(path)
 
 
 def check_same_images(*image_sets):
@@ -204,12 +213,17 @@ def stl10(folder, split):
 
 
 def fashion_mnist(folder, split):
-    """The files may be gzipped, as Debian has them; torchvision's reader does not open those."""
+    """Fashion-MNIST, or another set in the files of MNIST: the name of the folder decides.
+
+    The files may be gzipped, as Debian has them; torchvision's reader does not open those.
+    """
     stem = os.path.join(folder, "train" if split == "train" else "t10k")
     pixels = _read_idx(f"{stem}-images-idx3-ubyte", 3, split)
     labels = torch.tensor(_read_idx(f"{stem}-labels-idx1-ubyte", 1, split)).long()
-    return ImageSet("fashion-mnist", split, folder, pixels=pixels, labels=labels,
-                    classes=list(FashionMNIST.classes))
+    name, classes = "fashion-mnist", list(FashionMNIST.classes)
+    if "fashion" not in os.path.abspath(folder).lower():
+        name, classes = "mnist", [str(k) for k in range(10)]
+    return ImageSet(name, split, folder, pixels=pixels, labels=labels, classes=classes)
 
 
 def _read_idx(path, dimensions, split):
@@ -232,10 +246,18 @@ def image_folders(root, split):
         missing = (f"the folder {os.path.join(root, split)} is missing" if there else
                    "give a folder that holds train/ and val/")
         raise UserError(f"{root} has no {split} split: {missing}.")
+    if there == ["train"] and (others := sorted({*_folders(root)} - {"train"})):
+        distributed.print_main(f"{root}: only the folder train is read, as it is the name of a "
+                               f"split; {len(others)} others, such as {others[0]!r}, are not.")
     # Both splits number the classes as the train split does.
-    with os.scandir(os.path.join(root, there[0])) as entries:
-        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    classes = _folders(os.path.join(root, there[0]))
     return _image_folder(os.path.join(root, folder), split, classes)
+
+
+def _folders(root):
+    """The names of the folders in a folder, sorted, without hidden ones."""
+    with os.scandir(root) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
 def _image_folder(root, split, classes=None):
@@ -313,7 +335,7 @@ def _whole(path):
     try:
         yield
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, LookupError, TypeError,
-            AttributeError) as error:
+            AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged or incomplete ({type(error).__name__}: {error}); "
                         "download it again.") from None
 
@@ -323,7 +345,7 @@ PLACES_IMAGES = "data/vision/torralba/deeplearning/images256"
 # What opens a layout, the folders below --data where it may lie, the files of which it has one; {}
 # stands for train and val.
 LAYOUTS = (
-    (voc07, ["VOCdevkit/VOC2007", "VOC2007", ""], ["ImageSets/Main"]),
+    (voc07, ["VOCdevkit/VOC2007", "VOC2007", ""], ["ImageSets/Main/"]),
     (functools.partial(text_list, "places205", PLACES, PLACES_IMAGES), [""], [PLACES]),
     (inaturalist2018, [""], ["{}2018.json"]),
     (functools.partial(text_list, "imagenet", LISTS, "{}"), [""], [LISTS]),

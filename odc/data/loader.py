@@ -18,7 +18,7 @@ import torch
 
 from odc.data import augmentation as augment
 from odc.data.images import DROPPED, BadImage, ImageSet, digest
-from odc.distributed import all_gather_uneven_rows, print_main, rank, shard, world_size
+from odc.distributed import all_gather_uneven_rows, is_first, rank, shard, world_size
 from odc.errors import UserError
 from odc.runtime.program import SIGNALS, dead_worker, is_dead_worker
 
@@ -46,6 +46,13 @@ def gather_unreadable(dataset):
     """The images that any process has found unreadable so far, as sorted indices. A collective."""
     own = torch.tensor(sorted(dataset.unreadable), dtype=torch.int64)
     return sorted(set(all_gather_uneven_rows(own).tolist()))
+
+
+def readable(dataset):
+    """[N] bool: False for the images that any process has found unreadable. A collective."""
+    mask = torch.ones(len(dataset), dtype=torch.bool)
+    mask[gather_unreadable(dataset)] = False
+    return mask
 
 
 def check_unreadable(count, dataset, num_images=None):
@@ -154,9 +161,10 @@ class BatchLoader(torch.utils.data.DataLoader):
                               f"({reasons[index]}); another one takes its place.", stacklevel=2)
             if transparent is not None and images.transparent is None:
                 images.transparent = transparent
-                print_main(f"{images.root} has transparent images, such as "
-                           f"{images.name_of(transparent)!r}: their transparency is dropped; "
-                           "--background white or black lays them on a colour.")
+                if is_first(f"transparent {images.root}"):
+                    print(f"{images.root} has transparent images, such as "
+                          f"{images.name_of(transparent)!r}: their transparency is dropped; "
+                          "--background white or black lays them on a colour.", flush=True)
             if batch is None:
                 index, reason = reasons.popitem()
                 raise UserError(f"{TRIES} images in a row cannot be read, such as "

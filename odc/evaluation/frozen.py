@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from odc import distributed
+from odc.data import loader
 from odc.data.augmentation import evaluation_transform
 from odc.data.images import ImageSet
 from odc.data.layouts import check_same_images, open_dataset
-from odc.data.loader import default_workers, gather_unreadable
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.evaluation.weights import load_backbone
@@ -20,7 +20,8 @@ from odc.runtime import program
 from odc.runtime.arguments import whole
 
 # The size at which sets of small images are used; all others are used at 224.
-NATIVE_SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "fashion-mnist": 28, "stl10": 96}
+NATIVE_SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "fashion-mnist": 28, "mnist": 28,
+                "stl10": 96}
 
 
 def add_arguments(parser, batch_size=None):
@@ -99,8 +100,8 @@ class Frozen:
         # One process looks at the files: a million of them take a while on a shared disk.
         stamp = torch.tensor(dataset.content_stamp() if distributed.is_main() else 0)
         return cache_path(
-            folder, *kind, self.amp, self.fingerprint, os.path.realpath(dataset.root),
-            dataset.fingerprint, int(distributed.broadcast(stamp)), transform.func.__name__,
+            folder, *kind, self.amp, self.fingerprint, dataset.fingerprint,
+            int(distributed.broadcast(stamp)), transform.func.__name__,
             sorted(transform.keywords.items()))
 
     def readable(self):
@@ -108,13 +109,12 @@ class Frozen:
 
         Prints how many these are, if that is new. Call it after the images were read. A collective.
         """
-        readable = torch.ones(len(self.val), dtype=torch.bool)
-        readable[gather_unreadable(self.val)] = False
-        if (count := int((~readable).sum())) != self.unreadable:
+        mask = loader.readable(self.val)
+        if (count := int((~mask).sum())) != self.unreadable:
             self.unreadable = count
             print_main(f"{self.unreadable} of {len(self.val):,} val images cannot be read; they "
                        "are left out")
-        return readable
+        return mask
 
     def description(self):
         """What was judged on what, for the JSON file."""
@@ -149,12 +149,17 @@ def prepare(args):
         train, val = (open_dataset(data, split, args.background) for split in ("train", "val"))
         _check_labels(data, train, val)
         if output := args.output:
-            if os.path.isdir(output) or not os.path.basename(output):
-                raise UserError(f"--output {output}: it must be a file, not a folder; add a name "
-                                "such as results.json.")
+            if not os.path.basename(output) or (os.path.exists(output)
+                                                and not os.path.isfile(output)):
+                raise UserError(f"--output {output}: it must be a file; give a name such as "
+                                "results.json.")
             if not os.access(os.path.dirname(os.path.abspath(output)), os.W_OK):
                 raise UserError(f"--output {output}: its folder is missing or not writable; "
                                 "choose another.")
+        if cache := getattr(args, "features_cache", None):
+            os.makedirs(cache, exist_ok=True)
+            if not os.access(cache, os.W_OK):
+                raise UserError(f"--features-cache {cache}: is not writable; choose another.")
         size = args.image_size or NATIVE_SIZES.get(train.name, 224)
         backbone, description = load_backbone(args.weights, args.arch, size, args.seed)
     check_same_images(train, val)
@@ -167,7 +172,9 @@ def prepare(args):
                         "with the same command, and give them the same files.")
     print_main(description)
     backbone = backbone.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    workers = default_workers(train.pixels is not None) if args.workers is None else args.workers
+    workers = args.workers
+    if workers is None:
+        workers = loader.default_workers(train.pixels is not None)
     print_main(f"{train.name}: {len(train):,} train and {len(val):,} val images of "
                f"{len(val.classes)} classes, {size} pixels")
     return Frozen(backbone, fingerprint, description, train, val, size, workers, device, args.amp)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from odc import distributed
 from odc.data.augmentation import evaluation_transform
 from odc.data.layouts import open_dataset
-from odc.data.loader import gather_unreadable
+from odc.data.loader import readable
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.features import extract
@@ -74,19 +74,19 @@ def knn_accuracy(backbone, train, val, image_size, device, batch_size=64, worker
                        batch_size, workers, name=name)
 
     bank, rows = features(train, "bank"), torch.arange(len(train))[distributed.shard(len(train))]
+    in_bank = readable(train)[rows]
     if val is None:
         held_out = rows % HELD_OUT_EVERY == 0
-        queries, bank, rows = bank[held_out.to(device)], bank[~held_out.to(device)], rows[~held_out]
-        images, asked = train, slice(None, None, HELD_OUT_EVERY)
+        in_bank &= ~held_out
+        queries, images, asked = bank[held_out.to(device)], train, slice(None, None, HELD_OUT_EVERY)
     else:
         queries, images, asked = features(val, "held-out images"), val, slice(None)
+    bank, rows = bank[in_bank.to(device)], rows[in_bank]
     queries = distributed.all_gather_uneven_rows(queries)
     k = min(20, int(distributed.all_reduce(torch.tensor(len(bank)))))
     predictions = knn_predict(queries, bank, train.labels[rows], len(train.classes), [k])[k]
     hits = predictions[:, 0].cpu() == images.labels[asked]
-    readable = torch.ones(len(images), dtype=torch.bool)
-    readable[gather_unreadable(images)] = False
-    return float(hits[readable[asked]].double().mean())
+    return float(hits[readable(images)[asked]].double().mean())
 
 
 def knn_predict(queries, bank, labels, num_classes, ks=(10, 20, 100, 200), temperature=0.07):
@@ -110,8 +110,8 @@ def knn_predict(queries, bank, labels, num_classes, ks=(10, 20, 100, 200), tempe
         for k in sorted(ks):
             votes.scatter_add_(1, y[:, done:k], weights[:, done:k])
             done = k
-            ranked, classes = votes.float().sort(dim=1, descending=True, stable=True)
-            predictions[k][rows] = classes.where(ranked > 0, -1)[:, :5]
+            classes = votes.float().sort(dim=1, descending=True, stable=True).indices
+            predictions[k][rows] = classes.where(votes.gather(1, classes) > 0, -1)[:, :5]
     return predictions
 
 

@@ -145,7 +145,7 @@ def choose_protocols(args, dataset):
     if args.amp == "fp16" and fine_tuning:
         raise UserError(f"--amp fp16 is too coarse for the gradients of --protocol {name}: use "
                         "bf16 or off.")
-    if protocol.batch_size % W or protocol.batch_size < min(2, W) * W:
+    if protocol.batch_size % W or protocol.batch_size < 2 * W:
         raise UserError(f"a batch of {protocol.batch_size} images cannot be split evenly over {W} "
                         "processes, at least 2 each: choose a --batch-size that can.")
     if args.with_avgpool and AVGPOOL not in protocol.columns:
@@ -198,12 +198,14 @@ def choose_images(dataset, subset=None, train_share=None, seed=0):
     if subset and train_share:
         raise UserError("--subset and --train-share both choose the images: give one of them.")
     if subset:
-        with open(subset, encoding="utf-8", errors="surrogateescape") as file:
+        with open(subset, encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = [line.strip() for line in file if line.strip()]
         forms = [(line, line.rsplit(maxsplit=1)[0]) for line in lines]  # with and without label
         wanted = {name for both in forms for name in both}
-        chosen = {name: i for i in range(len(dataset)) if (name := dataset.name_of(i)) in wanted}
-        absent = [line for line, name in forms if line not in chosen and name not in chosen]
+        there = {name: i for i in range(len(dataset)) if (name := dataset.name_of(i)) in wanted}
+        absent = [line for line, name in forms if line not in there and name not in there]
+        chosen = sorted({there[line] if line in there else there[name] for line, name in forms
+                         if line in there or name in there})
         if absent or len(chosen) < 2:
             problem = "it names fewer than 2 images"
             if absent:
@@ -211,7 +213,7 @@ def choose_images(dataset, subset=None, train_share=None, seed=0):
                            f"not in {dataset.root}")
             raise UserError(f"--subset {subset}: {problem}; it needs a line for each image, with "
                             "its path in that folder.")
-        return dataset.take(list(chosen.values()))
+        return dataset.take(chosen)
     if train_share and dataset.labels is not None:
         generator = torch.Generator().manual_seed(seed)
         chosen = []

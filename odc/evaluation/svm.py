@@ -191,7 +191,7 @@ class _Solver:
             T, C, B, F = t[:, todo], slope[:, todo], b[:, todo], f[:, todo]
             residual = B - C * T * (1 - T * F).clamp_(min=0)
             error = self._error(residual, B, F, C, bound=False)
-            if not exact and error.min() <= ROUGH:
+            if not exact and (count >= CAREFUL_AFTER or error.min() <= ROUGH):
                 f[:, todo] = B @ self.gram
                 exact = True
                 continue

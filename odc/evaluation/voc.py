@@ -6,6 +6,7 @@ Letters: N train images, M test images, S costs.
 import io
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +98,10 @@ def read_low_shot_targets(path, num_images, num_classes, shots=SHOTS):
             if published.dtype.kind not in "iu" or not np.isin(published, (-1, 0, 1)).all():
                 raise UserError(f"{path}: {name} has values other than 1, 0 and -1 (positive, "
                                 "negative, ignored).")
+            positives, negatives = ((published == value).sum(0) for value in (1, 0))
+            if (positives != k).any() or (negatives != NEGATIVES * k).any():
+                raise UserError(f"{path}: {name} must have {k} ones and {NEGATIVES * k} zeros for "
+                                "each class (positive, negative); give the published files.")
             published = torch.from_numpy(published.astype(np.int8))
             targets[k].append((published == 1).to(torch.int8) - (published == 0).to(torch.int8))
     return targets
@@ -115,7 +120,7 @@ def _read_array(path, name):
         if os.path.exists(path):
             problem = f"{name} is missing among the low-shot targets"
         raise UserError(f"{path}: {problem}.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: {name} cannot be read as an array ({error}).") from None
 
 

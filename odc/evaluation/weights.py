@@ -16,6 +16,7 @@ from torch.serialization import safe_globals
 
 from odc.errors import UserError
 from odc.model import ARCHS, ResNet, use_small_stem
+from odc.runtime.checkpoint import can_be_mapped
 
 # Where a file keeps the network to evaluate, best first (the teacher, as DINO evaluates it). Other
 # dicts come after these.
@@ -49,7 +50,8 @@ def load_backbone(weights, arch=None, image_size=224, seed=0):
             backbone = ResNet(arch or "resnet50", use_small_stem(image_size))
         return backbone.eval(), f"{_describe(backbone)}, random weights from seed {seed}"
     content, passed_over = _read(weights)
-    states = sorted(_state_dicts(content), key=lambda item: [*CONTAINERS, item[0]].index(item[0]))
+    states = sorted(_state_dicts(content), key=lambda item: (
+        [*CONTAINERS, item[0]].index(item[0]), bool(COPY.search(item[0]))))
     states = [(where, _torchvision_names(state)) for where, state in states]
     places = [(where, state, prefix, _structure(state, prefix))
               for where, state in states for prefix in _prefixes(state)]
@@ -156,7 +158,8 @@ def _load(path, is_zip):
         try:
             with safe_globals(stand_ins), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+                content = torch.load(path, map_location="cpu", weights_only=True,
+                                     mmap=is_zip and can_be_mapped(path))
             return content, list(kinds)
         except pickle.UnpicklingError as error:
             kind, name = next(((kind, match[1]) for kind, refusal in REFUSALS
@@ -251,11 +254,11 @@ def _torchvision_names(state):
 
 
 def _prefixes(state):
-    """The prefixes of a first convolution with a first block, moving averages last."""
+    """The prefixes of a first convolution with a first block, copies and students last."""
     prefixes = [key.removesuffix("conv1.weight") for key, value in state.items()
                 if key.endswith("conv1.weight") and value.dim() == 4]
     return sorted((prefix for prefix in prefixes if f"{prefix}layer1.0.conv1.weight" in state),
-                  key=lambda prefix: bool(COPY.search(prefix)))
+                  key=lambda prefix: bool(COPY.search(prefix)) or "student" in prefix)
 
 
 def _structure(state, prefix):
@@ -271,8 +274,10 @@ def _match(own, wanted):
     matched, problems = {}, []
     for key, value in wanted.items():
         counter = key.endswith("num_batches_tracked")  # not in files from before PyTorch 0.4.1
+        if counter and (key not in own or own[key].shape != value.shape):
+            continue  # nothing here uses it
         if key not in own:
-            problems += [] if counter else [f"{key} is missing"]
+            problems.append(f"{key} is missing")
         elif own[key].shape != value.shape:
             problems.append(f"{key} has shape {tuple(own[key].shape)}, not {tuple(value.shape)}")
         elif own[key].dtype not in FLOATS and not counter:
@@ -282,6 +287,8 @@ def _match(own, wanted):
             problems.append(f"{key} holds no plain numbers")
         elif own[key].is_floating_point() and not own[key].isfinite().all():
             problems.append(f"{key} is not finite")
+        elif key.endswith("running_var") and (own[key] < 0).any():
+            problems.append(f"{key} is negative")
         else:
             matched[key] = own[key]
     problems += [f"{key} is left over" for key in own if key not in wanted and TRUNK.match(key)]

@@ -13,7 +13,7 @@ CHARTS = {
     "Loss": {"loss": "loss"},
     "Labels that change in a step": {"change_ratio": "change ratio"},
     "Clusters against classes": {"nmi": "NMI", "purity": "purity", "ari": "ARI",
-                                 "hungarian_accuracy": "Hungarian accuracy"},
+                                 "hungarian_accuracy": "Hungarian"},
     "Clusters against the previous ones": {"nmi_previous": "NMI"},
     "Silhouette of the clusters": {"silhouette": "silhouette"},
     "Nearest-neighbour accuracy, held-out images": {"knn_accuracy": "k-NN"},
@@ -112,7 +112,8 @@ def ticks(low, high, count):
 
 def short(number):
     """A number as an axis shows it: 0.25, 800, 20k, 1.1M."""
-    size, letter = (1e6, "M") if number >= 1e6 else (1e3, "k") if number >= 1e3 else (1, "")
+    size, letter = next(unit for unit in ((1e6, "M"), (1e3, "k"), (1, ""))
+                        if number >= 0.9995 * unit[0] or unit[0] == 1)
     return f"{number / size:.3g}{letter}"
 
 

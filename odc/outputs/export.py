@@ -5,6 +5,7 @@ Only the main process writes, and every file is whole or not there.
 
 import codecs
 import csv
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,9 +14,11 @@ from odc.outputs import gallery, report
 from odc.runtime.checkpoint import write_atomically
 
 
-def save_all(folder, backbone, dataset, clustering, progress, args):
-    """All files of a run; the Clustering has the features of all images. progress: train.py's."""
-    unreadable, title = set(progress.failed), f"{dataset.name}, epoch {progress.epoch}"
+def save_all(args, backbone, dataset, clustering, progress):
+    """All files of a run. clustering: with the features of all images. args, progress: train.py's.
+    """
+    folder, unreadable = Path(args.output), set(progress.failed)
+    title = f"{dataset.name}, epoch {progress.epoch}"
     save_backbone(folder / "backbone.pth", backbone)
     save_array(folder / "labels.npy", clustering.labels)
     save_array(folder / "centroids.npy", clustering.centroids)
@@ -56,7 +59,11 @@ def save_table(path, dataset, labels, similarity, unreadable, neighbours=None):
 
     def write(file):
         text = codecs.getwriter("utf-8")(file, errors="surrogateescape")
-        writer = csv.writer(text, lineterminator="\n")
+        # Python before 3.13 does not quote a carriage return by itself.
+        blocks = [images.names.block for images in (dataset, train) if images and images.names]
+        odd = any((block == ord("\r")).any() for block in blocks)
+        writer = csv.writer(text, lineterminator="\n",
+                            quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
         writer.writerow(["path", "cluster", "similarity", *columns])
         writer.writerows([dataset.name_of(i), *row(i)] for i in range(len(dataset)))
 

@@ -45,7 +45,9 @@ def save(folder, dataset=None, clustering=None, unreadable=(), workers=0, withou
     without_pictures: the sentence that says why thumbnails are missing.
     """
     records = curves.read_log(folder / "log.jsonl")
-    last = {name: value for record in records for name, value in record.items()}
+    # The clusters are those of the last record with a silhouette; the curves may go on after it.
+    of_clusters = [record for record in records if clustering and "silhouette" in record]
+    last = next(iter((of_clusters or records)[-1:]), {})
     summary = f"epoch {last['epoch']}, step {last['step']:,}" if last else "no step yet"
     data, sheets = {}, ""
     if clustering is not None:
@@ -183,11 +185,11 @@ def sprite_sheets(dataset, shown, workers=0):
 
 def earlier_sizes(folder, epoch, K):
     """(epoch, cluster sizes int64 [K]) of the last labels_epoch_*.npy before an epoch, or None."""
-    copies = {int(path.stem.rpartition("_")[2]): path for path in folder.glob("labels_epoch_*.npy")}
-    before = [number for number in copies if number < epoch]
+    copies = {path.stem.rpartition("_")[2]: path for path in folder.glob("labels_epoch_*.npy")}
+    before = [int(number) for number in copies if number.isdecimal() and int(number) < epoch]
     if not before:
         return None
-    return max(before), np.bincount(np.load(copies[max(before)]), minlength=K)
+    return max(before), np.bincount(np.load(copies[str(max(before))]), minlength=K)
 
 
 def read_clustering(folder):
@@ -196,14 +198,18 @@ def read_clustering(folder):
     try:
         with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.reader(file))[1:]
-        labels = torch.tensor([int(row[1] or 0) for row in rows])
+        labels = torch.tensor([int(row[1] or 0) for row in rows], dtype=torch.int64)
         similarity = torch.tensor([float(row[2] or 0) for row in rows])
-    except (ValueError, IndexError):
-        raise UserError(f"{table}: is not a table that train.py wrote; move it away.") from None
+        centroids = torch.from_numpy(np.load(folder / "centroids.npy"))
+        path = folder / "features.npy"
+        features = np.load(path, mmap_mode="r") if path.exists() else None
+        if not rows or (features is not None and len(features) != len(rows)):
+            raise ValueError
+    except (ValueError, IndexError, EOFError):
+        raise UserError(f"{table}, centroids.npy and features.npy there are not what one run of "
+                        "train.py wrote; make them again by its command with --export-only."
+                        ) from None
     unreadable = {i for i, row in enumerate(rows) if not row[1]}
-    centroids = torch.from_numpy(np.load(folder / "centroids.npy"))
-    path = folder / "features.npy"
-    features = np.load(path, mmap_mode="r") if path.exists() else None
     return [row[0] for row in rows], Clustering(labels, similarity, centroids, features), unreadable
 
 

@@ -10,6 +10,7 @@ which are read without running any code in them.
 """
 
 import contextlib
+import fcntl
 import os
 import secrets
 import zipfile
@@ -30,7 +31,7 @@ def write_atomically(path, write):
 
     Raises UserError if that fails; a file that was there is then untouched.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # of a link, what it points to
     temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, "wb") as file:
@@ -59,6 +60,11 @@ def save(path, state):
     write_atomically(path, lambda file: torch.save(state, file))
 
 
+def can_be_mapped(path):
+    """False for a name that is not UTF-8, which torch cannot map into memory."""
+    return os.fsencode(path).decode(errors="ignore") == os.fspath(path)
+
+
 def load(path):
     """Read what `save` wrote. Tensors stay on disk, memory-mapped, until they are copied.
 
@@ -69,26 +75,41 @@ def load(path):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise UserError(f"{path}: is damaged, a checksum does not match; {remedy}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
     except FileNotFoundError:
         raise UserError(f"{path}: is missing; {remedy}") from None
     except (zipfile.BadZipFile, EOFError, RuntimeError, UnpicklingError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason}). If it is truncated, "
                         f"damaged or another program's file, {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no checkpoint; {remedy}")
+    return content
+
+
+_lock = None  # an open file; the lock on it ends with the process, however that ends
 
 
 def open_run(output):
     """Make the folder of a run, a Path; its checkpoint, or None. Raises UserError if that fails."""
+    global _lock
     output.mkdir(parents=True, exist_ok=True)
     if not os.access(output, os.W_OK):
         raise UserError(f"--output {output}: the folder is not writable; choose another.")
     if distributed.is_main():
+        _lock = open(output / ".lock", "w")
+        try:
+            fcntl.lockf(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--output {output}: another run is writing there; choose another, or "
+                            "wait for its end.") from None
+        except OSError:  # a file system without locks
+            pass
         for path in output.glob("*.partial"):  # of a program that was killed while it wrote
             path.unlink()
     path = output / "checkpoint.pth"
     saved = load(path) if path.exists() else None
-    if saved and saved.get("program") != PROGRAM:
+    if saved is not None and saved.get("program") != PROGRAM:
         raise UserError(f"{path} is not a checkpoint of this version of train.py; choose another "
                         "--output.")
     return saved
@@ -108,8 +129,11 @@ def save_run(path, state, features, num_rows):
     parts = [(f"{name}-{r}.pth", rows.start, rows.stop) for r, rows in enumerate(shards)]
     with distributed.together():
         if distributed.is_main():
+            if missing := [part for part, *_ in parts if not (folder / part).exists()]:
+                raise UserError(f"{folder} lacks {missing[0]}, which another process has written: "
+                                "--output must be a folder that all machines share.")
             save(path, {**state, "memory_parts": parts})
-            for file in folder.iterdir():
+            for file in folder.glob("*.pth*"):  # of earlier saves, and what a killed one has left
                 if not file.name.startswith(name):
                     file.unlink()
 

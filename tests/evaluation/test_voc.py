@@ -74,13 +74,14 @@ def test_voc_average_precision_of_tied_scores_is_independent_of_the_order():
 # --- low-shot targets ----------------------------------------------------------------------------
 
 
-def write_targets(folder, images=12, classes=3, seed=0):
-    """Target files as they are published; returns {k: [array]}."""
+def write_targets(folder, images=2000, classes=3, seed=0):
+    """Target files as they are published, k ones and 19 k zeros a class; returns {k: [array]}."""
     generator = np.random.default_rng(seed)
     written = {}
     for k in voc.SHOTS:
         for sample in range(1, 6):
-            array = generator.integers(-1, 2, (images, classes)).astype(np.int32)
+            column = np.repeat([1, 0, -1], [k, 19 * k, images - 20 * k]).astype(np.int32)
+            array = np.stack([generator.permutation(column) for _ in range(classes)], axis=1)
             np.save(folder / f"train_targets_sample{sample}_k{k}.npy", array)
             written.setdefault(k, []).append(array)
     return written
@@ -97,7 +98,7 @@ def test_published_target_files(tmp_path, form):
         with zipfile.ZipFile(path, "w") as archive:
             for file in folder.iterdir():
                 archive.write(file, f"low_shot/{file.name}" if "folder" in form else file.name)
-    read = voc.read_low_shot_targets(str(path), 12, 3)
+    read = voc.read_low_shot_targets(str(path), 2000, 3)
     assert list(read) == [1, 2, 4, 8, 16, 32, 64, 96]
     for k, arrays in written.items():
         for array, targets in zip(arrays, read[k], strict=True):
@@ -109,26 +110,30 @@ def test_published_target_files(tmp_path, form):
 def test_target_files_that_do_not_fit(tmp_path):
     write_targets(tmp_path)
     with pytest.raises(UserError, match="no such directory"):
-        voc.read_low_shot_targets(str(tmp_path / "nothing"), 12, 3)
-    with pytest.raises(UserError, match=r"sample1_k1\.npy is an array of shape \(12, 3\), but"):
-        voc.read_low_shot_targets(str(tmp_path), 13, 3)
+        voc.read_low_shot_targets(str(tmp_path / "nothing"), 2000, 3)
+    with pytest.raises(UserError, match=r"sample1_k1\.npy is an array of shape \(2000, 3\), but"):
+        voc.read_low_shot_targets(str(tmp_path), 2001, 3)
     broken = tmp_path / "train_targets_sample3_k8.npy"
-    np.save(broken, np.full((12, 3), 7, np.int32))
+    np.save(broken, np.full((2000, 3), 7, np.int32))
     with pytest.raises(UserError, match="sample3_k8.npy has values other than"):
-        voc.read_low_shot_targets(str(tmp_path), 12, 3)
+        voc.read_low_shot_targets(str(tmp_path), 2000, 3)
+    ours = np.load(tmp_path / "train_targets_sample3_k4.npy")
+    np.save(broken, ours)  # of another k
+    with pytest.raises(UserError, match="sample3_k8.npy must have 8 ones and 152 zeros"):
+        voc.read_low_shot_targets(str(tmp_path), 2000, 3)
     broken.write_bytes(b"not an array")
     with pytest.raises(UserError, match="sample3_k8.npy cannot be read"):
-        voc.read_low_shot_targets(str(tmp_path), 12, 3)
+        voc.read_low_shot_targets(str(tmp_path), 2000, 3)
     np.save(broken, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="sample3_k8.npy cannot be read"):
-        voc.read_low_shot_targets(str(tmp_path), 12, 3)
+        voc.read_low_shot_targets(str(tmp_path), 2000, 3)
     broken.unlink()
     with pytest.raises(UserError, match="sample3_k8.npy is missing"):
-        voc.read_low_shot_targets(str(tmp_path), 12, 3)
+        voc.read_low_shot_targets(str(tmp_path), 2000, 3)
     other = tmp_path / "other.zip"
     other.write_bytes(b"PK not a zip")
     with pytest.raises(UserError, match="cannot be read"):
-        voc.read_low_shot_targets(str(other), 12, 3)
+        voc.read_low_shot_targets(str(other), 2000, 3)
 
 
 def test_drawn_targets():

@@ -128,6 +128,30 @@ def test_an_unreadable_image_has_no_cluster(finished, folder, tmp_path):
     assert not list((tmp_path / "sorted").glob("*/zzz.png"))
 
 
+def test_a_training_image_that_cannot_be_read_is_nobodys_neighbour(finished, folder, tmp_path):
+    """Its vector is that of the image that stood in for it."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pth"
+    state = checkpoint.load(path)
+    state["progress"]["failed"] = [7, 20]
+    checkpoint.save(path, state)
+    vectors = np.load(tmp_path / "run" / "features.npy")
+    vectors[7] = vectors[3]
+    np.save(tmp_path / "run" / "features.npy", vectors)
+    rows = run_assign(path, folder, tmp_path / "new.csv", "--neighbours", 148)
+    names = {rows[3][f"neighbour_{n}"] for n in range(1, 149)}
+    images = open_dataset(str(folder))
+    assert names == {images.name_of(i) for i in range(150) if i not in (7, 20)}
+    with pytest.raises(UserError, match="only 148 images"):
+        run_assign(path, folder, tmp_path / "new.csv", "--neighbours", 149)
+
+
+def test_names_with_a_carriage_return(finished, tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a\rb.png")
+    rows = run_assign(finished / "checkpoint.pth", tmp_path, tmp_path / "new.csv")
+    assert [row["path"] for row in rows] == ["a\rb.png"]
+
+
 def test_transparent_images_are_laid_on_the_background_of_the_run(finished, tmp_path, capsys):
     state = checkpoint.load(finished / "checkpoint.pth")
     state["settings"]["background"] = "white"
@@ -243,7 +267,13 @@ def test_vectors_of_the_run_that_are_missing_damaged_or_of_other_images(
     (dict(neighbours=999), "--neighbours 999"),
     (dict(more=["--features", "nowhere/new.npy"]), "--features nowhere/new.npy"),
     (dict(more=["--folders", "nowhere/sorted"]), "--folders nowhere/sorted"),
-    (dict(more=["--folders", "."]), "--folders .: is there already"),
+    (dict(more=["--folders", "."]), "--folders ."),
+    (dict(more=["--folders", "memory"]), "--folders memory: is there already"),
+    (dict(output="."), "--output .: is no name of a file"),
+    (dict(output=""), "is no name of a file"),
+    (dict(output="memory"), "--output memory: is no name of a file"),
+    (dict(output="a.csv", more=["--features", "./a.csv"]), "another result has the same name"),
+    (dict(more=["--copy"]), "--copy: there are no --folders"),
 ])
 def test_mistakes_are_one_sentence(
         finished, folder, tmp_path, monkeypatch, change, words):

@@ -62,7 +62,7 @@ def test_all_metrics_of_a_log_are_drawn_and_their_last_values_named():
                               knn_accuracy=0.9, **names)]
     charts = svgs(curves.charts(records))
     assert legend(charts["Clusters against classes"]) == [
-        "NMI 0.25", "purity 0.5", "ARI 0.125", "Hungarian accuracy 0.375"]
+        "NMI 0.25", "purity 0.5", "ARI 0.125", "Hungarian 0.375"]
     assert legend(charts["Clusters against the previous ones"]) == ["NMI 0.75"]
     assert legend(charts["Silhouette of the clusters"]) == ["silhouette -0.1"]
     assert legend(charts["Nearest-neighbour accuracy, held-out images"]) == ["k-NN 0.9"]

@@ -298,9 +298,10 @@ def test_a_page_of_curves_alone(tmp_path, capsys):
         report.main([str(tmp_path / "nowhere")])
 
 
-@pytest.mark.parametrize("table", ["path,cluster,similarity\na.png,cat,0.5\n", "a\n1\n"])
+@pytest.mark.parametrize("table", ["path,cluster,similarity\na.png,cat,0.5\n", "a\n1\n", "",
+                                   "path,cluster,similarity\n"])
 def test_another_table_is_refused(run, tmp_path, table):
     shutil.copytree(run[0], tmp_path / "run")
     (tmp_path / "run" / "clusters.csv").write_text(table)
-    with pytest.raises(UserError, match="clusters.csv: is not a table that train.py wrote"):
+    with pytest.raises(UserError, match="clusters.csv, .* are not what one run of train.py wrote"):
         report.main([str(tmp_path / "run")])

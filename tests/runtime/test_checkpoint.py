@@ -114,11 +114,38 @@ def test_a_failing_sync_keeps_the_checkpoint_from_before(saved, monkeypatch):
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(3), {}, {"epoch": 3}])
+def test_files_that_hold_no_checkpoint_of_a_run(tmp_path, content):
+    torch.save(content, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="checkpoint"):
+        checkpoint.open_run(tmp_path)
+    assert (tmp_path / "checkpoint.pth").exists()
+
+
+def test_other_files_beside_the_rows_stay(tmp_path):
+    (tmp_path / "memory" / ".ipynb_checkpoints").mkdir(parents=True)
+    for epoch in (1, 2):
+        save_my_rows(tmp_path, epoch)
+    assert len(list((tmp_path / "memory").iterdir())) == 2
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    checkpoint.save(tmp_path / "link", {"epoch": 3})
+    assert (tmp_path / "link").is_symlink() and checkpoint.load(tmp_path / "file") == {"epoch": 3}
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"name\xe9.pth")
+    checkpoint.save(path, {"epoch": 3})
+    assert checkpoint.load(path) == {"epoch": 3}
+
+
 def test_leftovers_are_removed(tmp_path):
     (tmp_path / "checkpoint.pth.partial").write_bytes(b"half")
     (tmp_path / "mine.txt").write_text("stays")
     assert checkpoint.open_run(tmp_path) is None
-    assert os.listdir(tmp_path) == ["mine.txt"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "mine.txt"]
 
 
 # --- the rows of several processes ---------------------------------------------------------------
