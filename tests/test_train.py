@@ -297,7 +297,8 @@ def test_a_checkpoint_of_another_program(folder, finished, tmp_path, capsys):
     state = checkpoint.load(finished / "checkpoint.pth")
     checkpoint.save(tmp_path / "checkpoint.pth", {**state, "program": "another"})
     code = run_main("--data", folder, "--output", tmp_path, *SMALL)
-    assert_one_sentence(capsys, code, tmp_path / "checkpoint.pth", "not a checkpoint of this version")
+    assert_one_sentence(capsys, code, tmp_path / "checkpoint.pth",
+                        "not a checkpoint of this version")
 
 
 def test_images_that_break_while_the_run_trains(folder, tmp_path, capsys, monkeypatch):

@@ -294,6 +294,13 @@ def test_evaluation_transforms_are_torchvisions(photograph, width, height):
     assert torch.equal(augment.resize_exact(image), as_tensor(voc(image)))
 
 
+@pytest.mark.parametrize("width, height", [(30, 3), (3, 30), (3000, 3), (2, 3000)])
+def test_long_images_of_odd_sizes_lose_no_row(photograph, width, height):
+    image = photograph.resize((width, height))
+    normal = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64)])
+    assert torch.equal(augment.evaluation_transform(64)(image), as_tensor(normal(image)))
+
+
 @pytest.mark.parametrize("width, height", [(40000, 1), (1, 40000), (9000, 3)])
 def test_threads_do_not_fill_the_memory(width, height):
     """Resized as the recipes say, these would take up to 10 GB; only their middle counts."""

@@ -88,6 +88,10 @@ def tiff(path):
     Image.fromarray(COLOURS).save(path, "TIFF")
 
 
+def floats(path):
+    Image.fromarray(RAMP.astype(np.float32) / 255).save(path, "TIFF")
+
+
 def turned_by_exif(path):
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn me by 90 degrees"
@@ -133,6 +137,7 @@ def broken_png(path):
     path.write_bytes(content)
 
 
+UNKNOWN = "not an image in a known format"
 READ, REPLACED, LEFT_OUT = "read", "named in a warning and replaced by another image", "not listed"
 
 # The name, how it is made, what the run does, and the pixels that it reads or the warning's reason.
@@ -156,14 +161,15 @@ TABLE = [
     ("ünïcødé-图片.jpg", jpeg, READ, GRAY),
     (os.fsdecode(b"not-utf8-\xe9\xff.jpg"), jpeg, READ, GRAY),
     ("UPPER.JPG", jpeg, READ, GRAY),
-    ("zero-bytes.jpg", lambda path: path.touch(), REPLACED, "not an image in a known"),
+    ("zero-bytes.jpg", lambda path: path.touch(), REPLACED, UNKNOWN),
     ("truncated.jpg", truncated_jpeg, REPLACED, "truncated"),
-    ("text.jpg", lambda path: path.write_text("<html>404</html>"), REPLACED, "not an image in a known"),
+    ("text.jpg", lambda path: path.write_text("<html>404</html>"), REPLACED, UNKNOWN),
+    ("floats.tif", floats, REPLACED, "floating-point"),
     ("broken.png", broken_png, REPLACED, "broken data"),
     ("bomb.png", bomb, REPLACED, "pixels"),
     ("large.png", large, REPLACED, "9500 x 9500 pixels are more than the 89,478,485 allowed"),
     ("dangling-link.jpg", dangling_link, REPLACED, "No such file"),
-    ("postscript.jpg", postscript, REPLACED, "not an image in a known"),
+    ("postscript.jpg", postscript, REPLACED, UNKNOWN),
     ("pipe.jpg", os.mkfifo, LEFT_OUT, None),
     (".hidden.jpg", jpeg, LEFT_OUT, None),
 ]

@@ -98,6 +98,8 @@ DAMAGED = [
     (put_fashion_mnist, PIXELS, b"<html>", "train", "ubyte.gz is damaged .*BadGzipFile"),
     (put_fashion_mnist, PIXELS, gzip.compress(b"abc"), "train", "ubyte.gz is damaged .*ValueError"),
     (put_fashion_mnist, LABELS, None, "train", "labels-idx1-ubyte.gz is missing"),
+    (put_fashion_mnist, LABELS, gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 7, *range(5, 12)])),
+     "train", "labels outside of its 10 classes"),
     (put_fashion_mnist, LABELS, gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 4, 5])), "train",
      "7 images, but 2 labels"),
 ]

@@ -80,6 +80,24 @@ def test_train_and_val_without_labels(tmp_path):
     assert (names(train), names(held)) == (["a.jpg"], ["b.jpg"])
 
 
+def test_folders_named_like_the_files_of_a_data_set(tmp_path):
+    for name in ("meta", "data_batch_1", "cats", "train2018.json"):
+        put_image(tmp_path / name / "a.png")
+    opened = open_dataset(str(tmp_path))
+    assert opened.name == "folder" and len(opened) == len(opened.classes) == 4
+
+
+def test_a_class_that_is_called_train(tmp_path, capsys):
+    for name in ("cats", "planes", "train"):
+        put_image(tmp_path / name / "a.png")
+    assert len(open_dataset(str(tmp_path))) == 1
+    assert "only the folder train is read" in (said := capsys.readouterr().out)
+    assert "2 others, such as 'cats'" in said
+    put_image(tmp_path / "val" / "a.png")
+    open_dataset(str(tmp_path))
+    assert not capsys.readouterr().out
+
+
 def test_folder_of_class_folders(tmp_path):
     put_class_folders(tmp_path, ["cat", "dog"])
     (tmp_path / "empty").mkdir()
@@ -241,16 +259,24 @@ def test_stl10_with_unlabelled_images_only(tmp_path):
 
 
 @pytest.mark.parametrize("folder, zipped", [
-    ("", True), ("FashionMNIST/raw", False), ("FashionMNIST/raw", True)])
+    ("fashion", True), ("FashionMNIST/raw", False), ("FashionMNIST/raw", True)])
 def test_fashion_mnist(tmp_path, folder, zipped):
     put_fashion_mnist(tmp_path / folder, zipped)
-    train, held = open_dataset(str(tmp_path)), open_dataset(str(tmp_path), "val")
+    root = str(tmp_path / folder) if folder == "fashion" else str(tmp_path)
+    train, held = open_dataset(root), open_dataset(root, "val")
     assert train.name == "fashion-mnist" and len(held) == 4
     assert train.labels.tolist() == list(range(7))
     assert train.classes[9] == held.classes[9] == "Ankle boot"
     image = np.asarray(held.load(2))
     assert image.shape == (28, 28, 3)
     assert np.array_equal(image[:, :, 1], made_up(4, 28, 28, seed=4)[2])
+
+
+def test_other_sets_in_mnists_files_have_numbers_for_classes(tmp_path):
+    root = tmp_path / "pictures"  # pytest names the folder above after the test
+    put_fashion_mnist(root / "raw")
+    opened = open_dataset(str(root))
+    assert opened.name == "mnist" and opened.classes == list("0123456789") and len(opened) == 7
 
 
 @pytest.mark.skipif(not os.path.isdir(FASHION), reason="needs Debian's dataset-fashion-mnist")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import odc
-from odc.data.layouts import VOC_CLASSES
+from odc.data.layouts import VOC_CLASSES, open_dataset
 from odc.errors import UserError
 from odc.model import ODC
 from odc.runtime import checkpoint
@@ -244,8 +244,9 @@ def test_svm_on_voc07(tmp_path, weights, call):
     # The published form of the low-shot targets.
     os.makedirs(tmp_path / "targets")
     for sample in range(1, 6):
-        chosen = np.where(np.random.default_rng(sample).random((66, 20)) < 0.5, 0, -1)
-        chosen[sample] = 1
+        column = np.repeat([1, 0, -1], [1, 19, 46])
+        generator = np.random.default_rng(sample)
+        chosen = np.stack([generator.permutation(column) for _ in range(20)], axis=1)
         np.save(tmp_path / "targets" / f"train_targets_sample{sample}_k1.npy",
                 chosen.astype(np.int32))
     out = call("eval_svm", *arguments[:-3], "--maps", "feature5", "--shots", 1,
@@ -316,6 +317,42 @@ def test_unreadable_val_images_are_left_out(tmp_path, weights, call):
     for part in ("results", "full", "low_shot"):
         assert found["svm"][part] == found["svm-without"][part]
     assert found["linear"]["history"] == found["linear-without"]["history"]
+
+
+def test_unreadable_training_images_do_not_vote(tmp_path, weights, call):
+    data = put_imagenet(tmp_path / "data", train=101, val=5)
+    broken = f"{data}/train/n00000001/train_5.JPEG"
+    open(broken, "w").close()
+    knn = ("eval_knn", "--weights", weights, "--data", data, *SMALL)
+    svm = ("eval_svm", "--weights", weights, "--data", data, *SMALL, "--maps", "feature3",
+           "--shots")
+    start(*knn, "--k", 300, "--output", tmp_path / "two.json", processes=2)
+    with pytest.warns(UserWarning, match="train_5.JPEG' cannot be read"):
+        call(*knn, "--k", 300, "--output", tmp_path / "one.json")
+        call(*svm, "--output", tmp_path / "svm.json")
+    os.remove(broken)
+    call(*knn, "--k", 300, "--output", tmp_path / "without.json")
+    call(*svm, "--output", tmp_path / "svm-without.json")
+    found = {path.stem: results_of(path)["results"] for path in tmp_path.glob("*.json")}
+    assert found["one"] == found["two"] == found["without"]
+    assert found["svm"] == found["svm-without"]
+    assert "k=200" in call(*knn) and "k=200" not in call(
+        "eval_knn", "--weights", weights, "--data", put_imagenet(tmp_path / "few"), *SMALL)
+
+
+def test_another_subset_of_images_in_memory_does_not_continue(tmp_path, weights, call, monkeypatch):
+    monkeypatch.setattr("odc.data.shapes.SPLITS", {"train": (40, 0), "val": (20, 1)})
+    labels = open_dataset("shapes").labels
+    first = [int((labels == k).nonzero()[0]) for k in range(10)]
+    second = [int((labels == k).nonzero()[1]) for k in range(10)]
+    for name, chosen in (("a", first), ("b", second)):
+        (tmp_path / name).write_text("\n".join(map(str, chosen)))
+    arguments = ("eval_linear", "--weights", weights, "--data", "shapes", *SMALL, "--epochs", 1,
+                 "--batch-size", 5, "--output", tmp_path / "x.json", "--subset")
+    call(*arguments, tmp_path / "a")
+    assert "holds the finished run" in call(*arguments, tmp_path / "a")
+    with pytest.raises(UserError, match="holds a run with train images"):
+        call(*arguments, tmp_path / "b")
 
 
 @pytest.mark.parametrize("script, more", [
@@ -452,7 +489,14 @@ def test_mistakes_of_one_script(tmp_path, weights, call):
     imagenet = put_imagenet(tmp_path / "data", train=2, val=2)
     voc = put_voc(tmp_path / "voc", 20, 20)
     with pytest.raises(UserError, match="--k 200: the bank has only 6 images"):
-        call("eval_knn", "--weights", weights, "--data", imagenet)
+        call("eval_knn", "--weights", weights, "--data", imagenet, "--k", 5, 200)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: File exists"):
+        call("eval_knn", "--weights", weights, "--data", imagenet, "--features-cache",
+             tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: it must be a file"):
+        call("eval_knn", "--weights", weights, "--data", imagenet, "--output", tmp_path / "pipe")
     for script in ("eval_knn", "eval_linear"):
         with pytest.raises(UserError, match="several classes an image.*eval_svm.py"):
             call(script, "--weights", weights, "--data", voc)

@@ -122,6 +122,12 @@ def test_classes_without_a_vote_are_not_predicted():
     assert predictions[2][0].tolist() == [3, 1, -1, -1, -1]
 
 
+def test_a_vote_may_be_smaller_than_float32_knows():
+    predictions = knn_predict(torch.eye(6)[:1], torch.eye(6), torch.arange(6), 6, (6,),
+                              temperature=0.005)
+    assert predictions[6].tolist() == [[0, 1, 2, 3, 4]]
+
+
 def test_fewer_classes_than_five_and_no_query():
     queries, bank, labels = problem(num_classes=3)
     assert knn_predict(queries, bank, labels, 3, (5,))[5].shape == (70, 3)

@@ -183,6 +183,15 @@ def test_subset(tmp_path):
     assert chosen.labels.tolist() == [0, 1, 2] and chosen.classes == list("abc")
 
 
+def test_a_whole_name_in_a_subset_comes_before_a_name_and_a_label(tmp_path):
+    names = ["a.png", "a.png 2.png", "b.png"]
+    dataset = ImageSet("folder", "train", "/data", names=Names(names), classes=list("ab"),
+                       labels=torch.tensor([0, 0, 1]))
+    (tmp_path / "list.txt").write_text("\ufeffa.png 2.png\nb.png\n", encoding="utf-8")
+    chosen = choose_images(dataset, str(tmp_path / "list.txt"))
+    assert [chosen.name_of(i) for i in range(len(chosen))] == ["a.png 2.png", "b.png"]
+
+
 @pytest.mark.parametrize("text, message", [
     ("class 0/image 1.png\nclass 0/none.png\n", "1 of its 2 images, such as 'class 0/none.png'"),
     ("", "fewer than 2 images"), ("class 0/image 1.png", "fewer than 2 images"),

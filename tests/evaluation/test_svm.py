@@ -151,6 +151,17 @@ def test_all_rows_alike():
     assert fits.decisions.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("noise", (0.0, 1e-5))
+def test_many_equal_rows_with_targets_of_both_kinds(noise):
+    """A step in float32 is all rounding here; costs in turn start from such solutions."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(8, generator=generator)
+    rows = (row / row.norm()).repeat(300, 1) + noise * torch.randn(300, 8, generator=generator)
+    targets = torch.where(torch.rand(4, 300, generator=generator) < 0.3, 1, -1)
+    fits = svm.fit(svm.gram_matrix(rows), targets, (1.0, 10.0, 100.0))
+    assert fits.converged.all()
+
+
 @pytest.mark.parametrize("block", (7, 1024))
 def test_gram_matrix(block, monkeypatch):
     monkeypatch.setattr(svm, "GRAM_BLOCK", block)

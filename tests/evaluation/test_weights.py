@@ -427,6 +427,36 @@ def test_two_networks_in_one_file_are_told_apart_by_arch(tmp_path, resnet18):
         assert load_backbone(str(tmp_path / "w.pth"))[0].arch == "resnet18"
 
 
+@pytest.mark.parametrize("copy, trained", [
+    ("model_ema", "net"), ("ema", "network"), ("momentum_encoder", "base_encoder"),
+    ("target_network", "online_network")])
+def test_the_trained_network_comes_before_its_moving_average(tmp_path, resnet18, copy, trained):
+    torch.save({copy: _zeros(resnet18), trained: resnet18}, tmp_path / "w.pth")
+    backbone, text = load_backbone(str(tmp_path / "w.pth"))
+    assert f"under '{trained}" in text
+    assert torch.equal(backbone.conv1.weight, resnet18["conv1.weight"])
+
+
+def test_the_teacher_of_a_flat_file_comes_before_its_student(tmp_path, resnet18):
+    torch.save({**_prefixed(_zeros(resnet18), "student_backbone."),
+                **_prefixed(resnet18, "teacher_backbone.")}, tmp_path / "w.pth")
+    assert "teacher_backbone" in load_backbone(str(tmp_path / "w.pth"))[1]
+
+
+def test_what_evaluation_does_not_use_may_be_odd_and_what_it_uses_not(tmp_path, resnet18):
+    odd = {**resnet18, "bn1.num_batches_tracked": torch.ones(1, dtype=torch.int64)}
+    torch.save(odd, tmp_path / "w.pth")
+    assert load_backbone(str(tmp_path / "w.pth"))[0].arch == "resnet18"
+    assert "bn1.running_var is negative" in _refused(
+        {**resnet18, "bn1.running_var": -resnet18["bn1.running_var"]}, tmp_path / "w.pth")
+
+
+def test_a_name_that_is_not_utf8(tmp_path, resnet18):
+    path = tmp_path / os.fsdecode(b"name\xe9.pth")
+    torch.save(resnet18, path)
+    assert load_backbone(str(path))[0].arch == "resnet18"
+
+
 @pytest.mark.parametrize("zip_format", [True, False])
 def test_truncated_file(tmp_path, resnet18, zip_format):
     path = tmp_path / "w.pth"

@@ -111,3 +111,9 @@ def test_other_files_are_refused(tmp_path, content):
         curves.read_log(tmp_path / "log.jsonl")
     with pytest.raises(UserError, match="nowhere"):
         curves.read_log(tmp_path / "nowhere" / "log.jsonl")
+
+
+@pytest.mark.parametrize("number, text", [
+    (0.25, "0.25"), (999, "999"), (999.6, "1k"), (20_000, "20k"), (999_999, "1M"), (-3, "-3")])
+def test_numbers_on_an_axis(number, text):
+    assert curves.short(number) == text

@@ -247,6 +247,26 @@ def test_the_page_of_a_run_can_be_made_again(finished, tmp_path, capsys):  # noq
     assert sum(cluster["size"] for cluster in after["clusters"]) == 150
 
 
+def test_the_page_of_a_run_that_went_on_says_of_when_its_clusters_are(finished, tmp_path):  # noqa: F811
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    with open(output / "log.jsonl", "a") as log:
+        log.write(json.dumps(dict(epoch=3, step=25, loss=1.0)) + "\n")
+    np.save(output / "labels_epoch_best.npy", np.zeros(150, np.int64))  # a user's own
+    report.main([str(output)])
+    page = (output / "report.html").read_text()
+    assert "epoch 2, step 20" in page and "epoch 3, step 25" not in page
+    assert "since epoch 1" in page
+
+
+@pytest.mark.parametrize("name", ["centroids.npy", "features.npy"])
+def test_an_empty_file_of_a_run(finished, tmp_path, name):  # noqa: F811
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(b"")
+    with pytest.raises(UserError, match="not what one run of train.py wrote"):
+        report.main([str(tmp_path / "run")])
+
+
 def test_the_page_says_why_there_are_no_pictures(run, tmp_path, capsys):
     output = rebuilt(run, tmp_path)  # no checkpoint.pth that says where the images are
     data = data_of(output)
