@@ -37,8 +37,7 @@ def main():
     if train.labels is None:
         raise UserError(f"{train.name} has several classes an image, and neighbours vote for one: "
                         "use eval_svm.py.")
-    args.k = args.k or [k for k in (10, 20, 100, 200) if k <= len(train)] or [1]
-    if max(args.k) > len(train):
+    if args.k and max(args.k) > len(train):
         raise UserError(f"--k {max(args.k)}: the bank has only {len(train)} images, in "
                         f"{train.root}; choose less.")
 
@@ -50,15 +49,17 @@ def main():
                        network.workers, cache, name)
 
     bank, own = features(train, "bank"), distributed.shard(len(train))
-    in_bank = readable(train)[own]
-    bank, labels = bank[in_bank.to(bank.device)], train.labels[own][in_bank]
+    in_bank, labels = readable(train), train.labels[own]
+    if not in_bank.all():  # else a copy would take as much memory again
+        bank, labels = bank[in_bank[own].to(bank.device)], labels[in_bank[own]]
+    ks = args.k or [k for k in (10, 20, 100, 200) if k <= in_bank.sum()] or [1]
     queries = distributed.all_gather_uneven_rows(features(val, "queries"))
     judged = network.readable()
-    print_main(f"voting: {len(val):,} queries, k = {', '.join(map(str, args.k))}")
-    predictions = knn_predict(queries, bank, labels, len(train.classes), sorted(set(args.k)),
+    print_main(f"voting: {len(val):,} queries, k = {', '.join(map(str, ks))}")
+    predictions = knn_predict(queries, bank, labels, len(train.classes), sorted(set(ks)),
                               args.temperature)
     results = {}
-    for k in args.k:
+    for k in ks:
         hits = (predictions[k].cpu() == val.labels[:, None])[judged].double()
         results[f"k={k}"] = dict(top1=100 * float(hits[:, 0].mean()),
                                  top5=100 * float(hits.sum(1).mean()))

@@ -147,8 +147,14 @@ def main():
     train, val = features(train_set, train_images, "train"), features(val_set, val_images, "val")
     val_targets[~network.readable()] = 0  # as difficult ones, they do not count
     kept = readable(train_set)[train_images]
-    train, targets = [rows[kept] for rows in train], targets[kept]
-    samples = {k: [sample[kept] for sample in of_k] for k, of_k in samples.items()}
+    if not kept.all():
+        print_main(f"{int((~kept).sum())} of {count:,} train images cannot be read; they are left "
+                   "out")
+        train, targets, count = [rows[kept] for rows in train], targets[kept], int(kept.sum())
+        with distributed.together():
+            check_targets(targets, train_set)
+            samples = ({k: [sample[kept] for sample in of_k] for k, of_k in samples.items()}
+                       if args.low_shot_targets else choose_shots(args, targets))
 
     full = {}
     for i, train_rows, val_rows in zip(chosen, train, val):
@@ -170,7 +176,7 @@ def main():
     row = {"Best Layer": best, "SVM": 100 * full[best].mean_average_precision}
     row |= {f"k={result.k}": 100 * result.mean_average_precision for result in shots}
     published = None
-    if (count == len(train_set) and len(chosen) == len(MAP_NAMES)
+    if (len(train_images) == len(train_set) and len(chosen) == len(MAP_NAMES)
             and tables.VOC07_SVM.is_comparable(train_set, val_set, network.backbone,
                                                network.image_size)):
         published = tables.VOC07_SVM

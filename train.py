@@ -232,10 +232,9 @@ def write_results(args, state, dataset, log):
     """Cluster all images by the current network, and write what people and programs read."""
     output, clustering = Path(args.output), current_clustering(args, state, dataset)
     if state.assigner is None:  # trained since the last call: this clustering is not logged yet
-        silhouette = metrics.mean_silhouette(
-            clustering.features, clustering.labels, clustering.centroids)
+        mean = metrics.mean_silhouette(clustering.features, clustering.labels, clustering.centroids)
         log_measures(log, state.progress, clustering.labels, dataset,
-                     f"epoch {state.progress.epoch}, final clusters", dict(silhouette=silhouette))
+                     f"epoch {state.progress.epoch}, final clusters", dict(silhouette=mean))
     state.assigner = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids)
     save_rows(output / "features.npy", clustering.features, len(dataset), f"--output {output}")
     with distributed.together():
@@ -302,13 +301,14 @@ def restore(args, state, saved, dataset):
     memory.load_state_dict(saved["memory"], features)
     state.labels_before, state.assigner = saved["labels_before"].clone(), saved["assigner"]
     progress = state.progress = Progress(**saved["progress"])
-    # With another number of processes a step has another size: continue at the nearest whole one.
-    done = progress.step * saved["global_batch"]
-    progress.step = steps_per_epoch(len(dataset), args.batch_size)
-    if done < len(dataset):
-        progress.step = round(done / (args.batch_size * distributed.world_size()))
-    print_main(f"{args.output} holds the finished run." if progress.epoch >= args.epochs else
-               f"Continuing {args.output} in epoch {progress.epoch + 1} after step {progress.step}")
+    # With another number of processes a step has another size: take the nearest whole one but 0.
+    done, size = progress.step * saved["global_batch"], args.batch_size * distributed.world_size()
+    if not args.export_only:
+        whole = steps_per_epoch(len(dataset), args.batch_size)
+        progress.step = whole if done >= len(dataset) else max(round(done / size), min(done, 1))
+    print_main(
+        f"Continuing {args.output} in epoch {progress.epoch + 1} after step {progress.step}."
+        if progress.epoch < args.epochs else f"{args.output} holds the finished run.")
 
 
 def main(arguments=None):
@@ -320,7 +320,7 @@ def main(arguments=None):
     # Data, and the checkpoint of an earlier start.
     with distributed.together():
         dataset = open_dataset(args.data, "train", args.background)
-        saved = checkpoint.open_run(output)
+        saved, lock = checkpoint.open_run(output)  # the lock ends with this function
     check_same_images(dataset)
     settings.follow_data(args, given, dataset, saved, device)
     print_settings(vars(args))
@@ -362,7 +362,7 @@ def main(arguments=None):
         log_measures(log, state.progress, memory.labels, dataset, "initial k-means", record)
         save(args, state, dataset, log)
     # After --export-only the run may go on as if nothing had happened.
-    parts = ("settings", "global_batch", "progress") if args.export_only else ()
+    parts = ("settings", "global_batch") if args.export_only else ()
     kept = {name: saved[name] for name in parts}
     del saved
 

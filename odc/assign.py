@@ -122,8 +122,8 @@ def check_outputs(args):
             raise UserError(f"--{name} {path}: its folder is missing or not writable; choose "
                             "another.")
     if len({os.path.realpath(path) for path in paths.values()}) < len(paths):
-        raise UserError(f"--output {args.output}: another result has the same name; choose "
-                        "different ones.")
+        raise UserError(f"--output, --features and --folders must differ: {args.output}, "
+                        f"{args.features}, {args.folders}; choose other names.")
     if args.copy and not args.folders:
         raise UserError("--copy: there are no --folders to copy into; name them, or leave it out.")
     if args.folders and os.path.exists(args.folders):

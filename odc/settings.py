@@ -119,6 +119,8 @@ def parse(arguments=None):
     marked = argparse.Namespace(**dict.fromkeys(vars(args), "not given"))
     make_parser().parse_args(arguments, marked)
     given = {name for name, value in vars(marked).items() if value != "not given"}
+    if args.weights:
+        args.weights = os.path.abspath(args.weights)  # the same in a run that goes on elsewhere
     if args.data is None:
         args.data = "data/imagenet" if os.path.isdir("data/imagenet") else "shapes"
     return args, given

@@ -1,5 +1,6 @@
 """Runs of train.py in tests: how they are started, stopped and compared."""
 
+import gc
 import json
 import signal
 import subprocess
@@ -26,7 +27,10 @@ def run_main(*arguments):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return stopped.value.code
+    code = stopped.value.code
+    del stopped
+    gc.collect()  # an exception keeps the function's lock on its folder
+    return code
 
 
 def start(folder, output, *extra, processes=1):

@@ -103,7 +103,7 @@ def test_a_run_goes_on_after_export_only_as_if_nothing_had_happened(folder, fini
                       "--batch-size", "8", "--export-only", processes=2)
     assert done.returncode == 0, done.stderr
     after = state_of(tmp_path)
-    for name in ("settings", "global_batch", "progress", "memory"):
+    for name in ("settings", "global_batch", "progress", "memory"):  # and the step of the epoch
         assert_equal_state(before[name], after[name], name)
     assert before["assigner"] is None and after["assigner"] is not None
     assert start(folder, tmp_path).wait(300) == 0

@@ -158,8 +158,6 @@ def prepare(args):
                                 "choose another.")
         if cache := getattr(args, "features_cache", None):
             os.makedirs(cache, exist_ok=True)
-            if not os.access(cache, os.W_OK):
-                raise UserError(f"--features-cache {cache}: is not writable; choose another.")
         size = args.image_size or NATIVE_SIZES.get(train.name, 224)
         backbone, description = load_backbone(args.weights, args.arch, size, args.seed)
     check_same_images(train, val)

@@ -81,7 +81,8 @@ def knn_accuracy(backbone, train, val, image_size, device, batch_size=64, worker
         queries, images, asked = bank[held_out.to(device)], train, slice(None, None, HELD_OUT_EVERY)
     else:
         queries, images, asked = features(val, "held-out images"), val, slice(None)
-    bank, rows = bank[in_bank.to(device)], rows[in_bank]
+    if not in_bank.all():  # else a copy would take as much memory again
+        bank, rows = bank[in_bank.to(device)], rows[in_bank]
     queries = distributed.all_gather_uneven_rows(queries)
     k = min(20, int(distributed.all_reduce(torch.tensor(len(bank)))))
     predictions = knn_predict(queries, bank, train.labels[rows], len(train.classes), [k])[k]

@@ -99,9 +99,11 @@ def read_low_shot_targets(path, num_images, num_classes, shots=SHOTS):
                 raise UserError(f"{path}: {name} has values other than 1, 0 and -1 (positive, "
                                 "negative, ignored).")
             positives, negatives = ((published == value).sum(0) for value in (1, 0))
-            if (positives != k).any() or (negatives != NEGATIVES * k).any():
-                raise UserError(f"{path}: {name} must have {k} ones and {NEGATIVES * k} zeros for "
-                                "each class (positive, negative); give the published files.")
+            # The published script draws k negatives for each of the other classes.
+            if (positives != k).any() or (negatives != (num_classes - 1) * k).any():
+                raise UserError(f"{path}: {name} must have {k} ones and {(num_classes - 1) * k} "
+                                "zeros for each class (positive, negative); give the published "
+                                "files.")
             published = torch.from_numpy(published.astype(np.int8))
             targets[k].append((published == 1).to(torch.int8) - (published == 0).to(torch.int8))
     return targets

@@ -22,7 +22,7 @@ from odc.runtime.checkpoint import can_be_mapped
 # dicts come after these.
 CONTAINERS = ("backbone", "", "state_dict", "model", "teacher", "student")
 # A moving average beside the trained network (MoCo's key encoder, BYOL's target) comes second.
-COPY = re.compile(r"encoder_k|momentum|target|ema")
+COPY = re.compile(r"encoder_k|momentum|target|(?<![a-z])ema(?![a-z])")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Names of a ResNet's trunk: one of these that our ResNet lacks means another network.
 TRUNK = re.compile(r"(conv|bn|layer|norm|stem)\d*\.")
@@ -51,7 +51,7 @@ def load_backbone(weights, arch=None, image_size=224, seed=0):
         return backbone.eval(), f"{_describe(backbone)}, random weights from seed {seed}"
     content, passed_over = _read(weights)
     states = sorted(_state_dicts(content), key=lambda item: (
-        [*CONTAINERS, item[0]].index(item[0]), bool(COPY.search(item[0]))))
+        [*CONTAINERS, item[0]].index(item[0]), _is_copy(item[0])))
     states = [(where, _torchvision_names(state)) for where, state in states]
     places = [(where, state, prefix, _structure(state, prefix))
               for where, state in states for prefix in _prefixes(state)]
@@ -258,7 +258,12 @@ def _prefixes(state):
     prefixes = [key.removesuffix("conv1.weight") for key, value in state.items()
                 if key.endswith("conv1.weight") and value.dim() == 4]
     return sorted((prefix for prefix in prefixes if f"{prefix}layer1.0.conv1.weight" in state),
-                  key=lambda prefix: bool(COPY.search(prefix)) or "student" in prefix)
+                  key=_is_copy)
+
+
+def _is_copy(name):
+    """A key for sorting: a trained network or a teacher, moving averages, students."""
+    return "student" in name, bool(COPY.search(name))
 
 
 def _structure(state, prefix):

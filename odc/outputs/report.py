@@ -185,11 +185,12 @@ def sprite_sheets(dataset, shown, workers=0):
 
 def earlier_sizes(folder, epoch, K):
     """(epoch, cluster sizes int64 [K]) of the last labels_epoch_*.npy before an epoch, or None."""
-    copies = {path.stem.rpartition("_")[2]: path for path in folder.glob("labels_epoch_*.npy")}
-    before = [int(number) for number in copies if number.isdecimal() and int(number) < epoch]
+    copies = {int(number): path for path in folder.glob("labels_epoch_*.npy")
+              if (number := path.stem.rpartition("_")[2]).isdecimal()}
+    before = [number for number in copies if number < epoch]
     if not before:
         return None
-    return max(before), np.bincount(np.load(copies[str(max(before))]), minlength=K)
+    return max(before), np.bincount(np.load(copies[max(before)]), minlength=K)
 
 
 def read_clustering(folder):

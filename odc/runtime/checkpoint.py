@@ -87,19 +87,20 @@ def load(path):
     return content
 
 
-_lock = None  # an open file; the lock on it ends with the process, however that ends
-
-
 def open_run(output):
-    """Make the folder of a run, a Path; its checkpoint, or None. Raises UserError if that fails."""
-    global _lock
+    """Make the folder of a run, a Path, and lock it against other runs.
+
+    Returns its checkpoint, or None, and the lock, an open file, or None on processes other than 0.
+    The lock ends when that is closed or the process ends, however it ends. Raises UserError.
+    """
+    lock = None
     output.mkdir(parents=True, exist_ok=True)
     if not os.access(output, os.W_OK):
         raise UserError(f"--output {output}: the folder is not writable; choose another.")
     if distributed.is_main():
-        _lock = open(output / ".lock", "w")
+        lock = open(output / ".lock", "w")
         try:
-            fcntl.lockf(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
         except (BlockingIOError, PermissionError):
             raise UserError(f"--output {output}: another run is writing there; choose another, or "
                             "wait for its end.") from None
@@ -112,7 +113,7 @@ def open_run(output):
     if saved is not None and saved.get("program") != PROGRAM:
         raise UserError(f"{path} is not a checkpoint of this version of train.py; choose another "
                         "--output.")
-    return saved
+    return saved, lock
 
 
 def save_run(path, state, features, num_rows):

@@ -89,7 +89,8 @@ def run_program(main, *arguments):
     1 if another process was lost, or, with a traceback, for a mistake of ours.
     """
     code = 0
-    sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
+    if hasattr(sys.stdout, "reconfigure"):  # not if it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
     try:
         main(*arguments)
     except (UserError, RuntimeError, OSError, MemoryError) as error:

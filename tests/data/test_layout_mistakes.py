@@ -98,10 +98,10 @@ DAMAGED = [
     (put_fashion_mnist, PIXELS, b"<html>", "train", "ubyte.gz is damaged .*BadGzipFile"),
     (put_fashion_mnist, PIXELS, gzip.compress(b"abc"), "train", "ubyte.gz is damaged .*ValueError"),
     (put_fashion_mnist, LABELS, None, "train", "labels-idx1-ubyte.gz is missing"),
-    (put_fashion_mnist, LABELS, gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 7, *range(5, 12)])),
+    (put_fashion_mnist, LABELS, gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 13, *range(13)])),
      "train", "labels outside of its 10 classes"),
     (put_fashion_mnist, LABELS, gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 4, 5])), "train",
-     "7 images, but 2 labels"),
+     "13 images, but 2 labels"),
 ]
 
 

@@ -336,6 +336,10 @@ def test_unreadable_training_images_do_not_vote(tmp_path, weights, call):
     found = {path.stem: results_of(path)["results"] for path in tmp_path.glob("*.json")}
     assert found["one"] == found["two"] == found["without"]
     assert found["svm"] == found["svm-without"]
+    with pytest.warns(UserWarning, match="1.JPEG' cannot be read"):
+        few = put_imagenet(tmp_path / "200", classes=2, train=100, val=2)
+        open(f"{few}/train/n00000000/train_1.JPEG", "w").close()
+        assert "k = 10, 20, 100\n" in call(*knn[:4], few, *SMALL)  # not 200 of 199
     assert "k=200" in call(*knn) and "k=200" not in call(
         "eval_knn", "--weights", weights, "--data", put_imagenet(tmp_path / "few"), *SMALL)
 

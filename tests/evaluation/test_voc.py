@@ -75,12 +75,13 @@ def test_voc_average_precision_of_tied_scores_is_independent_of_the_order():
 
 
 def write_targets(folder, images=2000, classes=3, seed=0):
-    """Target files as they are published, k ones and 19 k zeros a class; returns {k: [array]}."""
+    """Target files as they are published, k ones and 2 k zeros a class; returns {k: [array]}."""
     generator = np.random.default_rng(seed)
     written = {}
     for k in voc.SHOTS:
         for sample in range(1, 6):
-            column = np.repeat([1, 0, -1], [k, 19 * k, images - 20 * k]).astype(np.int32)
+            column = np.repeat(np.array([1, 0, -1], np.int32),
+                               [k, (classes - 1) * k, images - classes * k])
             array = np.stack([generator.permutation(column) for _ in range(classes)], axis=1)
             np.save(folder / f"train_targets_sample{sample}_k{k}.npy", array)
             written.setdefault(k, []).append(array)
@@ -119,7 +120,7 @@ def test_target_files_that_do_not_fit(tmp_path):
         voc.read_low_shot_targets(str(tmp_path), 2000, 3)
     ours = np.load(tmp_path / "train_targets_sample3_k4.npy")
     np.save(broken, ours)  # of another k
-    with pytest.raises(UserError, match="sample3_k8.npy must have 8 ones and 152 zeros"):
+    with pytest.raises(UserError, match="sample3_k8.npy must have 8 ones and 16 zeros"):
         voc.read_low_shot_targets(str(tmp_path), 2000, 3)
     broken.write_bytes(b"not an array")
     with pytest.raises(UserError, match="sample3_k8.npy cannot be read"):

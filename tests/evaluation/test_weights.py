@@ -429,7 +429,7 @@ def test_two_networks_in_one_file_are_told_apart_by_arch(tmp_path, resnet18):
 
 @pytest.mark.parametrize("copy, trained", [
     ("model_ema", "net"), ("ema", "network"), ("momentum_encoder", "base_encoder"),
-    ("target_network", "online_network")])
+    ("target_network", "online_network"), ("net_ema", "semantic_net")])
 def test_the_trained_network_comes_before_its_moving_average(tmp_path, resnet18, copy, trained):
     torch.save({copy: _zeros(resnet18), trained: resnet18}, tmp_path / "w.pth")
     backbone, text = load_backbone(str(tmp_path / "w.pth"))
@@ -441,6 +441,9 @@ def test_the_teacher_of_a_flat_file_comes_before_its_student(tmp_path, resnet18)
     torch.save({**_prefixed(_zeros(resnet18), "student_backbone."),
                 **_prefixed(resnet18, "teacher_backbone.")}, tmp_path / "w.pth")
     assert "under 'teacher_backbone" in load_backbone(str(tmp_path / "w.pth"))[1]
+    torch.save({**_prefixed(_zeros(resnet18), "student."), **_prefixed(resnet18, "teacher_ema.")},
+               tmp_path / "w.pth")
+    assert "under 'teacher_ema" in load_backbone(str(tmp_path / "w.pth"))[1]
 
 
 def test_what_evaluation_does_not_use_may_be_odd_and_what_it_uses_not(tmp_path, resnet18):

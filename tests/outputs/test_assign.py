@@ -272,7 +272,7 @@ def test_vectors_of_the_run_that_are_missing_damaged_or_of_other_images(
     (dict(output="."), "--output .: is no name of a file"),
     (dict(output=""), "is no name of a file"),
     (dict(output="memory"), "--output memory: is no name of a file"),
-    (dict(output="a.csv", more=["--features", "./a.csv"]), "another result has the same name"),
+    (dict(output="a.csv", more=["--features", "./a.csv"]), "must differ: a.csv, ./a.csv"),
     (dict(more=["--copy"]), "--copy: there are no --folders"),
 ])
 def test_mistakes_are_one_sentence(

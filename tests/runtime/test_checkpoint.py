@@ -144,7 +144,7 @@ def test_a_name_that_is_not_utf8(tmp_path):
 def test_leftovers_are_removed(tmp_path):
     (tmp_path / "checkpoint.pth.partial").write_bytes(b"half")
     (tmp_path / "mine.txt").write_text("stays")
-    assert checkpoint.open_run(tmp_path) is None
+    assert checkpoint.open_run(tmp_path)[0] is None
     assert sorted(os.listdir(tmp_path)) == [".lock", "mine.txt"]
 
 
