@@ -12,16 +12,16 @@ from odc import distributed
 from odc.data.loader import readable
 from odc.distributed import print_main
 from odc.errors import UserError
-from odc.evaluation import frozen, tables
+from odc.evaluation import frozen_backbone, tables
 from odc.evaluation.knn import knn_predict, pooled
 from odc.features import extract
-from odc.runtime import program
+from odc.runtime import launch
 from odc.runtime.arguments import Parser, number, whole
 
 
 def make_parser():
     parser = Parser(__doc__.splitlines()[0])
-    frozen.add_arguments(parser, batch_size=128)
+    frozen_backbone.add_arguments(parser, batch_size=128)
     add = parser.add_argument_group("nearest neighbours").add_argument
     add("--k", metavar="K", type=whole(1), nargs="+", help="numbers of neighbours that vote "
         "(default: 10 20 100 200, as far as there are so many training images)")
@@ -32,7 +32,7 @@ def make_parser():
 
 def main():
     args = make_parser().parse_args()
-    network = frozen.prepare(args)
+    network = frozen_backbone.prepare(args)
     train, val = network.train, network.val
     if train.labels is None:
         raise UserError(f"{train.name} has several classes an image, and neighbours vote for one: "
@@ -79,4 +79,4 @@ def main():
 
 
 if __name__ == "__main__":
-    program.run_program(main)
+    launch.run_program(main)

@@ -22,23 +22,23 @@ import torch.nn.functional as F
 
 from odc import distributed
 from odc.data.augmentation import LINEAR_AUGMENTATIONS, augment_batch
-from odc.data.layouts import check_same_images
+from odc.data.datasets import check_same_images
 from odc.data.loader import check_unreadable, epoch_batches
 from odc.distributed import print_main
 from odc.errors import Interrupted, UserError
-from odc.evaluation import frozen, tables
+from odc.evaluation import frozen_backbone, tables
 from odc.evaluation.linear import (
     FINE_TUNED, PROTOCOLS, choose_images, choose_protocols, choose_results, make_classifiers,
     published_table)
 from odc.features import extract
-from odc.runtime import checkpoint, program
+from odc.runtime import checkpoint, launch
 from odc.runtime.arguments import Parser, number, whole
 from odc.runtime.log import plain_line, progress_bar
 
 
 def make_parser():
     parser = Parser(__doc__.splitlines()[0])
-    groups = frozen.add_arguments(parser)
+    groups = frozen_backbone.add_arguments(parser)
     add = parser.add_argument_group(
         "protocol", "Every setting is the protocol's unless given; with --epochs the learning "
         "rate's steps move, too.").add_argument
@@ -117,14 +117,14 @@ def train_epoch(args, network, protocols, classifiers, optimizer, progress):
     bar = progress_bar(progress.step + len(batches),
                        f"epoch {progress.epoch + 1}/{protocol.epochs}", initial=progress.step)
     for _ in range(len(batches)):
-        with distributed.together():
+        with distributed.raise_everywhere():
             batch = next(iterator)
         images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
         labels = train_labels[batch.indices.to(device, non_blocking=True)]  # [B]
 
         # The loss is the mean over the batch of all processes, whose parts may differ in size.
         count, failed, stop = distributed.all_reduce(torch.tensor(
-            [len(labels), int((batch.failed >= 0).sum()), program.signal_is_pending()])).tolist()
+            [len(labels), int((batch.failed >= 0).sum()), launch.signal_is_pending()])).tolist()
         losses = torch.stack([F.cross_entropy(logits, labels, reduction="sum") / count
                               for logits in classifiers(images).values()])  # [columns]
         optimizer.zero_grad()
@@ -179,7 +179,7 @@ def save(args, network, protocols, classifiers, optimizer, progress):
     if not torch.tensor(progress.losses).isfinite().all():
         raise UserError(f"the loss is not finite in epoch {progress.epoch + 1}, by step "
                         f"{progress.step}: lower --lr.")
-    with distributed.together():
+    with distributed.raise_everywhere():
         if args.output and distributed.is_main():
             checkpoint.save(checkpoint_path(args), dict(
                 program="odc eval_linear", settings=settings_of(args, network, protocols),
@@ -190,7 +190,7 @@ def save(args, network, protocols, classifiers, optimizer, progress):
 def restore(args, network, protocols, classifiers, optimizer):
     """The Progress of the checkpoint beside --output, with what it held, or that of a new run."""
     saved, path = None, checkpoint_path(args)
-    with distributed.together():
+    with distributed.raise_everywhere():
         if args.output and path.exists():
             saved = checkpoint.load(path)
             if saved.get("program") != "odc eval_linear":
@@ -225,8 +225,8 @@ def settings_of(args, network, protocols):
 
 def main():
     args = make_parser().parse_args()
-    network = frozen.prepare(args)
-    with distributed.together():
+    network = frozen_backbone.prepare(args)
+    with distributed.raise_everywhere():
         network.train = choose_images(network.train, args.subset, args.train_share, args.seed)
     check_same_images(network.train)
     if args.subset or args.train_share:
@@ -273,4 +273,4 @@ def main():
 
 
 if __name__ == "__main__":
-    program.run_program(main)
+    launch.run_program(main)

@@ -18,10 +18,10 @@ from odc.data.augmentation import evaluation_transform, resize_exact
 from odc.data.loader import readable
 from odc.distributed import print_main
 from odc.errors import UserError
-from odc.evaluation import frozen, tables, voc
-from odc.evaluation.maps import MAP_NAMES, map_pools, map_shapes
+from odc.evaluation import frozen_backbone, tables, voc
+from odc.evaluation.pooling import MAP_NAMES, map_pools, map_shapes
 from odc.features import extract
-from odc.runtime import program
+from odc.runtime import launch
 from odc.runtime.arguments import Parser, whole
 
 OTHER_TRAIN_IMAGES = 2100  # of other data than VOC07: enough for k = 96 in 10 classes, and quick
@@ -29,7 +29,7 @@ OTHER_TRAIN_IMAGES = 2100  # of other data than VOC07: enough for k = 96 in 10 c
 
 def make_parser():
     parser = Parser(__doc__.splitlines()[0])
-    groups = frozen.add_arguments(parser, batch_size=64)
+    groups = frozen_backbone.add_arguments(parser, batch_size=64)
     groups["data"].add_argument(
         "--train-images", metavar="N", type=whole(2), help="train on so many images, drawn from "
         "--seed, of all classes alike (default: all of VOC07, else at most "
@@ -99,7 +99,7 @@ def unconverged(result):
 
 def main():
     args = make_parser().parse_args()
-    network = frozen.prepare(args)
+    network = frozen_backbone.prepare(args)
     train_set, val_set = network.train, network.val
     is_voc = train_set.name == "voc07"
     protocol = "VOC07 SVM and low-shot SVM" + ("" if is_voc else ", each class against the rest")
@@ -111,7 +111,7 @@ def main():
     train_images = draw_images(train_set, count, args.seed)
     val_images = torch.arange(len(val_set))
     targets, val_targets = one_vs_rest(train_set, train_images), one_vs_rest(val_set, val_images)
-    with distributed.together():
+    with distributed.raise_everywhere():
         check_targets(targets, train_set)
         samples = choose_shots(args, targets)
     for label, positives in zip(val_set.classes, (val_targets == 1).sum(0).tolist()):
@@ -151,14 +151,14 @@ def main():
         print_main(f"{int((~kept).sum())} of {count:,} train images cannot be read; they are left "
                    "out")
         train, targets, count = [rows[kept] for rows in train], targets[kept], int(kept.sum())
-        with distributed.together():
+        with distributed.raise_everywhere():
             check_targets(targets, train_set)
             samples = ({k: [sample[kept] for sample in of_k] for k, of_k in samples.items()}
                        if args.low_shot_targets else choose_shots(args, targets))
 
     full = {}
     for i, train_rows, val_rows in zip(chosen, train, val):
-        program.check_signals()
+        launch.check_signals()
         result = voc.full_svm(train_rows.to(network.device), targets, val_rows.to(network.device),
                               val_targets)
         full[MAP_NAMES[i]] = result
@@ -166,7 +166,7 @@ def main():
                    f"{unconverged(result)}")
     best = max(full, key=lambda name: full[name].mean_average_precision)
     at = list(full).index(best)
-    program.check_signals()
+    launch.check_signals()
     shots = voc.low_shot(train[at].to(network.device), samples, val[at].to(network.device),
                          val_targets) if samples else []
     for result in shots:
@@ -196,4 +196,4 @@ def main():
 
 
 if __name__ == "__main__":
-    program.run_program(main)
+    launch.run_program(main)

@@ -22,7 +22,7 @@ from odc import distributed, settings
 from odc.batchnorm import share_statistics, synchronise
 from odc.clusters import cluster_images
 from odc.data.augmentation import Augmentation, augment_batch, evaluation_transform
-from odc.data.layouts import check_same_images, open_dataset
+from odc.data.datasets import check_same_images, open_dataset
 from odc.data.loader import (
     check_unreadable, gather_unreadable, steps_per_epoch, training_batches)
 from odc.distributed import all_gather_rows, print_main
@@ -34,7 +34,7 @@ from odc.kmeans import kmeans
 from odc.memory import ODCMemory
 from odc.model import ODC, use_small_stem
 from odc.outputs import export, report
-from odc.runtime import checkpoint, program
+from odc.runtime import checkpoint, launch
 from odc.runtime.log import Log, print_settings, progress_bar
 
 
@@ -61,7 +61,7 @@ class State:
     memory: ODCMemory
     progress: Progress
     labels_before: torch.Tensor | None = None  # [N], at the end of the epoch before
-    assigner: dict | None = None  # neck and centroids for odc.assign, once `write_results` has run
+    final_clusters: dict | None = None  # neck and centroids for odc.assign, of `write_results`
 
 
 def train_epoch(args, state, model, dataset, log, autocast):
@@ -78,12 +78,12 @@ def train_epoch(args, state, model, dataset, log, autocast):
         dataset, augmentation, args.image_size, args.batch_size, args.seed, epoch, progress.step,
         args.workers, pin_memory=device.type == "cuda"))
     model.train()
-    state.assigner = None  # out of date as soon as the weights change
+    state.final_clusters = None  # out of date as soon as the weights change
     loss_weights = memory.loss_weights(args.reweight_power)
     bar = progress_bar(steps, f"epoch {epoch + 1}/{args.epochs}", initial=progress.step)
 
     for step in range(progress.step, steps):
-        with distributed.together():  # an error of one process stops all
+        with distributed.raise_everywhere():  # an error of one process stops all
             batch = next(batches)  # B images of this process
         distributed.seed(args.seed, epoch, step)  # for dropout: a resumed run is the same run
         images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
@@ -155,7 +155,7 @@ def check_step(args, progress, loss, failed, dataset):
     failed = failed[failed >= 0]
     loss, num_failed, stop = distributed.all_reduce(torch.tensor(
         [float(loss.detach()) / distributed.world_size(), len(failed),
-         program.signal_is_pending()], dtype=torch.float64)).tolist()
+         launch.signal_is_pending()], dtype=torch.float64)).tolist()
     if not math.isfinite(loss):
         raise UserError(f"The loss is {loss} at epoch {progress.epoch + 1}, step "
                         f"{progress.step + 1}; {Path(args.output, 'checkpoint.pth')} is from "
@@ -218,7 +218,7 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
     record["nmi_previous"] = metrics.nmi(memory.labels.cpu(), state.labels_before)
     state.labels_before = memory.labels.cpu().clone()
     log_measures(log, progress, memory.labels, dataset, f"epoch {epoch}", record)
-    with distributed.together():
+    with distributed.raise_everywhere():
         if distributed.is_main():
             if is_due(args.save_interval, epoch):
                 export.save_backbone(output / f"backbone_epoch_{epoch}.pth", state.network.backbone)
@@ -231,13 +231,13 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
 def write_results(args, state, dataset, log):
     """Cluster all images by the current network, and write what people and programs read."""
     output, clustering = Path(args.output), current_clustering(args, state, dataset)
-    if state.assigner is None:  # trained since the last call: this clustering is not logged yet
+    if state.final_clusters is None:  # trained since the last call: not logged yet
         mean = metrics.mean_silhouette(clustering.features, clustering.labels, clustering.centroids)
         log_measures(log, state.progress, clustering.labels, dataset,
                      f"epoch {state.progress.epoch}, final clusters", dict(silhouette=mean))
-    state.assigner = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids)
+    state.final_clusters = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids)
     save_rows(output / "features.npy", clustering.features, len(dataset), f"--output {output}")
-    with distributed.together():
+    with distributed.raise_everywhere():
         if distributed.is_main():
             clustering.features = np.load(output / "features.npy", mmap_mode="r")
             export.save_all(args, state.network.backbone, dataset, clustering, state.progress)
@@ -271,7 +271,7 @@ def save(args, state, dataset, log, **kept):
     """Write the checkpoint. kept: parts of it that stay as they were. A collective."""
     path, network, progress = Path(args.output, "checkpoint.pth"), state.network, state.progress
     progress.interval["change_ratio"] = float(progress.interval["change_ratio"])  # off the device
-    with distributed.together():
+    with distributed.raise_everywhere():
         if not all(torch.isfinite(value).all() for value in network.parameters()):
             raise UserError(f"The weights are not finite after step {progress.global_step}; {path} "
                             "is from before that. Start again with a lower --lr or --amp off, in "
@@ -284,7 +284,8 @@ def save(args, state, dataset, log, **kept):
         backbone=network.backbone.state_dict(), neck=network.neck.state_dict(),
         head=network.head.state_dict(), optimizer=state.optimizer.state_dict(),
         scaler=state.scaler.state_dict(), memory=state.memory.state_dict(),
-        labels_before=state.labels_before, assigner=state.assigner, progress=asdict(progress),
+        labels_before=state.labels_before, final_clusters=state.final_clusters,
+        progress=asdict(progress),
         log_position=log.position(),
     ) | kept, state.memory.features, len(dataset))
 
@@ -296,10 +297,11 @@ def restore(args, state, saved, dataset):
         getattr(network, name).load_state_dict(saved[name])
     state.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # off the mapped file
     state.scaler.load_state_dict(saved["scaler"])
-    with distributed.together():
+    with distributed.raise_everywhere():
         features = checkpoint.load_rows(Path(args.output, "checkpoint.pth"), saved, memory.rows)
     memory.load_state_dict(saved["memory"], features)
-    state.labels_before, state.assigner = saved["labels_before"].clone(), saved["assigner"]
+    state.labels_before = saved["labels_before"].clone()
+    state.final_clusters = saved["final_clusters"]
     progress = state.progress = Progress(**saved["progress"])
     # With another number of processes a step has another size: take the nearest whole one but 0.
     done, size = progress.step * saved["global_batch"], args.batch_size * distributed.world_size()
@@ -315,10 +317,10 @@ def main(arguments=None):
     # Process group and device.
     args, given = settings.parse(arguments)
     device, output = distributed.init(args.device), Path(args.output)
-    program.catch_signals()
+    launch.catch_signals()
 
     # Data, and the checkpoint of an earlier start.
-    with distributed.together():
+    with distributed.raise_everywhere():
         dataset = open_dataset(args.data, "train", args.background)
         saved, lock = checkpoint.open_run(output)  # the lock ends with this function
     check_same_images(dataset)
@@ -332,7 +334,7 @@ def main(arguments=None):
     network = ODC(args.arch, use_small_stem(args.image_size), dim=args.feature_dim,
                   num_clusters=args.num_clusters)
     if args.weights and not saved:
-        with distributed.together():
+        with distributed.raise_everywhere():
             print_main(load_pretrained(network.backbone, args.weights, args.image_size))
     network.to(device, memory_format=torch.channels_last)
     if device.type == "cuda" and distributed.world_size() > 1:  # batch norm over all processes
@@ -351,7 +353,7 @@ def main(arguments=None):
     state = State(network, optimizer, scaler, memory, Progress())
     if saved:
         restore(args, state, saved, dataset)
-    with distributed.together():
+    with distributed.raise_everywhere():
         log = Log(output / "log.jsonl", saved["log_position"] if saved else 0, args.tensorboard,
                   state.progress.global_step + 1)
     if not saved:
@@ -382,7 +384,8 @@ def main(arguments=None):
     model = torch.compile(model) if args.compile else model
 
     while (epoch := state.progress.epoch) < args.epochs and not args.export_only:
-        if is_due(args.gallery_interval, epoch) and state.progress.step == 0 and not state.assigner:
+        due = is_due(args.gallery_interval, epoch) and not state.final_clusters
+        if due and state.progress.step == 0:
             write_results(args, state, dataset, log)
             save(args, state, dataset, log)
         due = is_due(args.recluster_interval, epoch) or epoch == args.offline_epochs
@@ -397,4 +400,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    program.run_program(main)
+    launch.run_program(main)

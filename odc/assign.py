@@ -14,7 +14,7 @@ import torch
 from odc import distributed
 from odc.clusters import cosine_to_centroid, unit_features
 from odc.data.augmentation import evaluation_transform
-from odc.data.layouts import check_same_images, open_dataset
+from odc.data.datasets import check_same_images, open_dataset
 from odc.data.loader import default_workers, gather_unreadable
 from odc.distributed import print_main
 from odc.errors import UserError
@@ -24,7 +24,7 @@ from odc.features import extract
 from odc.model import Neck, ResNet
 from odc.nearest import nearest_centroids
 from odc.outputs import export
-from odc.runtime import checkpoint, program
+from odc.runtime import checkpoint, launch
 from odc.runtime.arguments import Parser, whole
 
 
@@ -66,7 +66,7 @@ def load_run(path):
     state = checkpoint.load(path)
     if state.get("program") != checkpoint.PROGRAM:
         raise UserError(f"--checkpoint {path}: is not a checkpoint of this version of train.py.")
-    if state["assigner"] is None:
+    if state["final_clusters"] is None:
         raise UserError(f"--checkpoint {path}: the run has not come to its end and has no final "
                         "clusters; run its command again, with --export-only for them as it is.")
     return state
@@ -77,7 +77,7 @@ def load_network(state, device):
     backbone = ResNet(state["arch"], state["small_stem"])
     neck = Neck(backbone.out_channels[-1], dim=state["settings"]["feature_dim"])
     backbone.load_state_dict(state["backbone"])
-    neck.load_state_dict(state["assigner"]["neck"])
+    neck.load_state_dict(state["final_clusters"]["neck"])
     backbone.to(device, memory_format=torch.channels_last).eval()
     neck.to(device).eval()
     return lambda images: unit_features(neck, backbone(images)[-1].mean((2, 3)))
@@ -163,9 +163,9 @@ def fill_folders(folder, dataset, labels, unreadable, copy):
 def main(arguments=None):
     args = make_parser().parse_args(arguments)
     device = distributed.init(args.device)
-    program.catch_signals()
+    launch.catch_signals()
     train = None
-    with distributed.together():
+    with distributed.raise_everywhere():
         state = load_run(args.checkpoint)
         dataset = open_dataset(args.data, args.split,
                                args.background or state["settings"].get("background"))
@@ -187,7 +187,7 @@ def main(arguments=None):
     features = extract(load_network(state, device), dataset,
                        evaluation_transform(settings["image_size"]), settings["feature_dim"],
                        device, args.batch_size, args.workers)
-    centroids = state["assigner"]["centroids"].to(device)
+    centroids = state["final_clusters"]["centroids"].to(device)
     labels = nearest_centroids(features, centroids)
     similarity = cosine_to_centroid(features, centroids, labels)
     labels, similarity, features = (
@@ -200,7 +200,7 @@ def main(arguments=None):
             features.to(device), vectors[rows].to(device), rows, args.neighbours)
         neighbours = train, found.cpu(), scores.cpu()
     unreadable = set(gather_unreadable(dataset))
-    with distributed.together():
+    with distributed.raise_everywhere():
         if distributed.is_main():
             export.save_table(args.output, dataset, labels, similarity, unreadable, neighbours)
             if args.features:
@@ -214,4 +214,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    program.run_program(main)
+    launch.run_program(main)

@@ -206,7 +206,7 @@ def same_everywhere(value):
 
 
 @contextlib.contextmanager
-def together():
+def raise_everywhere():
     """Run a block on every process, and let all processes leave it alike.
 
     If the block raises UserError or OSError anywhere, every process raises the UserError of the

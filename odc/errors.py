@@ -5,7 +5,7 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can mend.
 
     The message is one sentence that names the value or the path, and the remedy. Raise it on every
-    process alike, or inside `distributed.together`, so that no process waits for the others.
+    process alike, or inside `distributed.raise_everywhere`, so that no process waits for another.
     """
 
 

@@ -12,7 +12,7 @@ from odc import distributed
 from odc.data.augmentation import MEAN, STD, normalise
 from odc.data.loader import check_unreadable, evaluation_batches
 from odc.errors import UserError
-from odc.runtime import program
+from odc.runtime import launch
 from odc.runtime.log import progress_bar
 
 
@@ -42,8 +42,8 @@ def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, 
     done, failed = 0, 0
     bar = progress_bar(len(features), name, "img")
     for _ in range(0, longest, batch_size):
-        program.check_signals()
-        with distributed.together():
+        launch.check_signals()
+        with distributed.raise_everywhere():
             batch = next(batches, None)
             if batch is not None:
                 pixels = normalise(batch.images.to(device, non_blocking=True))
@@ -96,7 +96,7 @@ def save_rows(path, features, num_rows, option):
     partial = f"{path}.{run:016x}.partial"
     try:
         for turn in range(distributed.world_size()):
-            with distributed.together():
+            with distributed.raise_everywhere():
                 if turn == distributed.rank():
                     os.makedirs(os.path.dirname(path), exist_ok=True)
                     with open(partial, "ab" if turn else "wb") as file:
@@ -108,7 +108,7 @@ def save_rows(path, features, num_rows, option):
                             file.write(part.cpu().contiguous().numpy().data)
                         file.flush()
                         os.fsync(file.fileno())
-        with distributed.together():
+        with distributed.raise_everywhere():
             if distributed.is_main():
                 os.replace(partial, path)
     except UserError as error:
@@ -120,7 +120,7 @@ def save_rows(path, features, num_rows, option):
 
 def _read_rows(path, rows):
     """Rows of a file of `save_rows`."""
-    with distributed.together():
+    with distributed.raise_everywhere():
         try:
             return torch.from_numpy(np.load(path, mmap_mode="c")[rows])
         except (ValueError, EOFError) as error:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from odc import distributed
 from odc.errors import UserError
 from odc.nearest import nearest_centroids
-from odc.runtime import program
+from odc.runtime import launch
 from odc.runtime.log import progress_bar
 
 
@@ -76,7 +76,7 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
     labels = None
     bar = progress_bar(iterations + 1, "k-means", "iteration")
     for iteration in range(iterations + 1):
-        program.check_signals()
+        launch.check_signals()
         new_labels = nearest_centroids(features, centroids)
         changed = slice(None) if labels is None else (labels != new_labels).nonzero()[:, 0]
         if labels is not None:

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
-from odc.data.layouts import VOC_CLASSES
+from odc.data.datasets import VOC_CLASSES
 
 
 def put_image(path, colour=(10, 20, 30)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from odc.runtime import checkpoint, program
+from odc.runtime import checkpoint, launch
 from tests.processes import command, environment
 
 SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min-cluster-size", "5",
@@ -20,10 +20,10 @@ SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min
 
 def run_main(*arguments):
     """train.main in this process: exit code."""
-    handlers = {number: signal.getsignal(number) for number in program.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in launch.SIGNALS}
     try:
         with pytest.raises(SystemExit) as stopped:
-            program.run_program(train.main, list(map(str, arguments)))
+            launch.run_program(train.main, list(map(str, arguments)))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from odc import assign, clusters, distributed
 from odc.data.augmentation import evaluation_transform, normalise
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.model import ODC
 from odc.nearest import nearest_centroids as nearest
 from tests.processes import run_processes, run_script
@@ -105,7 +105,7 @@ def test_a_run_goes_on_after_export_only_as_if_nothing_had_happened(folder, fini
     after = state_of(tmp_path)
     for name in ("settings", "global_batch", "progress", "memory"):  # and the step of the epoch
         assert_equal_state(before[name], after[name], name)
-    assert before["assigner"] is None and after["assigner"] is not None
+    assert before["final_clusters"] is None and after["final_clusters"] is not None
     assert start(folder, tmp_path).wait(300) == 0
     state = state_of(tmp_path)
     assert_equal_state(state["backbone"], state_of(finished)["backbone"])

@@ -8,7 +8,7 @@ import torch
 
 from odc import distributed
 from odc.errors import UserError
-from odc.runtime import program
+from odc.runtime import launch
 from tests.processes import environment, free_port
 
 
@@ -53,7 +53,7 @@ def test_too_little_memory_on_the_device(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
 
     with pytest.raises(SystemExit) as stopped:
-        program.run_program(main)
+        launch.run_program(main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("lower --batch-size") == 1
 
@@ -62,7 +62,7 @@ LEAVE = """
 import time, torch
 from odc import distributed
 from odc.errors import UserError
-from odc.runtime import program
+from odc.runtime import launch
 # NCCL's may take so long while others wait in a collective.
 torch.distributed.destroy_process_group = lambda: time.sleep(600)
 def main():
@@ -70,7 +70,7 @@ def main():
     if distributed.rank() == 1:
         raise UserError("process 1 cannot go on.")
     distributed.all_reduce(torch.ones(1))
-program.run_program(main)
+launch.run_program(main)
 """
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from odc import distributed
 from odc.data.augmentation import normalise, resize_center_crop
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.errors import Interrupted, UserError
 from odc.features import cache_path, extract, pixel_features, save_rows, weights_fingerprint
 from odc.model import ResNet
@@ -227,7 +227,7 @@ def test_a_signal_stops_between_two_batches_and_leaves_no_files(tmp_path, monkey
         used.append(len(images))
         return sums(images)
 
-    monkeypatch.setattr("odc.runtime.program.signal_is_pending", lambda: len(used) == 2)
+    monkeypatch.setattr("odc.runtime.launch.signal_is_pending", lambda: len(used) == 2)
     with pytest.raises(Interrupted):
         extract(forward, open_dataset(folder), small, 19, CPU, 2, cache=str(tmp_path / "x.npy"))
     assert used == [2, 2] and os.listdir(tmp_path) == ["images"]

@@ -8,7 +8,7 @@ from odc import distributed
 from odc.errors import Interrupted, UserError
 from odc.kmeans import kmeans
 from odc.nearest import nearest_centroids
-from odc.runtime import program
+from odc.runtime import launch
 from tests.processes import run_processes
 
 
@@ -144,7 +144,7 @@ def test_a_feature_that_is_not_finite(value):
 
 def test_a_signal_is_asked_for_every_iteration_and_standing_still_stops(monkeypatch):
     asked = []
-    monkeypatch.setattr(program, "check_signals", lambda: asked.append(1))
+    monkeypatch.setattr(launch, "check_signals", lambda: asked.append(1))
     features = unit_features(500, 16)
     kmeans(features, 20, 4)
     assert len(asked) == 5  # iterations, and the search after the last
@@ -155,7 +155,7 @@ def test_a_signal_is_asked_for_every_iteration_and_standing_still_stops(monkeypa
     def stop():
         raise Interrupted
 
-    monkeypatch.setattr(program, "check_signals", stop)
+    monkeypatch.setattr(launch, "check_signals", stop)
     with pytest.raises(Interrupted):
         kmeans(features, 20, 4)
 

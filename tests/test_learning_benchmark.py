@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.evaluation import metrics
 from tests.benchmarks.learning import __main__ as learning
 from tests.benchmarks.learning import data, methods, scores

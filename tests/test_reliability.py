@@ -19,7 +19,7 @@ from odc import distributed, settings
 from odc.errors import UserError
 from odc.evaluation import knn
 from odc.memory import ODCMemory
-from odc.runtime import checkpoint, program
+from odc.runtime import checkpoint, launch
 from tests.processes import command, environment, run_processes, run_script
 from tests.runs import (
     SMALL, assert_equal_state, assert_one_sentence, assert_same_run, log_of, run_main,
@@ -152,14 +152,14 @@ def test_an_error_on_one_process_stops_the_other_and_is_shown(folder, tmp_path):
 import sys
 import train
 from odc import distributed
-from odc.runtime import program
+from odc.runtime import launch
 check_step = train.check_step
 def broken(args, progress, *rest):
     if distributed.rank() == 1 and progress.step == 2:
         raise RuntimeError("the disk is on fire")
     return check_step(args, progress, *rest)
 train.check_step = broken
-program.run_program(train.main, sys.argv[1:])
+launch.run_program(train.main, sys.argv[1:])
 """)
     line = command(script, *arguments_for(folder, tmp_path / "out"), processes=2)
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
@@ -190,7 +190,7 @@ def test_another_number_of_processes_within_an_epoch(folder, tmp_path, monkeypat
         return check_step(args, progress, *rest)
 
     arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1"]
-    monkeypatch.setattr(program, "_signal_received", None)
+    monkeypatch.setattr(launch, "_signal_received", None)
     monkeypatch.setattr(train, "check_step", check_and_stop)
     assert run_main(*arguments) == 128 + signal.SIGTERM
     result = run_script("train.py", *arguments, processes=2)
@@ -213,11 +213,11 @@ def restores_the_memory(output):
 # --- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", program.SIGNALS)
+@pytest.mark.parametrize("number", launch.SIGNALS)
 @pytest.mark.parametrize("phase", ["extract", "kmeans", "save"])
 def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number):
     """In a step: test_train.test_a_signal_saves_and_stops."""
-    monkeypatch.setattr(program, "_signal_received", None)
+    monkeypatch.setattr(launch, "_signal_received", None)
     module = checkpoint if phase == "save" else train
     original = getattr(module, phase)
 
@@ -235,7 +235,7 @@ def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number):
     if path.exists():
         assert checkpoint.load(path)["progress"]["global_step"] <= 1
     monkeypatch.undo()
-    monkeypatch.setattr(program, "_signal_received", None)
+    monkeypatch.setattr(launch, "_signal_received", None)
     assert run_main(*arguments_for(folder, tmp_path)) == 0
     epochs = [record["epoch"] for record in log_of(tmp_path) if "nmi" in record]
     assert epochs == [0, 1, 2, 3, 3]  # the last one is of the final clusters
@@ -253,12 +253,12 @@ def test_a_signal_during_the_measurement_at_an_epochs_end(folder, tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
         return knn_accuracy(*rest)
 
-    monkeypatch.setattr(program, "_signal_received", None)
+    monkeypatch.setattr(launch, "_signal_received", None)
     monkeypatch.setattr(knn, "knn_accuracy", interrupted)
     assert run_main(*arguments_for(folder, stopped, *arguments)) == 128 + signal.SIGTERM
     assert checkpoint.load(stopped / "checkpoint.pth")["progress"]["global_step"] == 20
     monkeypatch.undo()
-    monkeypatch.setattr(program, "_signal_received", None)
+    monkeypatch.setattr(launch, "_signal_received", None)
     assert run_main(*arguments_for(folder, stopped, *arguments)) == 0
     assert_same_run(whole, stopped)
 
@@ -274,7 +274,7 @@ def train_with_a_signal_on_one_process(folder, output):
 
         train.check_step = check_step
     try:
-        program.run_program(train.main, [str(a) for a in arguments_for(folder, output)])
+        launch.run_program(train.main, [str(a) for a in arguments_for(folder, output)])
     except SystemExit as stopped:
         return stopped.code
 
@@ -301,13 +301,13 @@ def test_a_second_signal_exits_at_once(folder, tmp_path):
     script.write_text("""
 import sys, time
 import train
-from odc.runtime import program
+from odc.runtime import launch
 def stuck(*arguments):
     print("stuck", flush=True)
     while True:
         time.sleep(0.01)
 train.check_step = stuck
-program.run_program(train.main, sys.argv[1:])
+launch.run_program(train.main, sys.argv[1:])
 """)
     arguments = map(str, arguments_for(folder, tmp_path / "out"))
     child = subprocess.Popen([sys.executable, script, *arguments], env=environment(), text=True,
@@ -364,14 +364,14 @@ def test_a_killed_worker_ends_the_run(folder, tmp_path):
 import os, signal, sys
 import torch, train
 from odc.data.images import ImageSet
-from odc.runtime import program
+from odc.runtime import launch
 load = ImageSet.load
 def die(images, i):
     if (worker := torch.utils.data.get_worker_info()) and worker.id == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return load(images, i)
 ImageSet.load = die
-program.run_program(train.main, sys.argv[1:])
+launch.run_program(train.main, sys.argv[1:])
 """)
     line = [sys.executable, script, *arguments_for(folder, tmp_path / "out", "--workers", "2")]
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)

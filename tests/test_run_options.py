@@ -9,7 +9,7 @@ import torch
 
 import train
 from odc.data.augmentation import evaluation_transform, normalise
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.errors import UserError
 from odc.evaluation import knn
 from odc.memory import ODCMemory

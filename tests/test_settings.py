@@ -5,7 +5,7 @@ import torch
 
 from odc import distributed, settings
 from odc.data.images import ImageSet
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from tests.processes import run_processes
 from tests.runs import SMALL, assert_same_run, log_of, run_main, state_of
 

@@ -11,9 +11,9 @@ import torchvision
 from sklearn.metrics import normalized_mutual_info_score
 
 import train
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.errors import Interrupted
-from odc.runtime import checkpoint, program
+from odc.runtime import checkpoint, launch
 from tests.processes import run_script
 from tests.runs import (
     SMALL, assert_equal_state, assert_one_sentence, assert_same_run, log_of, run_main, start,
@@ -108,7 +108,7 @@ def test_killed_at_random_steps_and_resumed_is_the_same_run(folder, finished, tm
     assert_same_run(finished, tmp_path)
 
 
-@pytest.mark.parametrize("number", program.SIGNALS)
+@pytest.mark.parametrize("number", launch.SIGNALS)
 def test_a_signal_saves_and_stops(folder, finished, tmp_path, number):
     child = start(folder, tmp_path, "--checkpoint-interval", "1000")
     wait_for_step(child, tmp_path, 4)

@@ -59,7 +59,7 @@ class Names:
 
 @dataclass
 class ImageSet:
-    """N images, perhaps with labels; made by `odc.data.layouts.open_dataset`."""
+    """N images, perhaps with labels; made by `odc.data.datasets.open_dataset`."""
 
     name: str  # which data set: "imagenet", "voc07", ...; "folder" for a folder of the user's own
     split: str  # "train" or "val"

@@ -20,7 +20,7 @@ from odc.data import augmentation as augment
 from odc.data.images import DROPPED, BadImage, ImageSet, digest
 from odc.distributed import all_gather_uneven_rows, is_first, rank, shard, world_size
 from odc.errors import UserError
-from odc.runtime.program import SIGNALS, dead_worker, is_dead_worker
+from odc.runtime.launch import SIGNALS, dead_worker, is_dead_worker
 
 TRIES = 100  # so many unreadable images in a row, drawn at random, are not bad luck
 

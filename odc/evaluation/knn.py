@@ -20,13 +20,13 @@ import torch.nn.functional as F
 
 from odc import distributed
 from odc.data.augmentation import evaluation_transform
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.data.loader import readable
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.features import extract
 from odc.products import CoarseScores, full_precision
-from odc.runtime import program
+from odc.runtime import launch
 
 HELD_OUT_EVERY = 10  # without a val split, each 10th training image is held out of the bank
 # Bank rows and queries of a tile: about 0.6 GB on a CPU, 3 GB on a GPU.
@@ -134,7 +134,7 @@ def nearest_neighbours(queries, bank, labels, k):
         finite = finite and bool(rows.sum().isfinite())
         coarse = CoarseScores(rows, GROUP) if finite and len(rows) else None
         for first in range(0, len(queries), num_queries):
-            program.check_signals()
+            launch.check_signals()
             if coarse:
                 tile = slice(first, first + num_queries)
                 best = similarities[tile], indices[tile]

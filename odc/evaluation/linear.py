@@ -10,7 +10,7 @@ from odc import distributed
 from odc.batchnorm import SyncBatchNorm, synchronise
 from odc.errors import UserError
 from odc.evaluation import tables
-from odc.evaluation.maps import map_pools, map_shapes
+from odc.evaluation.pooling import map_pools, map_shapes
 
 COLUMNS = tables.FIVE_MAPS
 AVGPOOL = "AvgPool"
@@ -226,7 +226,7 @@ def choose_images(dataset, subset=None, train_share=None, seed=0):
 
 
 def make_classifiers(network, protocols, seed):
-    """The module that the protocols train on a Frozen network, on its device."""
+    """The module that the protocols train on a FrozenBackbone network, on its device."""
     classes = protocols[0].classes
     if protocols[0].columns == (FINE_TUNED,):
         classifiers = FineTuned(network.backbone, classes, network.autocast(), seed)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 
-from odc.distributed import is_main, print_main, together
+from odc.distributed import is_main, print_main, raise_everywhere
 from odc.runtime.checkpoint import write_atomically
 
 FIVE_MAPS = ("Feature1", "Feature2", "Feature3", "Feature4", "Feature5")
@@ -13,7 +13,7 @@ FIVE_MAPS = ("Feature1", "Feature2", "Feature3", "Feature4", "Feature5")
 class Table:
     """A published table: ResNet-50 at 224 pixels, percent.
 
-    dataset: the name that `odc.data.layouts` gives the set; num_train, num_val and num_classes: its
+    dataset: the name that `odc.data.datasets` gives it; num_train, num_val and num_classes: its
     sizes. rows: {method: values in the order of `columns`}. tolerance: the share by which the
     number of images may differ, as copies lack some.
     """
@@ -115,7 +115,7 @@ def write_json(path, content):
 
     Raises UserError.
     """
-    with together():
+    with raise_everywhere():
         if path and is_main():
             text = json.dumps(content, indent=2) + "\n"
             write_atomically(path, lambda file: file.write(text.encode()))

@@ -23,12 +23,12 @@ from PIL import Image
 
 from odc.clusters import Clustering
 from odc.data.images import ImageSet, Names
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.data.loader import default_workers
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.outputs import curves, gallery
-from odc.runtime import checkpoint, program
+from odc.runtime import checkpoint, launch
 from odc.runtime.arguments import Parser
 from odc.runtime.checkpoint import write_atomically
 
@@ -254,4 +254,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    program.run_program(main)
+    launch.run_program(main)

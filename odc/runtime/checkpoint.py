@@ -21,7 +21,7 @@ import torch
 
 from odc import distributed
 from odc.errors import UserError
-from odc.runtime import program
+from odc.runtime import launch
 
 PROGRAM = "odc train 2"  # who wrote a checkpoint of a run, and the version of what is in it
 
@@ -44,7 +44,7 @@ def write_atomically(path, write):
             os.fsync(folder)
             os.close(folder)
     except (OSError, RuntimeError) as error:
-        if program.is_dead_worker(error):  # a signal handler of torch raises it anywhere
+        if launch.is_dead_worker(error):  # a signal handler of torch raises it anywhere
             raise
         # torch turns an OSError inside its writer into a RuntimeError.
         cause = error if isinstance(error, OSError) else (error.__context__ or error)
@@ -124,11 +124,11 @@ def save_run(path, state, features, num_rows):
     folder = path.parent / "memory"
     name = f"{int(distributed.broadcast(torch.tensor(secrets.randbits(62)))):016x}"
     shards = [distributed.shard(num_rows, r) for r in range(distributed.world_size())]
-    with distributed.together():
+    with distributed.raise_everywhere():
         folder.mkdir(exist_ok=True)
         save(folder / f"{name}-{distributed.rank()}.pth", {"features": features})
     parts = [(f"{name}-{r}.pth", rows.start, rows.stop) for r, rows in enumerate(shards)]
-    with distributed.together():
+    with distributed.raise_everywhere():
         if distributed.is_main():
             if missing := [part for part, *_ in parts if not (folder / part).exists()]:
                 raise UserError(f"{folder} lacks {missing[0]}, which another process has written: "

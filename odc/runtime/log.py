@@ -35,7 +35,7 @@ class Log:
 
     def write(self, **record):
         """Add a line. Raises UserError if the disk is full. A collective."""
-        with distributed.together():
+        with distributed.raise_everywhere():
             if self.file:
                 try:
                     self.file.write((json.dumps(record) + "\n").encode())

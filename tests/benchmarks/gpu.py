@@ -23,7 +23,7 @@ from PIL import Image
 
 import train
 from odc.data.augmentation import Augmentation, augment_batch, evaluation_transform
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.data.loader import training_batches
 from odc.evaluation import svm, voc
 from odc.evaluation.knn import knn_predict

@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from odc.data import augmentation as augment
 from odc.data.augmentation import Augmentation
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.data.loader import training_batches
 from tests.benchmarks import timing
 

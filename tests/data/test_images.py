@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from odc.data.augmentation import Augmentation, evaluation_transform
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.data.images import BadImage, read_image
 from odc.data.loader import evaluation_batches, training_batches
 from tests.processes import ROOT
@@ -326,7 +326,7 @@ def test_bomb_is_refused_without_its_memory(tmp_path):
     bomb(tmp_path / "bomb.png")
     code = """
 import resource, sys
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.data.images import BadImage
 dataset = open_dataset(sys.argv[1])
 pages = int(open("/proc/self/statm").read().split()[0]) if sys.platform == "linux" else 10**7

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.errors import UserError
 from tests.layouts import (made_up, put_cifar10, put_class_folders, put_fashion_mnist, put_image,
                            put_imagenet_lists, put_inaturalist, put_places, put_stl10, put_text,

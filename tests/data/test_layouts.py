@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.errors import UserError
 from odc.data.images import ImageSet, Names
 from tests.layouts import (made_up, put_cifar10, put_cifar100, put_class_folders,

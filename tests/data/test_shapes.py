@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from odc.data import shapes
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.data.shapes import FORMS, draw_shapes
 
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import odc
-from odc.data.layouts import VOC_CLASSES, open_dataset
+from odc.data.datasets import VOC_CLASSES, open_dataset
 from odc.errors import UserError
 from odc.model import ODC
 from odc.runtime import checkpoint
-from odc.runtime.program import SIGNALS
+from odc.runtime.launch import SIGNALS
 from tests.processes import ROOT, environment, free_port
 
 
@@ -439,11 +439,11 @@ def test_mistakes_of_all_scripts(tmp_path, weights, call, script):
 
 STARTS = """
 import importlib, os, sys
-from odc.runtime import program
+from odc.runtime import launch
 script, option, values = sys.argv[1], sys.argv[2], sys.argv[3:5]
 value = values[int(os.environ["RANK"])]
 sys.argv = [script, *sys.argv[5:]] + [option, value] * (value != "none")
-program.run_program(importlib.import_module(script).main)
+launch.run_program(importlib.import_module(script).main)
 """
 
 

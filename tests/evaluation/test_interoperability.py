@@ -12,12 +12,12 @@ from torch import nn
 
 import eval_knn
 from odc.data.augmentation import evaluation_transform
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.evaluation import weights
 from odc.features import extract
 from odc.model import ResNet
 from odc.outputs import export
-from odc.runtime import program
+from odc.runtime import launch
 from tests.runs import SMALL, run_main
 
 
@@ -104,7 +104,7 @@ def test_eval_knn_judges_their_models(tmp_path, monkeypatch, library):
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "model.pth")
     result = tmp_path / "result.json"
-    monkeypatch.setattr(program, "catch_signals", lambda: None)
+    monkeypatch.setattr(launch, "catch_signals", lambda: None)
     monkeypatch.setattr(sys, "argv", [
         "eval_knn.py", "--weights", str(tmp_path / "model.pth"), "--data", str(tmp_path / "data"),
         "--image-size", "72", "--k", "5", "--device", "cpu", "--workers", "0",

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from odc import distributed, products
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.errors import Interrupted, UserError
 from odc.evaluation import knn
 from odc.evaluation.knn import knn_predict, nearest_neighbours, open_held_out
-from odc.runtime import program
+from odc.runtime import launch
 from tests.processes import run_processes
 
 KS = (1, 10, 20)
@@ -79,7 +79,7 @@ def uneven_shards(sizes, signal_on=None):
     """Neighbours of three queries in a bank of rows that point ever less their way."""
     knn.TILES["cpu"] = (8, 512)
     if distributed.rank() == signal_on:
-        program._signal_received = 15
+        launch._signal_received = 15
     size, rank = sum(sizes), distributed.rank()
     bank = torch.stack([torch.linspace(1, 0.1, size), torch.zeros(size)], dim=1)
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))

@@ -19,14 +19,14 @@ from odc.data.augmentation import LINEAR_AUGMENTATIONS, augment_batch
 from odc.data.images import ImageSet, Names
 from odc.data.loader import epoch_batches
 from odc.errors import Interrupted, UserError
-from odc.evaluation.frozen import Frozen
+from odc.evaluation.frozen_backbone import FrozenBackbone
 from odc.evaluation.linear import (
     AVGPOOL, COLUMNS, FINE_TUNED, PROTOCOLS, FineTuned, LinearClassifiers, Protocol,
     choose_images, choose_protocols, choose_results, make_classifiers, published_table)
-from odc.evaluation.maps import map_shapes
+from odc.evaluation.pooling import map_shapes
 from odc.features import weights_fingerprint
 from odc.model import ResNet
-from odc.runtime import checkpoint, program
+from odc.runtime import checkpoint, launch
 from tests.processes import run_processes
 
 CPU = torch.device("cpu")
@@ -245,7 +245,7 @@ class Run:
         backbone = ResNet("narrow", True).eval().requires_grad_(False)
         self.args = SimpleNamespace(output=output and str(output), seed=0, background=None,
                                     checkpoint_interval=checkpoint_interval)
-        self.network = Frozen(
+        self.network = FrozenBackbone(
             backbone, weights_fingerprint(backbone), "made up", colours("train", count, 0),
             colours("val", 40, val_seed), 16, 0, CPU, "off")
         self.protocols = list(protocols)
@@ -459,7 +459,7 @@ def test_killed_in_an_evaluation_evaluates_again(path, monkeypatch):
 def test_interrupted_in_an_epoch_saves_first(path, monkeypatch):
     run = Run(output(path)).start()
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 3"):
-        patch.setattr(program, "signal_is_pending", lambda: run.progress.step == 2)
+        patch.setattr(launch, "signal_is_pending", lambda: run.progress.step == 2)
         eval_linear.train(*run.parts, run.progress)
     progress = Run(output(path)).start().progress
     assert (progress.epoch, progress.step) == (0, 3)

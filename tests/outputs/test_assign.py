@@ -12,10 +12,10 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from odc import assign
 from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.images import ImageSet, Names
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.errors import UserError
 from odc.model import ODC
-from odc.runtime import checkpoint, program
+from odc.runtime import checkpoint, launch
 from tests.processes import run_processes
 
 
@@ -29,14 +29,14 @@ def run_assign(state, data, output, *arguments):
 @pytest.fixture(autouse=True)
 def signals(monkeypatch):
     """Leave pytest's signal handlers in place."""
-    monkeypatch.setattr(program, "catch_signals", lambda: None)
+    monkeypatch.setattr(launch, "catch_signals", lambda: None)
 
 
 def expected_features(state, dataset):
     """One image at a time, through the whole network."""
     network = ODC(state["arch"], state["small_stem"], dim=32, num_clusters=8)
     network.backbone.load_state_dict(state["backbone"])
-    network.neck.load_state_dict(state["assigner"]["neck"])
+    network.neck.load_state_dict(state["final_clusters"]["neck"])
     network.eval()
     transform = evaluation_transform(32)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path):
     rows = run_assign(finished / "checkpoint.pth", folder, tmp_path / "new.csv",
                       "--neighbours", 4, "--features", tmp_path / "new.npy")
     state, dataset = checkpoint.load(finished / "checkpoint.pth"), open_dataset(str(folder))
-    features, centroids = expected_features(state, dataset), state["assigner"]["centroids"]
+    features, centroids = expected_features(state, dataset), state["final_clusters"]["centroids"]
     written = np.load(tmp_path / "new.npy")
     assert written.dtype == np.float32 and written == pytest.approx(features.numpy(), abs=1e-5)
     bank = torch.from_numpy(np.load(finished / "features.npy"))

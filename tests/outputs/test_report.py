@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from odc.data.images import ImageSet
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.errors import UserError
 from odc.outputs import report
 from tests.outputs import made_up_run

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 from odc import settings
-from odc.data.layouts import open_dataset
+from odc.data.datasets import open_dataset
 from odc.evaluation.weights import load_backbone
 from odc.kmeans import kmeans
 from tests.benchmarks.learning import methods, scores

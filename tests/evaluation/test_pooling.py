@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from odc.evaluation.maps import map_pools, map_shapes
+from odc.evaluation.pooling import map_pools, map_shapes
 from odc.model import ResNet
 
 

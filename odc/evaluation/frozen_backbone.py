@@ -10,13 +10,13 @@ from odc import distributed
 from odc.data import loader
 from odc.data.augmentation import evaluation_transform
 from odc.data.images import ImageSet
-from odc.data.layouts import check_same_images, open_dataset
+from odc.data.datasets import check_same_images, open_dataset
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.evaluation.weights import load_backbone
 from odc.features import cache_path, weights_fingerprint
 from odc.model import ARCHS, ResNet
-from odc.runtime import program
+from odc.runtime import launch
 from odc.runtime.arguments import whole
 
 # The size at which sets of small images are used; all others are used at 224.
@@ -60,7 +60,7 @@ def add_arguments(parser, batch_size=None):
 
 
 @dataclass
-class Frozen:
+class FrozenBackbone:
     """A backbone in eval mode on its device, and the two splits on which it is judged."""
 
     backbone: ResNet
@@ -132,20 +132,20 @@ class Frozen:
 
 
 def prepare(args):
-    """Join the process group, open both splits and load the backbone -> Frozen.
+    """Join the process group, open both splits and load the backbone -> FrozenBackbone.
 
     Raises UserError for data without labels or without a val split, for unfit weights, and for
     processes that were not started alike.
     """
     device = distributed.init(args.device)
-    program.catch_signals()
+    launch.catch_signals()
     if args.amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a CUDA device; on the CPU use --amp bf16 or off.")
     data = args.data
     if data is None:
         data = "data/imagenet" if os.path.isdir("data/imagenet") else "shapes"
         print_main(f"No --data: evaluating on {data}.")
-    with distributed.together():
+    with distributed.raise_everywhere():
         train, val = (open_dataset(data, split, args.background) for split in ("train", "val"))
         _check_labels(data, train, val)
         if output := args.output:
@@ -175,7 +175,8 @@ def prepare(args):
         workers = loader.default_workers(train.pixels is not None)
     print_main(f"{train.name}: {len(train):,} train and {len(val):,} val images of "
                f"{len(val.classes)} classes, {size} pixels")
-    return Frozen(backbone, fingerprint, description, train, val, size, workers, device, args.amp)
+    return FrozenBackbone(backbone, fingerprint, description, train, val, size, workers, device,
+                          args.amp)
 
 
 def _check_labels(data, train, val):
