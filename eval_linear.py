@@ -217,8 +217,8 @@ def settings_of(args, network, protocols):
     """What must be the same for a run to be continued."""
     settings = {"seed": args.seed, "image size": network.image_size, "amp": network.amp,
                 "background": args.background, "weights": network.fingerprint[:16],
-                "train images": network.train.labelled_fingerprint,
-                "val images": network.val.labelled_fingerprint}
+                "train images": network.train.fingerprint,
+                "val images": network.val.fingerprint}
     return settings | {f"{name.replace('_', ' ')} of {' '.join(protocol.columns)}": str(value)
                        for protocol in protocols for name, value in asdict(protocol).items()}
 

@@ -166,10 +166,10 @@ def all_reduce(tensor):
     return tensor
 
 
-def broadcast(tensor):
-    """Copy process 0's values of a tensor to all processes, in place, and return it."""
+def broadcast(tensor, source=0):
+    """Copy one process's values of a tensor to all processes, in place, and return it."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor, src=source)
     return tensor
 
 
@@ -201,7 +201,7 @@ def any_process(flag):
 
 def same_everywhere(value):
     """True everywhere if every process has an equal value (any object that can be pickled)."""
-    values = _all_gather_objects(value)
+    values = all_gather_objects(value)
     return all(other == values[0] for other in values)
 
 
@@ -220,10 +220,11 @@ def raise_everywhere():
     except OSError as error:
         message = f"{error.filename or 'a file'}: {error.strerror or error}."
     if any_process(message is not None):
-        raise UserError(next(filter(None, _all_gather_objects(message))))
+        raise UserError(next(filter(None, all_gather_objects(message))))
 
 
-def _all_gather_objects(value):
+def all_gather_objects(value):
+    """The values of all processes, any objects that can be pickled, in rank order."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)

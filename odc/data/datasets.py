@@ -88,7 +88,7 @@ def _is_there(path):
 def check_same_images(*image_sets):
     """Raise UserError if the processes do not all have the same images and labels. A collective."""
     for images in image_sets:
-        if not distributed.same_everywhere((len(images), images.labelled_fingerprint)):
+        if not distributed.same_everywhere((len(images), images.fingerprint)):
             raise UserError(f"{images.root}: the processes see different images or labels there; "
                             "give all machines the same files.")
 
