@@ -235,3 +235,9 @@ def seed(number, epoch, step):
     """Seed torch's global generators from the place in the run and the process."""
     place = ((number * 1_000_003 + epoch) * 1_000_003 + step) * 65_537 + rank()
     torch.manual_seed(place % 2**63)
+
+
+def share_statistics(network):
+    """Copy process 0's buffers to all: they measure and save the same network. A collective."""
+    for buffer in network.buffers():
+        broadcast(buffer)
