@@ -74,14 +74,13 @@ def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):
         if number == 20:
             break
         run = start_two(folder, killed)
-        records = log_of(killed) if (killed / "log.jsonl").exists() else []
-        done = sum("loss" in record for record in records)
+        path = killed / "checkpoint.pth"
+        done = checkpoint.load(path)["progress"]["global_step"] if path.exists() else 0
         wait_for_step(run, killed, done + draw.randrange(4))
-        partial = killed / "checkpoint.pth.partial"
         deadline = time.monotonic() + (5 if number % 2 else draw.uniform(0, 0.2))
-        while time.monotonic() < deadline and not (number % 2 and partial.exists()):
+        while time.monotonic() < deadline and not (number % 2 and list(killed.glob("*.partial"))):
             pass
-        writing = partial.exists()
+        writing = bool(list(killed.glob("*.partial")))
         if (workers := workers_of(run)) and kill(draw.choice(workers)):
             number += 1
             in_write += writing
@@ -105,33 +104,6 @@ def test_four_processes_go_on_to_the_last_bit(folder, tmp_path):
     run.wait(300)
     assert run_script("train.py", *arguments_for(folder, killed), processes=4).returncode == 0
     assert_same_run(whole, killed)
-
-
-JOIN = """
-import os, time, torch
-time.sleep(2 * int(os.environ["RANK"]))  # process 0 would find the old address of process 1
-from odc import distributed
-distributed.init("cpu")
-assert distributed.all_reduce(torch.ones(1)) == 2
-os._exit(0)  # lost: nothing is cleaned up
-"""
-
-
-def test_processes_that_start_again_on_the_store_of_lost_ones():
-    """torchrun's store outlives the processes, and so does what they wrote there."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
-                 TORCHELASTIC_USE_AGENT_STORE="True")
-    for _ in range(2):
-        children = [subprocess.Popen([sys.executable, "-c", JOIN], text=True,
-                                     env=environment(**group, RANK=str(rank)),
-                                     stderr=subprocess.PIPE) for rank in range(2)]
-        try:
-            codes = [child.wait(120) for child in children]
-            assert codes == [0, 0], [child.stderr.read() for child in children]
-        finally:
-            for child in children:
-                child.kill()
 
 
 @pytest.mark.slow
@@ -181,7 +153,7 @@ def test_1_2_4_1_processes(folder, tmp_path):
 
 
 def test_another_number_of_processes_within_an_epoch(folder, tmp_path, monkeypatch):
-    """Four steps of 16 images done, out of ten, are two of 32."""
+    """A step has as many images as before, so the epoch goes on where it was."""
     check_step = train.check_step
 
     def check_and_stop(args, progress, *rest):
@@ -194,16 +166,15 @@ def test_another_number_of_processes_within_an_epoch(folder, tmp_path, monkeypat
     monkeypatch.setattr(train, "check_step", check_and_stop)
     assert run_main(*arguments) == 128 + signal.SIGTERM
     result = run_script("train.py", *arguments, processes=2)
-    assert result.returncode == 0 and "in epoch 1 after step 2." in result.stdout
-    steps = [record["step"] for record in log_of(tmp_path) if "loss" in record]
-    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    assert result.returncode == 0 and "in epoch 1 after step 4." in result.stdout
+    assert [record["step"] for record in log_of(tmp_path) if "loss" in record] == [10]
 
 
 def restores_the_memory(output):
     """Whether this process gets its rows of the features, whoever wrote them."""
     path, state = output / "checkpoint.pth", checkpoint.load(output / "checkpoint.pth")
     saved = state["memory"]
-    memory = ODCMemory(len(saved["labels"]), 32, len(saved["centroids"]))
+    memory = ODCMemory(len(saved["labels"]), 256, len(saved["centroids"]))
     memory.load_state_dict(saved, checkpoint.load_rows(path, state, memory.rows))
     whole = checkpoint.load_rows(path, state, slice(0, len(saved["labels"])))
     assert_equal_state(memory.state_dict(), saved)
@@ -244,14 +215,14 @@ def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number):
 def test_a_signal_during_the_measurement_at_an_epochs_end(folder, tmp_path, monkeypatch):
     """The steps of the epoch are not lost, and its end comes once more."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    arguments = ["--knn-interval", "1", "--checkpoint-interval", "1000"]
+    arguments = ["--checkpoint-interval", "1000"]
     assert run_main(*arguments_for(folder, whole, *arguments)) == 0
     knn_accuracy = knn.knn_accuracy
 
-    def interrupted(*rest):
-        if (stopped / "log.jsonl").read_text().count("loss") == 20:
+    def interrupted(*rest, **options):
+        if (stopped / "log.jsonl").read_text().count("loss") == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return knn_accuracy(*rest)
+        return knn_accuracy(*rest, **options)
 
     monkeypatch.setattr(launch, "_signal_received", None)
     monkeypatch.setattr(knn, "knn_accuracy", interrupted)
@@ -366,10 +337,10 @@ import torch, train
 from odc.data.images import ImageSet
 from odc.runtime import launch
 load = ImageSet.load
-def die(images, i):
+def die(images, i, patient=False):
     if (worker := torch.utils.data.get_worker_info()) and worker.id == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return load(images, i)
+    return load(images, i, patient)
 ImageSet.load = die
 launch.run_program(train.main, sys.argv[1:])
 """)
@@ -446,7 +417,7 @@ NUMBERS = [action.option_strings[0] for action in settings.make_parser()._action
 # These would work, but not within a test.
 TOO_LONG = {("--epochs", "200"), ("--epochs", "4000"), ("--epochs", "65536"),
             ("--image-size", "4000"), ("--batch-size", "4000"), ("--batch-size", "65536"),
-            ("--workers", "200"), ("--feature-dim", "65536")}
+            ("--workers", "200")}
 
 
 @pytest.mark.slow
