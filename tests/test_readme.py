@@ -19,7 +19,7 @@ def commands(text):
             *re.findall(r"`([^`\n]+)`", text)]
     program = re.compile(r"(?:\b(train|eval_\w+)\.py|-m (odc[.\w]+)|\bodc\.sh) +(--.*)$")
     for line in "\n".join(code).replace("\\\n", " ").splitlines():
-        if found := program.search(line):
+        if (found := program.search(line)) and "--help" not in line:
             yield found[1] or found[2] or "train", found[3]
 
 
