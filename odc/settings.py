@@ -50,9 +50,8 @@ MAY_DIFFER = PER_START | {"epochs", "checkpoint_interval"}
 def make_parser():
     parser = Parser(
         "Online Deep Clustering: learn a ResNet from images without labels. A setting that is not "
-        f"given is that of --preset: demo for the drawn shapes, small for fewer than {SMALL_SET:,} "
-        "images, recipe for more. The three values are shown in this order; - follows from the "
-        "images.")
+        f"given is that of --preset: recipe for {SMALL_SET:,} images or more, small for fewer, demo "
+        "for the drawn shapes. The three values are shown in this order; - follows from the images.")
 
     def group(title):
         add = parser.add_argument_group(title).add_argument
