@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 
 import odc
 from odc.errors import UserError
@@ -34,6 +35,28 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None or isinstance(action.default, bool):
             return action.help
         return super()._get_help_string(action)
+
+
+def path(text):
+    """An argparse type: a path, absolute and without ~. The words shapes and random stay words."""
+    return text if text in ("shapes", "random") else os.path.abspath(os.path.expanduser(text))
+
+
+def check_output_file(file, start):
+    """Raise UserError unless a program may write its --output to a file.
+
+    start: how this output begins. A file that is there must be empty or begin alike. So no input
+    can be overwritten, nor anything that this program did not write.
+    """
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise UserError(f"--output {file}: it must be a file; give a name such as results.json.")
+    if not os.access(os.path.dirname(file), os.W_OK):
+        raise UserError(f"--output {file}: its folder is missing or not writable; choose another.")
+    if os.path.exists(file):
+        with open(file, "rb") as there:
+            if there.read(len(start)) not in (b"", start.encode()):
+                raise UserError(f"--output {file}: this file is not a result of this program, and "
+                                "would be overwritten; choose another name.")
 
 
 def whole(minimum, maximum=2**31 - 1):
