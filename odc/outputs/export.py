@@ -19,7 +19,7 @@ def save_all(args, backbone, dataset, clustering, progress):
     """
     folder, unreadable = Path(args.output), set(progress.failed)
     title = f"{dataset.name}, epoch {progress.epoch}"
-    save_backbone(folder / "backbone.pth", backbone)
+    save_backbone(folder / "backbone.pth", backbone, args.image_size)
     save_array(folder / "labels.npy", clustering.labels)
     save_array(folder / "centroids.npy", clustering.centroids)
     save_table(folder / "clusters.csv", dataset, clustering.labels, clustering.similarity,
@@ -28,10 +28,15 @@ def save_all(args, backbone, dataset, clustering, progress):
     report.save(folder, dataset, clustering, unreadable, args.workers)
 
 
-def save_backbone(path, backbone):
-    """A state dict with torchvision's names and no `fc`."""
-    state = {name: value.detach().cpu().contiguous()
-             for name, value in backbone.state_dict().items()}
+def save_backbone(path, backbone, image_size):
+    """A state dict with torchvision's names and no `fc`.
+
+    The size of the training images is in its metadata, where `load_state_dict` does not mind it.
+    """
+    state = backbone.state_dict()
+    for name, value in state.items():
+        state[name] = value.cpu().contiguous()
+    state._metadata[""]["image_size"] = image_size
     write_atomically(path, lambda file: torch.save(state, file))
 
 
