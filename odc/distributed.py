@@ -173,12 +173,6 @@ def broadcast(tensor, source=0):
     return tensor
 
 
-def share_statistics(module):
-    """Copy process 0's buffers, such as running statistics, to all. A collective."""
-    for buffer in module.buffers():
-        broadcast(buffer)
-
-
 def all_gather_rows(tensor):
     """Concatenate equal numbers of rows in rank order: [n, ...] -> [W * n, ...] everywhere."""
     if world_size() == 1:
