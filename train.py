@@ -33,7 +33,7 @@ from odc.features import extract, pixel_features, save_rows
 from odc.kmeans import kmeans
 from odc.memory import ODCMemory
 from odc.model import ODC, use_small_stem
-from odc.outputs import export, report
+from odc.outputs import page, results
 from odc.runtime import checkpoint, launch
 from odc.runtime.log import Log, print_settings, progress_bar
 
@@ -221,10 +221,11 @@ def end_epoch(args, state, dataset, held_out, log, autocast):
     with distributed.raise_everywhere():
         if distributed.is_main():
             if is_due(args.save_interval, epoch):
-                export.save_backbone(output / f"backbone_epoch_{epoch}.pth", state.network.backbone)
-                export.save_array(output / f"labels_epoch_{epoch}.npy", memory.labels.cpu())
+                results.write_backbone(output / f"backbone_epoch_{epoch}.pth",
+                                       state.network.backbone)
+                results.write_array(output / f"labels_epoch_{epoch}.npy", memory.labels.cpu())
             if not args.gallery_interval:
-                report.save(output)
+                page.write_page(output)
     save(args, state, dataset, log)
 
 
@@ -240,7 +241,8 @@ def write_results(args, state, dataset, log):
     with distributed.raise_everywhere():
         if distributed.is_main():
             clustering.features = np.load(output / "features.npy", mmap_mode="r")
-            export.save_all(args, state.network.backbone, dataset, clustering, state.progress)
+            results.write_results_files(output, state.network.backbone, dataset, clustering)
+            page.write_page(output, dataset, clustering, args.workers)
 
 
 def is_due(interval, epoch):
@@ -396,7 +398,7 @@ def main(arguments=None):
         end_epoch(args, state, dataset, held_out, log, autocast)
     write_results(args, state, dataset, log)
     save(args, state, dataset, log, **kept)
-    print_main(f"Done: backbone.pth, clusters.csv, clusters.png and report.html are in {output}.")
+    print_main(f"Done: backbone.pth, clusters.csv and report.html are in {output}.")
 
 
 if __name__ == "__main__":
