@@ -84,7 +84,7 @@ def open_training_images(path, vectors_path, state, network, transform, device):
     except UserError as error:
         raise UserError(f"{str(error).rstrip('.')}; give the run's images with --train-data."
                         ) from None
-    left_out = set(state["data"]["left_out"])
+    left_out = set(state["left_out"])
     dataset = dataset.take([i for i in range(len(dataset)) if dataset.name_of(i) not in left_out])
     try:
         vectors = torch.from_numpy(np.load(vectors_path, mmap_mode="c"))

@@ -71,7 +71,7 @@ def test_assign_agrees_with_the_table_and_uses_every_cluster(folder, tmp_path, m
     assert run_main("--data", images, "--output", tmp_path, *SMALL, "--epochs", "3",
                     "--num-clusters", "12", "--knn-interval", "0") == 0
     assign.main(["--checkpoint", str(tmp_path / "checkpoint.pth"), "--data", str(images),
-                 "--output", str(tmp_path / "again.csv"), "--batch-size", "7"])
+                 "--output", str(tmp_path / "again.csv")])
     tables = []
     for name in ("clusters.csv", "again.csv"):
         with open(tmp_path / name, newline="") as file:

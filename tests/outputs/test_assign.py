@@ -126,7 +126,7 @@ def test_broken_files_have_no_cluster_and_stop_nothing(finished, tmp_path):
 def test_training_images_that_were_left_out_are_nobodys_neighbours(finished, folder, tmp_path):
     names = [open_dataset(str(folder)).name_of(i) for i in range(150)]
     path = copy_run(finished, tmp_path / "run",
-                    lambda state: state["data"].update(left_out=[names[7], names[20]]))
+                    lambda state: state.update(left_out=[names[7], names[20]]))
     vectors = np.load(finished / "features.npy")
     np.save(tmp_path / "run" / "features.npy", np.delete(vectors, [7, 20], 0))
     rows = run_assign(path, folder, tmp_path / "new.csv", "--neighbours", 148)
