@@ -29,7 +29,7 @@ from odc.features import extract, save_rows, unit_pixels
 from odc.kmeans import kmeans
 from odc.memory import ODCMemory
 from odc.model import FEATURE_DIM, ODC, use_small_stem
-from odc.outputs import export, report
+from odc.outputs import page, results
 from odc.runtime import checkpoint, launch
 from odc.runtime.log import Log, print_settings, progress_bar
 from odc.state import Progress, State, restore, save
@@ -191,7 +191,9 @@ def cluster_after_training(args, state, dataset, log):
     with distributed.raise_everywhere():
         if distributed.is_main():
             clustering.features = np.load(output / "features.npy", mmap_mode="r")
-            export.save_all(args, state.network.backbone, dataset, clustering, state.progress)
+            results.write_results_files(output, state.network.backbone, args.image_size, dataset,
+                                        clustering)
+            page.write_page(output, dataset, clustering, args.workers)
 
 
 def measure(args, state, dataset, held_out, log, autocast):
@@ -212,7 +214,7 @@ def measure(args, state, dataset, held_out, log, autocast):
         log_measures(log, progress, memory.labels, dataset, when, record)
         with distributed.raise_everywhere():
             if distributed.is_main() and epoch:
-                report.save(Path(args.output))
+                page.write_page(Path(args.output))
     except UserError as error:
         print_main(f"warning: {when}: {error}")
     state.labels_before = memory.labels.cpu().clone()
@@ -277,7 +279,7 @@ def main(arguments=None):
     else:
         cluster_before_training(args, state, dataset, autocast)
         if dataset.left_out and distributed.is_main():
-            export.save_unreadable(output / "unreadable.txt", dataset.left_out)
+            results.write_unreadable(output / "unreadable.txt", dataset.left_out)
         save(state, dataset, log)
     progress = state.progress
     print_main(f"Epoch {progress.epoch + 1} of {args.epochs} from step {progress.step + 1}.")

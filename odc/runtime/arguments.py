@@ -80,3 +80,24 @@ def _type(kind, is_allowed, what):
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
     return parse
+
+
+def check_outputs(inputs, *outputs):
+    """Raise UserError for an output that could not be written after the work, or is an input.
+
+    inputs: paths. outputs: for each (option, path or None, what the path must end with).
+    """
+    taken = {os.path.realpath(path) for path in inputs}
+    for option, path, ending in outputs:
+        if path is None:
+            continue
+        real, problem = os.path.realpath(path), None
+        if not path or os.path.isdir(path) or not path.endswith(ending):
+            problem = f"is a folder, or does not end in {ending or 'a name'}"
+        elif not os.access(os.path.dirname(real), os.W_OK):
+            problem = "its folder is missing or not writable"
+        elif real in taken:
+            problem = "is read, or written by another argument"
+        if problem:
+            raise UserError(f"{option} {path}: {problem}; choose another.")
+        taken.add(real)
