@@ -22,7 +22,7 @@ from odc.evaluation import metrics
 from odc.evaluation.knn import nearest_neighbours
 from odc.features import extract
 from odc.model import Neck, ResNet
-from odc.nearest import nearest_centroids
+from odc.kmeans import nearest_centroids
 from odc.outputs import export
 from odc.runtime import checkpoint, launch
 from odc.runtime.arguments import Parser, whole

@@ -11,7 +11,7 @@ from odc import assign, clusters, distributed
 from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.datasets import open_dataset
 from odc.model import ODC
-from odc.nearest import nearest_centroids as nearest
+from odc.kmeans import nearest_centroids as nearest
 from tests.processes import run_processes, run_script
 from tests.runs import SMALL, assert_equal_state, run_main, start, state_of, wait_for_step
 
