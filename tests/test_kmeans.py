@@ -93,8 +93,8 @@ def test_equals_a_plain_lloyd(iterations):
     assert torch.equal(labels, expected_labels)
     assert torch.allclose(centroids.double(), expected_centroids, atol=1e-6)
     # 20 iterations do not converge, so the number of them counts.
-    assert not torch.equal(labels, kmeans(features, 40, iterations + 1,
-                                          initial_centroids=initial)[0])
+    fewer, more = (kmeans(features, 40, number)[0] for number in (iterations, iterations + 1))
+    assert not torch.equal(fewer, more)
 
 
 def kmeans_shard(features, num_clusters, iterations, seed, initial_centroids=None):
