@@ -205,10 +205,9 @@ def measure(args, state, dataset, held_out, log, autocast):
     epoch, when = progress.epoch, f"epoch {progress.epoch}" if progress.epoch else "initial k-means"
     try:
         if held_out and epoch % max(1, args.epochs // KNN_MEASURES) == 0:
-            with autocast:
-                record["knn_accuracy"] = knn.knn_accuracy(
-                    state.network.eval().backbone, dataset, held_out, args.image_size,
-                    memory.labels.device, workers=args.workers)
+            record["knn_accuracy"] = knn.knn_accuracy(
+                state.network.eval().backbone, *held_out, args.image_size, memory.labels.device,
+                args.workers, autocast)
         if epoch:
             record["nmi_previous"] = metrics.nmi(memory.labels.cpu(), state.labels_before)
         log_measures(log, progress, memory.labels, dataset, when, record)

@@ -20,7 +20,7 @@ def write_results_files(folder, backbone, image_size, dataset, clustering):
 def write_backbone(path, backbone, image_size):
     """A state dict with torchvision's names and no `fc`; its `_metadata` keeps the image size."""
     state = backbone.state_dict()
-    state._metadata["image_size"] = image_size
+    state._metadata[""]["image_size"] = image_size
     for name, value in state.items():
         state[name] = value.detach().cpu().contiguous()
     write_atomically(path, lambda file: torch.save(state, file))

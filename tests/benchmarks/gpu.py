@@ -31,7 +31,7 @@ from odc.features import extract
 from odc.kmeans import kmeans
 from odc.memory import ODCMemory
 from odc.model import ResNet
-from odc.nearest import nearest_centroids
+from odc.kmeans import nearest_centroids
 from tests.benchmarks.input import write_photographs
 from tests.benchmarks.step import MadeUp, measure, odc_epoch
 from tests.benchmarks.svm import made_up_features
