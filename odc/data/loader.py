@@ -206,7 +206,8 @@ class _Batches(torch.utils.data.Dataset):
                 rows.append((self.transform(image), (), wanted, failed))
             else:
                 generator = random.Random(_hash("item", self.seeds, position))
-                drawn = augment.draw(self.augmentation, generator, *image.size, self.image_size)
+                drawn = augment.draw_parameters(self.augmentation, generator, *image.size,
+                                                self.image_size)
                 pixels = augment.crop_and_flip(image, drawn, self.image_size)
                 rows.append((pixels, drawn, index, failed))
         pixels, *numbers = zip(*rows)

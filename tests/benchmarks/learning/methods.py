@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from odc.data.augmentation import Augmentation, augment_batch, crop_and_flip, draw
+from odc.data.augmentation import Augmentation, augment_batch, crop_and_flip, draw_parameters
 from odc.data.loader import steps_per_epoch
 from odc.model import ODC, use_small_stem
 
@@ -108,7 +108,7 @@ class Views(torch.utils.data.Dataset):
         indices = [generator.randrange(len(self.images)) for _ in range(self.batch_size)]
         opened = [self.images.load(index) for index in indices]
         for image in opened * self.num_views:
-            drawn = draw(self.augmentation, generator, *image.size, self.image_size)
+            drawn = draw_parameters(self.augmentation, generator, *image.size, self.image_size)
             rows.append((crop_and_flip(image, drawn, self.image_size), torch.tensor(drawn)))
         pixels, draws = map(torch.stack, zip(*rows))
         return pixels, draws, self.images.labels[indices]
