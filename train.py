@@ -321,7 +321,7 @@ def main(arguments=None):
 
     # Data, and the checkpoint of an earlier start.
     with distributed.raise_everywhere():
-        dataset = open_dataset(args.data, "train", args.background)
+        dataset = open_dataset(args.data, "train", exclude=(args.output,))
         saved, lock = checkpoint.open_run(output)  # the lock ends with this function
     check_same_images(dataset)
     settings.follow_data(args, given, dataset, saved, device)

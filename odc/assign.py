@@ -167,8 +167,7 @@ def main(arguments=None):
     train = None
     with distributed.raise_everywhere():
         state = load_run(args.checkpoint)
-        dataset = open_dataset(args.data, args.split,
-                               args.background or state["settings"].get("background"))
+        dataset = open_dataset(args.data, args.split)
         if args.neighbours:
             train = open_training_images(state, args.train_data)
             failed = state["progress"]["failed"]  # their vectors are those of other images

@@ -10,6 +10,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
 from odc.data.datasets import VOC_CLASSES
+from odc.data.folders import EXTENSIONS
 
 
 def put_image(path, colour=(10, 20, 30)):
@@ -20,6 +21,17 @@ def put_image(path, colour=(10, 20, 30)):
 def put_text(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+def put_files(root, *names):
+    """Images; other files are empty, and a name that ends with a slash is an empty folder."""
+    for name in names:
+        if name.endswith("/"):
+            (root / name).mkdir(parents=True)
+        elif name.lower().endswith(EXTENSIONS):
+            put_image(root / name)
+        else:
+            put_text(root / name, "")
 
 
 def put_class_folders(root, classes=("n01440764", "n01443537"), count=3):

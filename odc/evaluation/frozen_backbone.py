@@ -146,7 +146,7 @@ def prepare(args):
         data = "data/imagenet" if os.path.isdir("data/imagenet") else "shapes"
         print_main(f"No --data: evaluating on {data}.")
     with distributed.raise_everywhere():
-        train, val = (open_dataset(data, split, args.background) for split in ("train", "val"))
+        train, val = (open_dataset(data, split) for split in ("train", "val"))
         _check_labels(data, train, val)
         if output := args.output:
             if not os.path.basename(output) or (os.path.exists(output)

@@ -46,7 +46,7 @@ def open_held_out(data, train):
     Raises UserError if processes see different files. A collective.
     """
     try:
-        val = open_dataset(data, "val", train.background)
+        val = open_dataset(data, "val")
     except UserError as error:
         val, reason = None, str(error)
     if not distributed.same_everywhere(val and (len(val), val.fingerprint)):

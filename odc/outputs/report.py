@@ -223,7 +223,7 @@ def open_images(folder, names, data=None):
             raise UserError(f"{path} is missing; name the images with --data.")
         settings = checkpoint.load(path)["settings"]
         data, background = settings["data"], settings["background"]
-    dataset = open_dataset(data, background=background)
+    dataset = open_dataset(data)
     if names != [dataset.name_of(i) for i in range(len(dataset))]:
         raise UserError(f"{data} holds other images than clusters.csv; name the run's images with "
                         "--data.")
