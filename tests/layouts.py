@@ -87,26 +87,20 @@ def made_up(count, *shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
-def put_cifar10(root):
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for k, name in enumerate([f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]):
-        content = {"data": made_up(4, 3072, seed=k), "labels": [(i + k) % 10 for i in range(4)]}
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    names = pickle.dumps({"label_names": [f"class {k}" for k in range(10)]})
-    (folder / "batches.meta").write_bytes(names)
+def put_cifar10(root, folder="cifar-10-batches-py", key="labels",
+                meta=("batches.meta", "label_names"),
+                files=(*(f"data_batch_{k}" for k in range(1, 6)), "test_batch")):
+    (root / folder).mkdir(parents=True)
+    for k, name in enumerate(files):
+        content = {"data": made_up(4, 3072, seed=k), key: [(i + k) % 10 for i in range(4)]}
+        (root / folder / name).write_bytes(pickle.dumps(content))
+    names = {meta[1]: [f"class {k}" for k in range(100 if key == "fine_labels" else 10)]}
+    (root / folder / meta[0]).write_bytes(pickle.dumps(names))
 
 
 def put_cifar100(root):
-    folder = root / "cifar-100-python"
-    folder.mkdir(parents=True)
-    for name, count in (("train", 6), ("test", 3)):
-        content = {"data": made_up(count, 3072, seed=count),
-                   "fine_labels": [9 * i for i in range(count)],
-                   "coarse_labels": [0] * count}
-        (folder / name).write_bytes(pickle.dumps(content))
-    names = pickle.dumps({"fine_label_names": [f"class {k}" for k in range(100)]})
-    (folder / "meta").write_bytes(names)
+    put_cifar10(root, "cifar-100-python", "fine_labels", ("meta", "fine_label_names"),
+                ["train", "test"])
 
 
 def trust_cifar(monkeypatch, root):
@@ -130,19 +124,16 @@ def put_stl10(root, parts=(("train", 5), ("test", 3))):
     (folder / "class_names.txt").write_text("\n".join(f"class{k}" for k in range(10)))
 
 
-FASHION_LABELS = dict(train=[9, 0, 0, 3, 0, 2, 7, 2, 5, 5], t10k=[9, 2, 1, 1, 6, 1, 4, 6, 5, 7])
-
-
-def put_fashion_mnist(folder, zipped=True, counts=(13, 12), first_labels=None):
+def put_fashion_mnist(folder, zipped=True):
     folder.mkdir(parents=True, exist_ok=True)
-    for stem, count in zip(("train", "t10k"), counts):
-        shapes = {"images-idx3": (count, 28, 28), "labels-idx1": (count,)}
-        for kind, shape in shapes.items():
-            values = made_up(*shape, seed=count)
-            if len(shape) == 1:
-                first = first_labels or FASHION_LABELS[stem]
-                values = np.resize(np.array(first, np.uint8), count)
-            header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
-            content = header + values.tobytes()
-            path = folder / f"{stem}-{kind}-ubyte{'.gz' if zipped else ''}"
-            path.write_bytes(gzip.compress(content) if zipped else content)
+    labels = dict(train=[9, 0, 0, 3, 0, 2, 7, 2, 5, 5, 9, 0, 0],
+                  t10k=[9, 2, 1, 1, 6, 1, 4, 6, 5, 7, 9, 2])
+    for stem, values in labels.items():
+        count = len(values)
+        for kind, array in (("images-idx3", made_up(count, 28, 28, seed=count)),
+                            ("labels-idx1", np.array(values, np.uint8))):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            content, path = header + array.tobytes(), folder / f"{stem}-{kind}-ubyte"
+            if zipped:
+                content, path = gzip.compress(content), path.with_name(f"{path.name}.gz")
+            path.write_bytes(content)

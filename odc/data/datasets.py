@@ -201,7 +201,8 @@ def stl10(folder, split):
     if stem != "unlabeled":
         labels = np.fromfile(_required(split, folder, f"{stem}_y.bin"), np.uint8)
         opened.labels = torch.from_numpy(labels).long() - 1  # they are 1..10 in the file
-        with open(_required(split, folder, "class_names.txt")) as file:
+        path = _required(split, folder, "class_names.txt")
+        with _whole(path), open(path, encoding="utf-8") as file:
             opened.classes = file.read().split()
     return opened
 

@@ -101,11 +101,11 @@ class _Walk:
 
     def _walk(self, read):
         """Yield the names. read: real paths of folders that are not to be read, or no more."""
-        waiting = [""]
+        waiting = [""]  # the folders to come, relative to root, each with a slash at its end
         while waiting:
             below = waiting.pop()
-            folder, top = os.path.join(self.root, below), below.split("/")[0]
-            real, folders = os.path.realpath(folder), []
+            folder, images, folders = os.path.join(self.root, below), [], []
+            real = os.path.realpath(folder)
             if real in read or (below and _holds_a_run(folder)):
                 self.passed_over["folders of runs, or reached twice"] += 1
                 continue
@@ -118,41 +118,40 @@ class _Walk:
                     raise
                 self.passed_over["folders that cannot be opened"] += 1
                 continue
-            self.images_in[top] += 0
             for entry in entries:
-                kind, path = self._kind(entry), os.path.join(below, entry.name)
+                kind = self._kind(entry)
                 if kind == "image":
-                    self.images_in[top] += 1
-                    yield path
+                    images.append(below + entry.name)
                 elif kind == "folder":
-                    folders.append(path)
+                    folders.append(below + entry.name + "/")
                 elif kind != "hidden":
                     self.passed_over[kind] += 1
+            self.images_in[below.split("/")[0]] += len(images)
+            yield from images
             waiting += reversed(folders)
 
     def _kind(self, entry):
         """Of an os.DirEntry: "folder", "image", "hidden", or how to call what is passed over."""
         name = entry.name.lower()
-        end = os.path.splitext(name)[1]
-        try:
-            is_folder, is_file = entry.is_dir(), entry.is_file()
-        except OSError:  # a link to itself
-            is_folder = is_file = False
         if name.startswith("."):
             return "hidden"
         if name in SYSTEM_FOLDERS:
             return "system folders"
-        if not is_folder and not is_file:
+        try:
+            kind = "folder" if entry.is_dir() else "image" if entry.is_file() else None
+        except OSError:  # a link to itself
+            kind = None
+        if kind is None:
             return "broken links and special files"
-        if is_file and end not in EXTENSIONS:
+        if kind == "image" and not name.endswith(EXTENSIONS):
+            end = os.path.splitext(name)[1]
             return f"{end} files" if end else "files without an extension"
-        if entry.is_symlink():  # to what this walk comes to without it?
-            target = os.path.realpath(entry.path)
-            before, _, below = target.partition(self.real_root + "/")
-            if not before and "/." not in f"/{below}" and (
-                    is_folder or target.lower().endswith(EXTENSIONS)):
+        if entry.is_symlink():
+            before, _, below = os.path.realpath(entry.path).partition(self.real_root + "/")
+            image = kind == "folder" or below.lower().endswith(EXTENSIONS)
+            if not before and image and "/." not in f"/{below}":  # it is walked without the link
                 return "links to images here"
-        return "folder" if is_folder else "image"
+        return kind
 
 
 def _holds_a_run(folder):
