@@ -13,14 +13,14 @@ from odc.data.datasets import VOC_CLASSES
 from odc.data.folders import EXTENSIONS
 
 
-def put_image(path, colour=(10, 20, 30)):
+def put_image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 6), colour).save(path, "JPEG")
+    Image.new("RGB", (8, 6), (10, 20, 30)).save(path, "JPEG")
 
 
-def put_text(path, text):
+def put_text(path, lines):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def put_files(root, *names):
@@ -31,56 +31,45 @@ def put_files(root, *names):
         elif name.lower().endswith(EXTENSIONS):
             put_image(root / name)
         else:
-            put_text(root / name, "")
-
-
-def put_class_folders(root, classes=("n01440764", "n01443537"), count=3):
-    for k, name in enumerate(classes):
-        for i in range(count):
-            put_image(root / name / f"{name}_{i}.JPEG", (60 * k, 40 * i, 0))
+            put_text(root / name, [])
 
 
 def put_imagenet_lists(root, labels=True):
     lists = {"train": ["n02/b c.JPEG", "n01/a.JPEG", "n03/d.JPEG"], "val": ["v1.JPEG", "v2.JPEG"]}
     for split, files in lists.items():
-        for i, name in enumerate(files):
-            put_image(root / split / name, (80 * i, 0, 0))
+        put_files(root / split, *files)
         lines = [f"{name} {2 * i}" if labels else name for i, name in enumerate(files)]
-        put_text(root / "meta" / f"{split}.txt", "\n".join(lines) + "\n\n")
+        put_text(root / "meta" / f"{split}.txt", [*lines, ""])
 
 
 def put_places(root):
-    images = root / "data/vision/torralba/deeplearning/images256"
     for split, count in (("train", 4), ("val", 2)):
-        lines = []
-        for i in range(count):
-            put_image(images / "a/abbey" / f"{split}{i}.jpg", (50 * i, 0, 0))
-            lines.append(f"a/abbey/{split}{i}.jpg {i}")
-        put_text(root / "trainvalsplit_places205" / f"{split}_places205.csv", "\n".join(lines))
+        files = [f"a/abbey/{split}{i}.jpg" for i in range(count)]
+        put_files(root / "data/vision/torralba/deeplearning/images256", *files)
+        put_text(root / "trainvalsplit_places205" / f"{split}_places205.csv",
+                 [f"{name} {i}" for i, name in enumerate(files)])
 
 
 def put_inaturalist(root):
     for split, count in (("train", 3), ("val", 2)):
         files = [f"train_val2018/Plantae/7477/{split}{i}.jpg" for i in range(count)]
-        for i, name in enumerate(files):
-            put_image(root / name, (50 * i, 0, 0))
+        put_files(root, *files)
         content = dict(images=[dict(id=70 + i, file_name=name) for i, name in enumerate(files)],
                        annotations=[dict(image_id=70 + i, category_id=count - 1 - i)
                                     for i in reversed(range(count))],
                        categories=[dict(id=k, name=f"plant {k}") for k in range(3)])
-        put_text(root / f"{split}2018.json", json.dumps(content))
+        put_text(root / f"{split}2018.json", [json.dumps(content)])
 
 
-def put_voc(root, folder="VOCdevkit/VOC2007"):
-    base = root / folder
+def put_voc(root):
+    base = root / "VOCdevkit/VOC2007"
     for stem, ids in (("trainval", ["000005", "000007", "000009"]), ("test", ["000001", "000002"])):
-        for i, name in enumerate(ids):
-            put_image(base / "JPEGImages" / f"{name}.jpg", (70 * i, 0, 0))
-        put_text(base / "ImageSets/Main" / f"{stem}.txt", "".join(f"{name}\n" for name in ids))
+        put_files(base / "JPEGImages", *(f"{name}.jpg" for name in ids))
+        put_text(base / "ImageSets/Main" / f"{stem}.txt", ids)
         for k, label in enumerate(VOC_CLASSES):
-            lines = [f"{name} {' 1' if (i + k) % 3 == 0 else ' 0' if (i + k) % 5 == 0 else '-1'}\n"
-                     for i, name in enumerate(ids)]
-            put_text(base / "ImageSets/Main" / f"{label}_{stem}.txt", "".join(lines))
+            put_text(base / "ImageSets/Main" / f"{label}_{stem}.txt", [
+                f"{name} {' 1' if (i + k) % 3 == 0 else ' 0' if (i + k) % 5 == 0 else '-1'}"
+                for i, name in enumerate(ids)])
 
 
 def made_up(count, *shape, seed=0):
