@@ -240,7 +240,7 @@ def main(arguments=None):
 
     # Data, and the checkpoint of an earlier start.
     with distributed.raise_everywhere():
-        dataset = open_dataset(args.data, "train")
+        dataset = open_dataset(args.data, "train", exclude=(args.output,))
         saved, lock = checkpoint.open_run(output)  # the lock ends with this function
     check_same_images(dataset)
     settings.resolve_defaults(args, dataset, saved, device)

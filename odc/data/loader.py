@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """B rows of this process, fewer where images are unreadable."""
 
     images: torch.Tensor  # uint8 [B, 3, S, S], cropped and flipped
-    draws: torch.Tensor  # float32 [B, 16], rows of augmentation.Draw; [B, 0] in an evaluation
+    draws: torch.Tensor  # float32 [B, 16], rows of augmentation.Draw; [0, 16] in an evaluation
     indices: torch.Tensor  # int64 [B], the image of each row
     unreadable: dict  # {index: reason} of images that have no row
 
@@ -172,11 +172,12 @@ class _Batches(torch.utils.data.Dataset):
                 pixels.append(self.transform(image))
                 continue
             generator = random.Random(_hash("item", self.seeds, position))
-            draws.append(augment.draw(self.augmentation, generator, *image.size, self.image_size))
+            draws.append(augment.draw_parameters(self.augmentation, generator, *image.size,
+                                                 self.image_size))
             pixels.append(augment.crop_and_flip(image, draws[-1], self.image_size))
         pixels = torch.stack(pixels) if pixels else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-        return Batch(pixels, torch.tensor(draws), torch.tensor(indices, dtype=torch.int64),
-                     unreadable)
+        draws = torch.tensor(draws) if draws else torch.empty(0, len(augment.Draw._fields))
+        return Batch(pixels, draws, torch.tensor(indices, dtype=torch.int64), unreadable)
 
 
 def _hash(*words):

@@ -59,8 +59,8 @@ def knn_accuracy(backbone, bank, queries, image_size, device, workers=0,
 
     features, questions = (
         extract(forward, images, evaluation_transform(image_size), backbone.out_channels[-1],
-                device, workers=workers, name=name)
-        for images, name in ((bank, "bank"), (queries, "held-out images")))
+                device, workers=workers, name=name, unreadable_share=share)
+        for images, name, share in ((bank, "bank", 0), (queries, "held-out images", 0.01)))
     labels, k = bank.labels[distributed.shard(len(bank))], min(20, len(bank))
     predictions = knn_predict(distributed.all_gather_uneven_rows(questions), features, labels,
                               len(bank.classes), [k])[k]
@@ -117,8 +117,8 @@ def _search(queries, rows, offset, k):
     """Keys and bank indices of the k best of some rows, the first of which has index `offset`.
 
     topk promises no order of equal numbers. So a key is a similarity less 2^-52 times the index:
-    that orders equal float32 similarities of unit rows, and no others. topk is slow, too: it is asked only for
-    the k groups of rows with the largest maxima. The k best lie there.
+    that orders equal float32 similarities of unit rows, and no others. topk is slow, too: it is
+    asked only for the k groups of rows with the largest maxima. The k best lie there.
     """
     scores = queries.new_full((len(queries), -(-len(rows) // GROUP) * GROUP), -torch.inf)
     torch.mm(queries, rows.T, out=scores[:, : len(rows)])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import train
 from odc import settings
-from odc.data.augmentation import Augmentation, augment_batch, draw
+from odc.data.augmentation import Augmentation, augment_batch, draw_parameters
 from odc.data.images import ImageSet
 from odc.data.loader import Batch
 from odc.memory import ODCMemory
@@ -46,7 +46,7 @@ class MadeUp:
             dtype=torch.float16 if amp == "fp16" else torch.bfloat16)
         generator = random.Random(0)
         images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
-        draws = torch.tensor([draw(Augmentation(), generator, size, size, size)
+        draws = torch.tensor([draw_parameters(Augmentation(), generator, size, size, size)
                               for _ in range(batch)])
         if device.type == "cuda":
             images = images.pin_memory()
