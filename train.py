@@ -141,12 +141,12 @@ def check_step(args, progress, loss):
     return loss, bool(stop)
 
 
-def cluster_before_training(args, state, dataset, autocast):
+def cluster_before_training(args, state, dataset, device, autocast):
     """Features of all images, k-means, both memories, a new head (paper, before the first step).
 
     This first pass reads every image: those that cannot be read leave the dataset.
     """
-    network, device = state.network.eval(), state.memory.labels.device
+    network = state.network.eval()
 
     def forward(images):
         with autocast:
@@ -246,7 +246,6 @@ def main(arguments=None):
     settings.resolve_defaults(args, dataset, saved, device)
     print_settings(vars(args))
     settings.validate(args, dataset, saved, device)
-    held_out = knn.open_held_out(args.data, dataset) if dataset.labels is not None else None
 
     # Network and optimizer.
     torch.manual_seed(args.seed)
@@ -276,10 +275,11 @@ def main(arguments=None):
         restore(state, saved)
         del saved
     else:
-        cluster_before_training(args, state, dataset, autocast)
+        cluster_before_training(args, state, dataset, device, autocast)
         if dataset.left_out and distributed.is_main():
             results.write_unreadable(output / "unreadable.txt", dataset.left_out)
         save(state, dataset, log)
+    held_out = knn.open_held_out(args.data, dataset) if dataset.labels is not None else None
     progress = state.progress
     print_main(f"Epoch {progress.epoch + 1} of {args.epochs} from step {progress.step + 1}.")
 

@@ -26,7 +26,7 @@ def nearest_centroids(features, centroids, inner_product=False):
     it, threads or processes, a row may choose otherwise between two that differ by rounding alone.
     A row that holds a NaN gets label 0. Must not be called under autocast, which halves precision.
     """
-    (n, d), K, device = features.shape, len(centroids), features.device
+    n, K, device = len(features), len(centroids), features.device
     bias = centroids.square().sum(1) / -2  # |f - c|^2 = |f|^2 - 2 (<f, c> - |c|^2 / 2)
     labels = torch.empty(n, dtype=torch.int64, device=device)
     block = max(1, BLOCK_BYTES // (4 * K))

@@ -60,8 +60,7 @@ class Log:
                      empty=int((cluster_sizes == 0).sum()), smallest=int(cluster_sizes.min()),
                      largest=int(cluster_sizes.max()), splits=sums["splits"], lr=lr,
                      images_per_second=round(rate, 1))
-        self.write(epoch=progress.epoch + 1, step=progress.global_step, **shown,
-                   failed_images=len(progress.failed))
+        self.write(epoch=progress.epoch + 1, step=progress.global_step, **shown)
         shown = {name: f"{value:.4g}" for name, value in shown.items()}
         bar.set_postfix(shown, refresh=False)
         plain_line(f"epoch {progress.epoch + 1} step {progress.step}/{steps}: "
