@@ -33,7 +33,7 @@ from odc.evaluation.linear import (
 from odc.features import extract
 from odc.runtime import checkpoint, launch
 from odc.runtime.arguments import Parser, number, whole
-from odc.runtime.log import plain_line, progress_bar
+from odc.runtime.log import progress_bar
 
 
 def make_parser():
@@ -168,7 +168,7 @@ def evaluate(network, protocols, classifiers, progress):
     correct = torch.stack([hits[:, :, 0].sum(0), hits.sum((0, 2))], dim=1)  # [columns, 2]
     accuracy = 100 * distributed.all_reduce(correct) / int(readable.sum())
     progress.unreadable = network.unreadable
-    plain_line(f"epoch {progress.epoch + 1}/{protocols[0].epochs}: " + ", ".join(
+    print_main(f"epoch {progress.epoch + 1}/{protocols[0].epochs}: " + ", ".join(
         f"{column} loss {loss / progress.step:.3f} top-1 {top1:.2f}"
         for column, loss, (top1, _) in zip(columns, progress.losses, accuracy.tolist())))
     return dict(zip(columns, accuracy.tolist()))

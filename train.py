@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from odc import distributed, settings
-from odc.batchnorm import share_statistics, synchronise
 from odc.clusters import cluster_images
 from odc.data.augmentation import Augmentation, augment_batch, evaluation_transform
 from odc.data.datasets import check_same_images, open_dataset
 from odc.data.loader import (
     check_unreadable, gather_unreadable, steps_per_epoch, training_batches)
-from odc.distributed import all_gather_rows, print_main
+from odc.distributed import all_gather_rows, print_main, share_statistics
 from odc.errors import Interrupted, UserError
 from odc.evaluation import knn, metrics
 from odc.evaluation.weights import load_pretrained
@@ -128,7 +127,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
             now = time.monotonic()
             rate = timed * args.batch_size * distributed.world_size() / (now - began)
             log.write_steps(progress, steps, memory.cluster_sizes,
-                            optimizer.param_groups[0]["lr"], rate, bar)
+                            optimizer.param_groups[0]["lr"], rate)
             progress.interval = Progress().interval
             began, timed = now, 0
         if stop or (step + 1 < steps and progress.global_step % args.checkpoint_interval == 0):
@@ -322,7 +321,7 @@ def main(arguments=None):
     # Data, and the checkpoint of an earlier start.
     with distributed.raise_everywhere():
         dataset = open_dataset(args.data, "train", args.background)
-        saved, lock = checkpoint.open_run(output)  # the lock ends with this function
+    saved, lock = checkpoint.open_run(output)  # the lock ends with this function
     check_same_images(dataset)
     settings.follow_data(args, given, dataset, saved, device)
     print_settings(vars(args))
@@ -338,7 +337,10 @@ def main(arguments=None):
             print_main(load_pretrained(network.backbone, args.weights, args.image_size))
     network.to(device, memory_format=torch.channels_last)
     if device.type == "cuda" and distributed.world_size() > 1:  # batch norm over all processes
-        synchronise(network if args.neck_norm == "synchronised" else network.backbone)
+        convert = torch.nn.SyncBatchNorm.convert_sync_batchnorm
+        network.backbone = convert(network.backbone)
+        if args.neck_norm == "synchronised":
+            network.neck = convert(network.neck)
     optimizer = torch.optim.SGD([
         {"params": [*network.backbone.parameters(), *network.neck.parameters()]},
         {"params": network.head.parameters(), "momentum": 0.0},

@@ -62,6 +62,10 @@ def kill(pid):
     return True
 
 
+def is_writing(output):
+    return any(output.glob("checkpoint.pth.*.partial"))
+
+
 @pytest.mark.slow
 def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):
     """Half of the kills wait for a checkpoint's temporary file, to come within its write."""
@@ -77,11 +81,10 @@ def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):
         records = log_of(killed) if (killed / "log.jsonl").exists() else []
         done = sum("loss" in record for record in records)
         wait_for_step(run, killed, done + draw.randrange(4))
-        partial = killed / "checkpoint.pth.partial"
         deadline = time.monotonic() + (5 if number % 2 else draw.uniform(0, 0.2))
-        while time.monotonic() < deadline and not (number % 2 and partial.exists()):
+        while time.monotonic() < deadline and not (number % 2 and is_writing(killed)):
             pass
-        writing = partial.exists()
+        writing = is_writing(killed)
         if (workers := workers_of(run)) and kill(draw.choice(workers)):
             number += 1
             in_write += writing
@@ -122,7 +125,8 @@ def test_processes_that_start_again_on_the_store_of_lost_ones():
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
                  TORCHELASTIC_USE_AGENT_STORE="True")
-    for _ in range(2):
+    for start in range(2):
+        group["TORCHELASTIC_RESTART_COUNT"] = str(start)
         children = [subprocess.Popen([sys.executable, "-c", JOIN], text=True,
                                      env=environment(**group, RANK=str(rank)),
                                      stderr=subprocess.PIPE) for rank in range(2)]

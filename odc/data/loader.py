@@ -18,7 +18,7 @@ import torch
 
 from odc.data import augmentation as augment
 from odc.data.images import DROPPED, BadImage, ImageSet, digest
-from odc.distributed import all_gather_uneven_rows, is_first, rank, shard, world_size
+from odc.distributed import all_gather_uneven_rows, rank, shard, world_size
 from odc.errors import UserError
 from odc.runtime.launch import SIGNALS, dead_worker, is_dead_worker
 
@@ -161,7 +161,7 @@ class BatchLoader(torch.utils.data.DataLoader):
                               f"({reasons[index]}); another one takes its place.", stacklevel=2)
             if transparent is not None and images.transparent is None:
                 images.transparent = transparent
-                if is_first(f"transparent {images.root}"):
+                if rank() == 0:
                     print(f"{images.root} has transparent images, such as "
                           f"{images.name_of(transparent)!r}: their transparency is dropped; "
                           "--background white or black lays them on a colour.", flush=True)

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from odc import distributed
-from odc.batchnorm import SyncBatchNorm, synchronise
 from odc.errors import UserError
 from odc.evaluation import tables
 from odc.evaluation.pooling import map_pools, map_shapes
@@ -234,6 +233,8 @@ def make_classifiers(network, protocols, seed):
         columns = [column for protocol in protocols for column in protocol.columns]
         shapes = map_shapes(network.backbone, network.image_size)
         classifiers = LinearClassifiers(network.maps, shapes, columns, classes, seed)
+    if network.device.type == "cuda":
+        classifiers = nn.SyncBatchNorm.convert_sync_batchnorm(classifiers)
     return classifiers.to(network.device)
 
 
@@ -263,7 +264,7 @@ class LinearClassifiers(nn.Module):
         for column in columns:
             shape = shapes[MAPS[column]]
             self.norms[column] = (nn.Identity() if column == AVGPOOL else
-                                  SyncBatchNorm(shape[0], affine=False))
+                                  nn.BatchNorm2d(shape[0], affine=False))
             width = pools[column](torch.zeros(shape)).numel()
             self.linears[column] = _linear(width, num_classes, generator)
 
@@ -290,7 +291,7 @@ class FineTuned(nn.Module):
 
     def __init__(self, backbone, num_classes, autocast, seed=0):
         super().__init__()
-        self.backbone = synchronise(backbone).requires_grad_(True)
+        self.backbone = backbone.requires_grad_(True)
         self.autocast, self.columns = autocast, [FINE_TUNED]
         self.head = _linear(backbone.out_channels[-1], num_classes,
                             torch.Generator().manual_seed(seed))

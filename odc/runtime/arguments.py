@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 
 import odc
 from odc.errors import UserError
@@ -47,6 +48,11 @@ def number(minimum, maximum=1e9, above=False):
     least = f"above {minimum:g}" if above else f"from {minimum:g}"
     return _type(float, lambda x: minimum <= x <= maximum and (x > minimum or not above),
                  f"a number {least} to {maximum:g}")
+
+
+def path(text):
+    """An argparse type: a path, absolute and without ~. The words shapes and random stay words."""
+    return text if text in ("shapes", "random") else os.path.abspath(os.path.expanduser(text))
 
 
 def _type(kind, is_allowed, what):
