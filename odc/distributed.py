@@ -147,6 +147,7 @@ def all_gather_rows(tensor):
     """Concatenate equal numbers of rows in rank order: [n, ...] -> [W * n, ...] everywhere."""
     if world_size() == 1:
         return tensor
+    tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor)  # the forms with a single output have other names in torch 2.14
     return torch.cat(parts)

@@ -341,8 +341,9 @@ def on_a_full_disk(line):
 def test_a_full_disk_during_a_run(folder, tmp_path):
     assert run_main(*arguments_for(folder, tmp_path, "--epochs", "1")) == 0
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    for name in ("checkpoint.pth.partial", "backbone.pth.partial"):
-        (tmp_path / name).write_bytes(b"left by a run that was killed")
+    token = (tmp_path / ".lock").read_text().split()[-1]
+    for name in ("checkpoint.pth", "backbone.pth"):
+        (tmp_path / f"{name}.{token}.partial").write_bytes(b"left by a run that was killed")
     result = on_a_full_disk(command("train.py", *arguments_for(folder, tmp_path)))
     assert result.returncode == 2 and result.stderr.count("error: ") == 1
     assert "Traceback" not in result.stderr

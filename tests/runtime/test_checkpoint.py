@@ -4,8 +4,6 @@ import errno
 import os
 import pickle
 import random
-import resource
-import signal
 import zipfile
 
 import pytest
@@ -109,23 +107,6 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load(path)
     assert not (tmp_path / "evil").exists()
-
-
-def test_a_full_disk_keeps_the_checkpoint_from_before(saved):
-    """A limit on the size of files is the full disk of a test: the write fails in the middle."""
-    path, state = saved
-    before = path.read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-        with pytest.raises(UserError, match="could not be written.*from before is kept") as error:
-            checkpoint.save(path, state)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert os.strerror(errno.EFBIG) in str(error.value)
-    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.parametrize("error, raised", [
