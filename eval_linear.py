@@ -28,7 +28,7 @@ from odc.evaluation import frozen_backbone, linear, tables
 from odc.features import extract
 from odc.runtime import checkpoint, launch
 from odc.runtime.arguments import Parser, number, path, whole
-from odc.runtime.log import plain_line, print_settings, progress_bar
+from odc.runtime.log import print_settings, progress_bar
 
 
 def make_parser():
@@ -67,7 +67,7 @@ def train(args, network, protocol, classifiers, optimizer, history):
         except Interrupted:
             end = "The same command begins this epoch anew." if args.output else "Nothing is kept."
             raise Interrupted(f"Stopped in epoch {epoch + 1}, as a signal asked. {end}") from None
-        plain_line(f"epoch {epoch + 1}/{protocol.epochs}: " + ", ".join(
+        print_main(f"epoch {epoch + 1}/{protocol.epochs}: " + ", ".join(
             f"{column} loss {loss:.3f} top-1 {top1:.2f}"
             for (column, (top1, _)), loss in zip(accuracy.items(), losses)))
         history.append(accuracy)
@@ -138,7 +138,7 @@ def save_checkpoint(args, settings, classifiers, optimizer, history):
     """Write what `load_checkpoint` reads, if there is an --output. A collective."""
     with distributed.raise_everywhere():
         if args.output and distributed.is_main():
-            checkpoint.save(checkpoint_path(args), dict(
+            checkpoint.write_dict(checkpoint_path(args), dict(
                 program="odc eval_linear", settings=settings, history=history,
                 classifiers=classifiers.state_dict(), optimizer=optimizer.state_dict()))
 
@@ -148,7 +148,7 @@ def load_checkpoint(args, settings, classifiers, optimizer):
     if not args.output or distributed.any_process(not checkpoint_path(args).exists()):
         return []
     with distributed.raise_everywhere():
-        saved = checkpoint.load(file := checkpoint_path(args))
+        saved = checkpoint.read_dict(file := checkpoint_path(args))
         if saved.get("program") != "odc eval_linear" or "history" not in saved:
             raise UserError(f"{file} is not a checkpoint of this version of eval_linear.py: "
                             "choose another --output, or delete the file.")

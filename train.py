@@ -107,7 +107,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
             now = time.monotonic()
             rate = timed * args.batch_size / (now - began)
             log.write_steps(progress, steps, memory.cluster_sizes,
-                            optimizer.param_groups[0]["lr"], rate, bar)
+                            optimizer.param_groups[0]["lr"], rate)
             progress.interval = Progress().interval
             began, timed = now, 0
         if stop or (step + 1 < steps and progress.global_step % args.checkpoint_interval == 0):
@@ -241,7 +241,7 @@ def main(arguments=None):
     # Data, and the checkpoint of an earlier start.
     with distributed.raise_everywhere():
         dataset = open_dataset(args.data, "train", exclude=(args.output,))
-        saved, lock = checkpoint.open_run(output)  # the lock ends with this function
+    saved, lock = checkpoint.open_run(output)  # the lock ends with this function
     check_same_images(dataset)
     settings.resolve_defaults(args, dataset, saved, device)
     print_settings(vars(args))
@@ -253,7 +253,7 @@ def main(arguments=None):
     if args.pretrained and not saved:
         with distributed.raise_everywhere():
             print_main(load_pretrained(network.backbone, args.pretrained, args.image_size))
-    if device.type == "cuda":  # on a CPU each process has the statistics of its own images
+    if device.type == "cuda" and distributed.world_size() > 1:  # on a CPU each process has the statistics of its own images
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([

@@ -26,21 +26,21 @@ from odc.kmeans import nearest_centroids
 from odc.model import FEATURE_DIM, Neck, ResNet
 from odc.outputs import results
 from odc.runtime import checkpoint, launch
-from odc.runtime.arguments import Parser, check_outputs, whole
+from odc.runtime.arguments import Parser, check_output, path, whole
 
 
 def make_parser():
     parser = Parser("Find the cluster of every image in a folder, by a finished run of train.py.")
     add = parser.add_argument
-    add("--checkpoint", metavar="FILE", required=True, help="checkpoint.pth of train.py")
-    add("--data", metavar="PATH", required=True,
+    add("--checkpoint", metavar="FILE", type=path, required=True, help="checkpoint.pth of train.py")
+    add("--data", metavar="PATH", type=path, required=True,
         help="folder of images, in any known layout, or the word shapes")
-    add("--output", metavar="FILE.csv", default="clusters.csv", help="the table")
-    add("--folders", metavar="DIR", help="a new folder with links, DIR/CLUSTER/IMAGE")
-    add("--features", metavar="FILE.npy", help="vectors of the images that have a cluster")
+    add("--output", metavar="FILE.csv", type=path, default="clusters.csv", help="the table")
+    add("--folders", metavar="DIR", type=path, help="a new folder with links, DIR/CLUSTER/IMAGE")
+    add("--features", metavar="FILE.npy", type=path, help="vectors of the images that have a cluster")
     add("--neighbours", metavar="N", type=whole(0, 1000), default=0,
         help="how many of the most similar training images the table names")
-    add("--train-data", metavar="PATH", help="the images of the run (default: where they were)")
+    add("--train-data", metavar="PATH", type=path, help="the images of the run (default: where they were)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
     return parser
 
@@ -50,7 +50,7 @@ def load_run(path, device):
 
     network: normalised images [B, 3, S, S] -> unit features [B, d].
     """
-    state = checkpoint.load(path)
+    state = checkpoint.read_dict(path)
     if state.get("program") != checkpoint.PROGRAM or not state.get("final_clusters"):
         raise UserError(f"--checkpoint {path}: is not of a run of this version of train.py that "
                         "has come to its end; run its command again, with --export-only.")
@@ -121,8 +121,10 @@ def main(arguments=None):
     launch.catch_signals()
     train, vectors_path = None, Path(args.checkpoint).parent / "features.npy"
     with distributed.raise_everywhere():
-        check_outputs([args.checkpoint, vectors_path], ("--output", args.output, ".csv"),
-                      ("--features", args.features, ".npy"), ("--folders", args.folders, ""))
+        inputs = [args.checkpoint, vectors_path]
+        check_output("--output", args.output, b"path,cluster,similarity", inputs)
+        if args.features:
+            check_output("--features", args.features, b"\x93NUMPY", [*inputs, args.output])
         if args.folders and (os.path.lexists(args.folders) or Path(
                 args.folders).resolve().is_relative_to(Path(args.data).resolve())):
             raise UserError(f"--folders {args.folders}: choose a new folder, outside --data.")

@@ -17,7 +17,7 @@ from odc.data.loader import default_workers
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.model import ARCHS
-from odc.runtime.arguments import Parser, number, whole
+from odc.runtime.arguments import Parser, number, path, whole
 from odc.runtime.checkpoint import check_same_settings
 
 SMALL_SET = 200_000  # fewer images than this: preset small
@@ -66,9 +66,9 @@ def make_parser():
         return argument
 
     add = group("data")
-    add("--data", metavar="PATH", help="folder of images, in any known layout, or the word shapes "
+    add("--data", metavar="PATH", type=path, help="folder of images, in any known layout, or the word shapes "
         "(default: data/imagenet if it exists, else shapes)")
-    add("--output", metavar="DIR", default="out", help="where the run writes, and continues from")
+    add("--output", metavar="DIR", type=path, default="out", help="where the run writes, and continues from")
     add("--preset", choices=list(PRESETS), help="where settings come from that are not given")
     add("--image-size", metavar="PIXELS", type=whole(8, 4096), help="side of a crop")
     add("--crop-scale", metavar="SHARE", type=number(0, 1, above=True),
@@ -80,7 +80,7 @@ def make_parser():
 
     add = group("network")
     add("--arch", choices=list(ARCHS), help="backbone; narrow is for small images")
-    add("--pretrained", metavar="FILE", help="start from this backbone")
+    add("--pretrained", metavar="FILE", type=path, help="start from this backbone")
 
     add = group("clusters and memories")
     add("--num-clusters", metavar="K", type=whole(1), help="number of clusters")
@@ -129,10 +129,8 @@ def _text(value):
 def parse(arguments=None):
     """The arguments; a setting of the presets that was not given is None."""
     args = make_parser().parse_args(arguments)
-    if args.pretrained:
-        args.pretrained = os.path.abspath(args.pretrained)
     if args.data is None:
-        args.data = "data/imagenet" if os.path.isdir("data/imagenet") else "shapes"
+        args.data = path("data/imagenet") if os.path.isdir("data/imagenet") else "shapes"
     return args
 
 

@@ -38,6 +38,7 @@ class State:
     memory: ODCMemory | None = None
     progress: Progress = field(default_factory=Progress)
     labels_before: torch.Tensor | None = None  # [N], at the end of the epoch before
+    memory_parts: list = field(default_factory=list)  # files of the last checkpoint, see write_run
     final_clusters: dict | None = None  # neck and centroids for odc.assign, at the run's end
 
 
@@ -50,7 +51,7 @@ def save(state, dataset, log):
             raise UserError(f"The weights are not finite after step {progress.global_step}; {path} "
                             "is from before that. Start again with a lower --lr or --amp off, in "
                             "another --output.")
-    checkpoint.save_run(path, dict(
+    state.memory_parts = checkpoint.write_run(path, dict(
         program=checkpoint.PROGRAM, settings=state.settings, unreadable=dataset.left_out,
         fingerprint=dataset.fingerprint,
         arch=network.backbone.arch, small_stem=network.backbone.small_stem,
@@ -59,7 +60,7 @@ def save(state, dataset, log):
         scaler=state.scaler.state_dict(), memory=state.memory.state_dict(),
         labels_before=state.labels_before, final_clusters=state.final_clusters,
         progress=asdict(progress), log_position=log.position(),
-    ), state.memory.features, len(dataset))
+    ), state.memory.features, len(dataset), state.memory_parts)
 
 
 def restore(state, saved):
@@ -70,7 +71,8 @@ def restore(state, saved):
     state.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # off the mapped file
     state.scaler.load_state_dict(saved["scaler"])
     with distributed.raise_everywhere():
-        features = checkpoint.load_rows(state.path, saved, memory.rows)
+        features = checkpoint.read_rows(state.path, saved, memory.rows)
     memory.load_state_dict(saved["memory"], features)
     state.labels_before, state.final_clusters = saved["labels_before"], saved["final_clusters"]
+    state.memory_parts = saved["memory_parts"]
     state.progress = Progress(**saved["progress"])

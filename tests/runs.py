@@ -49,7 +49,7 @@ def wait_for_step(child, output, step):
     path, deadline = output / "checkpoint.pth", time.monotonic() + 300
     while child.poll() is None:
         assert time.monotonic() < deadline, "the run stands still"
-        if path.exists() and checkpoint.load(path)["progress"]["global_step"] >= step:
+        if path.exists() and checkpoint.read_dict(path)["progress"]["global_step"] >= step:
             return
         time.sleep(0.005)
 
@@ -64,9 +64,9 @@ def log_of(output):
 def state_of(output):
     """The checkpoint in an output folder, with the features [N, d] of all images."""
     path = output / "checkpoint.pth"
-    state = checkpoint.load(path)
+    state = checkpoint.read_dict(path)
     rows = slice(0, len(state["memory"]["labels"]))
-    state["memory"]["features"] = checkpoint.load_rows(path, state, rows)
+    state["memory"]["features"] = checkpoint.read_rows(path, state, rows)
     del state["memory_parts"]  # the files' names, new at every save
     return state
 

@@ -62,6 +62,10 @@ def kill(pid):
     return True
 
 
+def is_writing(output):
+    return any(output.glob("checkpoint.pth.*.partial"))
+
+
 @pytest.mark.slow
 def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):
     """Half of the kills wait for a checkpoint's temporary file, to come within its write."""
@@ -75,12 +79,12 @@ def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):
             break
         run = start_two(folder, killed)
         path = killed / "checkpoint.pth"
-        done = checkpoint.load(path)["progress"]["global_step"] if path.exists() else 0
+        done = checkpoint.read_dict(path)["progress"]["global_step"] if path.exists() else 0
         wait_for_step(run, killed, done + draw.randrange(4))
         deadline = time.monotonic() + (5 if number % 2 else draw.uniform(0, 0.2))
-        while time.monotonic() < deadline and not (number % 2 and list(killed.glob("*.partial"))):
+        while time.monotonic() < deadline and not (number % 2 and is_writing(killed)):
             pass
-        writing = bool(list(killed.glob("*.partial")))
+        writing = is_writing(killed)
         if (workers := workers_of(run)) and kill(draw.choice(workers)):
             number += 1
             in_write += writing
@@ -104,6 +108,34 @@ def test_four_processes_go_on_to_the_last_bit(folder, tmp_path):
     run.wait(300)
     assert run_script("train.py", *arguments_for(folder, killed), processes=4).returncode == 0
     assert_same_run(whole, killed)
+
+
+JOIN = """
+import os, time, torch
+time.sleep(2 * int(os.environ["RANK"]))  # process 0 would find the old address of process 1
+from odc import distributed
+distributed.init("cpu")
+assert distributed.all_reduce(torch.ones(1)) == 2
+os._exit(0)  # lost: nothing is cleaned up
+"""
+
+
+def test_processes_that_start_again_on_the_store_of_lost_ones():
+    """torchrun's store outlives the processes, and so does what they wrote there."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+                 TORCHELASTIC_USE_AGENT_STORE="True")
+    for start in range(2):
+        group["TORCHELASTIC_RESTART_COUNT"] = str(start)
+        children = [subprocess.Popen([sys.executable, "-c", JOIN], text=True,
+                                     env=environment(**group, RANK=str(rank)),
+                                     stderr=subprocess.PIPE) for rank in range(2)]
+        try:
+            codes = [child.wait(120) for child in children]
+            assert codes == [0, 0], [child.stderr.read() for child in children]
+        finally:
+            for child in children:
+                child.kill()
 
 
 @pytest.mark.slow
@@ -136,7 +168,7 @@ launch.run_program(train.main, sys.argv[1:])
     line = command(script, *arguments_for(folder, tmp_path / "out"), processes=2)
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode != 0 and "the disk is on fire" in result.stderr
-    assert checkpoint.load(tmp_path / "out" / "checkpoint.pth")["progress"]["global_step"] == 2
+    assert checkpoint.read_dict(tmp_path / "out" / "checkpoint.pth")["progress"]["global_step"] == 2
 
 
 @pytest.mark.slow
@@ -172,11 +204,11 @@ def test_another_number_of_processes_within_an_epoch(folder, tmp_path, monkeypat
 
 def restores_the_memory(output):
     """Whether this process gets its rows of the features, whoever wrote them."""
-    path, state = output / "checkpoint.pth", checkpoint.load(output / "checkpoint.pth")
+    path, state = output / "checkpoint.pth", checkpoint.read_dict(output / "checkpoint.pth")
     saved = state["memory"]
     memory = ODCMemory(len(saved["labels"]), 256, len(saved["centroids"]))
-    memory.load_state_dict(saved, checkpoint.load_rows(path, state, memory.rows))
-    whole = checkpoint.load_rows(path, state, slice(0, len(saved["labels"])))
+    memory.load_state_dict(saved, checkpoint.read_rows(path, state, memory.rows))
+    whole = checkpoint.read_rows(path, state, slice(0, len(saved["labels"])))
     assert_equal_state(memory.state_dict(), saved)
     return torch.equal(memory.features, whole[memory.rows])
 
@@ -204,7 +236,7 @@ def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number):
     path = tmp_path / "checkpoint.pth"
     assert path.exists() == (phase == "save")  # before that there is nothing worth saving
     if path.exists():
-        assert checkpoint.load(path)["progress"]["global_step"] <= 1
+        assert checkpoint.read_dict(path)["progress"]["global_step"] <= 1
     monkeypatch.undo()
     monkeypatch.setattr(launch, "_signal_received", None)
     assert run_main(*arguments_for(folder, tmp_path)) == 0
@@ -227,7 +259,7 @@ def test_a_signal_during_the_measurement_at_an_epochs_end(folder, tmp_path, monk
     monkeypatch.setattr(launch, "_signal_received", None)
     monkeypatch.setattr(knn, "knn_accuracy", interrupted)
     assert run_main(*arguments_for(folder, stopped, *arguments)) == 128 + signal.SIGTERM
-    assert checkpoint.load(stopped / "checkpoint.pth")["progress"]["global_step"] == 20
+    assert checkpoint.read_dict(stopped / "checkpoint.pth")["progress"]["global_step"] == 20
     monkeypatch.undo()
     monkeypatch.setattr(launch, "_signal_received", None)
     assert run_main(*arguments_for(folder, stopped, *arguments)) == 0
@@ -252,7 +284,7 @@ def train_with_a_signal_on_one_process(folder, output):
 
 def test_a_signal_on_one_process_stops_all(folder, tmp_path):
     assert run_processes(train_with_a_signal_on_one_process, 2, folder, tmp_path) == [143, 143]
-    assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 4
+    assert checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 4
 
 
 def test_sigterm_to_torchrun_saves_and_stops(folder, tmp_path):
@@ -262,7 +294,7 @@ def test_sigterm_to_torchrun_saves_and_stops(folder, tmp_path):
     wait_for_step(run, tmp_path, 4)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) != 0
-    progress = checkpoint.load(tmp_path / "checkpoint.pth")["progress"]
+    progress = checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]
     assert progress["global_step"] >= 4
     assert progress["step"] > 0  # within an epoch, so it was saved because of the signal
 
@@ -308,8 +340,9 @@ def on_a_full_disk(line):
 def test_a_full_disk_during_a_run(folder, tmp_path):
     assert run_main(*arguments_for(folder, tmp_path, "--epochs", "1")) == 0
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    for name in ("checkpoint.pth.partial", "backbone.pth.partial"):
-        (tmp_path / name).write_bytes(b"left by a run that was killed")
+    token = (tmp_path / ".lock").read_text().split()[-1]
+    for name in ("checkpoint.pth", "backbone.pth"):
+        (tmp_path / f"{name}.{token}.partial").write_bytes(b"left by a run that was killed")
     result = on_a_full_disk(command("train.py", *arguments_for(folder, tmp_path)))
     assert result.returncode == 2 and result.stderr.count("error: ") == 1
     assert "Traceback" not in result.stderr

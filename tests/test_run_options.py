@@ -70,7 +70,7 @@ def test_the_val_split_is_held_out_if_there_is_one(folder, tmp_path):
     arguments = ["--data", tmp_path / "data", "--output", output, *SMALL]
     assert run_main(*arguments, "--epochs", "2") == 0
     assert [record["epoch"] for record in log_of(output) if "knn_accuracy" in record] == [0, 1, 2]
-    state = checkpoint.load(output / "checkpoint.pth")
+    state = checkpoint.read_dict(output / "checkpoint.pth")
     sets = [open_dataset(str(tmp_path / "data"), split) for split in ("train", "val")]
     backbone = ResNet("narrow", small_stem=True)
     backbone.load_state_dict(state["backbone"])

@@ -90,7 +90,7 @@ def test_learning_rate(schedule, epoch, rate):
 
 
 def test_the_head_has_no_momentum(finished):
-    groups = checkpoint.load(finished / "checkpoint.pth")["optimizer"]["param_groups"]
+    groups = checkpoint.read_dict(finished / "checkpoint.pth")["optimizer"]["param_groups"]
     assert [group["momentum"] for group in groups] == [0.9, 0.0]
     assert [group["weight_decay"] for group in groups] == [1e-5, 1e-5]
 
@@ -116,7 +116,7 @@ def test_a_signal_saves_and_stops(folder, finished, tmp_path, number):
     wait_for_step(child, tmp_path, 4)
     child.send_signal(number)
     assert child.wait(300) == 128 + number
-    done = checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["global_step"]
+    done = checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["global_step"]
     assert 4 <= done < 20
     assert start(folder, tmp_path).wait(300) == 0
     assert_same_run(finished, tmp_path)
@@ -127,7 +127,7 @@ def test_a_checkpoint_between_two_lines_of_the_log_holds_plain_numbers(
     """A tensor among them would be on the CPU after a restart, and the run may be on a GPU."""
     monkeypatch.setattr(launch, "_signal_received", signal.SIGTERM)
     assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1") == 143
-    interval = checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["interval"]
+    interval = checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["interval"]
     assert interval["steps"] == 1
     assert all(type(value) in (int, float) for value in interval.values())
 
@@ -159,7 +159,7 @@ def test_another_number_of_processes_goes_on(folder, finished, tmp_path):
     assert run_main(*output, "--epochs", "3") == 0
     epochs = [record["epoch"] for record in log_of(tmp_path) if "nmi" in record]
     assert epochs == [0, 1, 1, 2, 2, 3, 3]  # each start measures its final clusters, too
-    assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 30
+    assert checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 30
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -267,13 +267,13 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, capsys, mon
     code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1",
                     "--checkpoint-interval", "1")
     assert_one_sentence(capsys, code, "The weights are not finite after step 3", "--lr")
-    assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 2
+    assert checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 2
 
 
 def test_a_checkpoint_of_another_program(folder, finished, tmp_path, capsys):
     """With a right checksum, as eval_linear.py writes them."""
-    state = checkpoint.load(finished / "checkpoint.pth")
-    checkpoint.save(tmp_path / "checkpoint.pth", {**state, "program": "another"})
+    state = checkpoint.read_dict(finished / "checkpoint.pth")
+    checkpoint.write_dict(tmp_path / "checkpoint.pth", {**state, "program": "another"})
     code = run_main("--data", folder, "--output", tmp_path, *SMALL)
     assert_one_sentence(capsys, code, tmp_path / "checkpoint.pth",
                         "not a checkpoint of this version")

@@ -19,7 +19,7 @@ from odc.evaluation.weights import load_backbone
 from odc.features import weights_fingerprint
 from odc.model import ARCHS, ResNet, use_small_stem
 from odc.runtime import checkpoint, launch
-from odc.runtime.arguments import check_output_file, path, whole
+from odc.runtime.arguments import check_output, path, whole
 
 
 def add_arguments(parser, batch_size=None):
@@ -107,7 +107,7 @@ def prepare(args, one_class=False):
         train, val = (open_dataset(data, split) for split in ("train", "val"))
         _check_labels(data, train, val, one_class)
         if args.output:
-            check_output_file(args.output, tables.RESULT_START)
+            check_output("--output", args.output, tables.RESULT_START)
         native = 224 if train.pixels is None else train.typical_side()  # those are small images
         size = args.image_size or trained_size(args.weights) or native
         backbone, description = load_backbone(args.weights, args.arch, size, args.seed)

@@ -42,23 +42,6 @@ def path(text):
     return text if text in ("shapes", "random") else os.path.abspath(os.path.expanduser(text))
 
 
-def check_output_file(file, start):
-    """Raise UserError unless a program may write its --output to a file.
-
-    start: how this output begins. A file that is there must be empty or begin alike. So no input
-    can be overwritten, nor anything that this program did not write.
-    """
-    if os.path.exists(file) and not os.path.isfile(file):
-        raise UserError(f"--output {file}: it must be a file; give a name such as results.json.")
-    if not os.access(os.path.dirname(file), os.W_OK):
-        raise UserError(f"--output {file}: its folder is missing or not writable; choose another.")
-    if os.path.exists(file):
-        with open(file, "rb") as there:
-            if there.read(len(start)) not in (b"", start.encode()):
-                raise UserError(f"--output {file}: this file is not a result of this program, and "
-                                "would be overwritten; choose another name.")
-
-
 def whole(minimum, maximum=2**31 - 1):
     """An argparse type: an int from minimum to maximum."""
     return _type(int, lambda x: minimum <= x <= maximum,
@@ -82,22 +65,23 @@ def _type(kind, is_allowed, what):
     return parse
 
 
-def check_outputs(inputs, *outputs):
-    """Raise UserError for an output that could not be written after the work, or is an input.
+def check_output(option, file, start, inputs=()):
+    """Raise UserError for an output file that could not be written after the work, or that is not
+    this program's to overwrite.
 
-    inputs: paths. outputs: for each (option, path or None, what the path must end with).
+    start: bytes with which this output begins. A file that is there must be empty or begin alike,
+    and must not be one of the inputs.
     """
-    taken = {os.path.realpath(path) for path in inputs}
-    for option, path, ending in outputs:
-        if path is None:
-            continue
-        real, problem = os.path.realpath(path), None
-        if not path or os.path.isdir(path) or not path.endswith(ending):
-            problem = f"is a folder, or does not end in {ending or 'a name'}"
-        elif not os.access(os.path.dirname(real), os.W_OK):
-            problem = "its folder is missing or not writable"
-        elif real in taken:
-            problem = "is read, or written by another argument"
-        if problem:
-            raise UserError(f"{option} {path}: {problem}; choose another.")
-        taken.add(real)
+    problem, real = None, os.path.realpath(file)
+    if not os.access(os.path.dirname(real), os.W_OK):
+        problem = "its folder is missing or not writable"
+    elif os.path.exists(file) and not os.path.isfile(file):
+        problem = "it is no file"
+    elif os.path.exists(file):
+        with open(file, "rb") as there:
+            if there.read(len(start)) not in (b"", start):
+                problem = "this file is not a result of this program, and would be overwritten"
+    if real in map(os.path.realpath, inputs):
+        problem = "it is read, or written by another argument"
+    if problem:
+        raise UserError(f"{option} {file}: {problem}; choose another name.")

@@ -73,7 +73,7 @@ def measure(N, W, K, batch, device, d=256):
     row["k-means, 20 iterations, min"] = f"{21 * search * len(memory.features) / 60:.1f}"
     with tempfile.TemporaryDirectory() as folder:
         save = clock(
-            lambda: checkpoint.save_run(
+            lambda: checkpoint.write_run(
                 Path(folder, "checkpoint.pth"), memory.state_dict(), memory.features, N
             )
         )

@@ -195,7 +195,7 @@ def test_the_image_size_comes_with_the_weights(tmp_path, weights, restore_signal
     """Both files of a run keep it. Else it is 224, or that of small images in memory."""
     data, model = put_imagenet(tmp_path / "data", train=2, val=2), ODC("narrow", True)
     export.save_backbone(tmp_path / "backbone.pth", model.backbone, 48)
-    checkpoint.save(tmp_path / "checkpoint.pth", dict(
+    checkpoint.write_dict(tmp_path / "checkpoint.pth", dict(
         program="odc train", backbone=model.backbone.state_dict(), head=model.head.state_dict(),
         settings={"data": "shapes", "image_size": 48}))
     for name in ("backbone.pth", "checkpoint.pth"):

@@ -430,7 +430,7 @@ def test_other_run_is_refused(path, change, message):
 
 
 def test_other_file_is_refused(path):
-    checkpoint.save(path, {"program": "odc train"})
+    checkpoint.write_dict(path, {"program": "odc train"})
     with pytest.raises(UserError, match="not a checkpoint of this version of eval_linear.py"):
         Run(output(path)).load()
     path.write_bytes(path.read_bytes()[:-20])

@@ -44,9 +44,9 @@ def in_this_process(monkeypatch):
 def copy_run(finished, root, change=lambda state: None):
     """A run's checkpoint and vectors in another folder, with a change: the checkpoint's path."""
     root.mkdir(exist_ok=True)
-    state = checkpoint.load(finished / "checkpoint.pth")
+    state = checkpoint.read_dict(finished / "checkpoint.pth")
     change(state)
-    checkpoint.save(root / "checkpoint.pth", state)
+    checkpoint.write_dict(root / "checkpoint.pth", state)
     shutil.copy(finished / "features.npy", root)
     return root / "checkpoint.pth"
 
@@ -64,7 +64,7 @@ def expected_features(state, dataset):
 def test_clusters_neighbours_and_features_of_images(finished, folder, tmp_path, capsys):
     rows = run_assign(finished / "checkpoint.pth", folder, tmp_path / "new.csv",
                       "--neighbours", 4, "--features", tmp_path / "new.npy")
-    state, dataset = checkpoint.load(finished / "checkpoint.pth"), open_dataset(str(folder))
+    state, dataset = checkpoint.read_dict(finished / "checkpoint.pth"), open_dataset(str(folder))
     features, centroids = expected_features(state, dataset), state["final_clusters"]["centroids"]
     written = np.load(tmp_path / "new.npy")
     assert written.dtype == np.float32 and written == pytest.approx(features.numpy(), abs=1e-5)
