@@ -1,4 +1,4 @@
-"""Weighted nearest-neighbour classification (Wu et al., CVPR 2018), the bank split over W processes.
+"""Weighted nearest-neighbour classification (Wu et al., CVPR 2018), the bank split over processes.
 
 Letters: Q queries, n bank rows on this process.
 """
@@ -117,8 +117,8 @@ def _search(queries, rows, offset, k):
     """Keys and bank indices of the k best of some rows, the first of which has index `offset`.
 
     topk promises no order of equal numbers. So a key is a similarity less 2^-52 times the index:
-    that orders equal float32 similarities of unit rows, and no others. topk is slow, too: it is asked only for
-    the k groups of rows with the largest maxima. The k best lie there.
+    that orders equal float32 similarities of unit rows, and no others. topk is slow, too: it is
+    asked only for the k groups of rows with the largest maxima. The k best lie there.
     """
     scores = queries.new_full((len(queries), -(-len(rows) // GROUP) * GROUP), -torch.inf)
     torch.mm(queries, rows.T, out=scores[:, : len(rows)])
