@@ -1,4 +1,4 @@
-"""The nearest centroid and k-means against plain forms in double precision, on 1, 2, 4 processes."""
+"""The nearest centroid and k-means against plain forms in float64, on 1, 2 and 4 processes."""
 
 import pytest
 import torch

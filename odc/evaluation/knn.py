@@ -1,4 +1,4 @@
-"""Weighted nearest-neighbour classification (Wu et al., CVPR 2018), the bank split over W processes.
+"""Weighted nearest-neighbour classification (Wu et al., CVPR 2018), the bank split over processes.
 
 Letters: Q queries, n bank rows on this process.
 """

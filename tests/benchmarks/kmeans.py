@@ -33,18 +33,20 @@ def objective(features, centroids):
 def faiss_kmeans(algorithm, features, initial, iterations):
     """Centroids, after a search for the labels, which is thrown away. Always on the CPU.
 
-    algorithm: faiss.Clustering, or faiss.SuperKMeans, which skips many products.
+    algorithm: faiss.Clustering, or faiss.SuperKMeans, which skips many products and may draw
+    initial centroids of its own.
     """
     n, (K, d) = len(features), initial.shape
     clustering = algorithm(d, K)
-    clustering.niter = iterations
-    clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, n
+    parameters = getattr(clustering, "cp", clustering)
+    parameters.niter = iterations
+    parameters.min_points_per_centroid, parameters.max_points_per_centroid = 1, n
     faiss.copy_array_to_vector(initial.numpy().ravel(), clustering.centroids)
     index = faiss.IndexFlatL2(d)
     if algorithm is faiss.Clustering:
         clustering.train(features.numpy(), index)  # leaves the centroids in the index
     else:
-        clustering.train(n, faiss.swig_ptr(features.numpy()))
+        clustering.train(features.numpy())
         index.add(faiss.vector_to_array(clustering.centroids).reshape(K, d))
     index.search(features.numpy(), 1)
     return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(K, d))
