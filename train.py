@@ -25,7 +25,7 @@ from odc.distributed import all_gather_rows, print_main, share_statistics
 from odc.errors import Interrupted, UserError
 from odc.evaluation import knn, metrics
 from odc.evaluation.weights import load_pretrained
-from odc.features import extract, save_rows, unit_pixels
+from odc.features import extract, unit_pixels, write_rows
 from odc.kmeans import kmeans
 from odc.memory import ODCMemory
 from odc.model import FEATURE_DIM, ODC, use_small_stem
@@ -61,7 +61,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
         try:
             with distributed.raise_everywhere():  # an error of one process stops all
                 batch = next(batches)  # B images of this process
-        except UserError:  # an image is gone, or a worker: the steps so far are kept
+        except (UserError, Interrupted):  # an image or a worker is gone: the steps are kept
             save(state, dataset, log)
             raise
         distributed.seed(args.seed, epoch, step)  # for dropout: a resumed run is the same run
@@ -187,7 +187,7 @@ def cluster_after_training(args, state, dataset, log):
                      f"epoch {state.progress.epoch}, final clusters", dict(silhouette=mean))
     state.final_clusters = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids)
     save(state, dataset, log)
-    save_rows(output / "features.npy", clustering.features, len(dataset), f"--output {output}")
+    write_rows(output / "features.npy", clustering.features, len(dataset))
     with distributed.raise_everywhere():
         if distributed.is_main():
             clustering.features = np.load(output / "features.npy", mmap_mode="r")

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from odc.errors import UserError
+from odc.errors import Interrupted, UserError
 
 TIMEOUT = datetime.timedelta(minutes=30)  # a process that misses a collective for so long is lost
 
@@ -180,18 +180,18 @@ def same_everywhere(value):
 def raise_everywhere():
     """Run a block on every process, and let all processes leave it alike.
 
-    If the block raises UserError or OSError anywhere, every process raises the UserError of the
-    lowest such rank. The block must not contain collectives.
+    If the block raises UserError, Interrupted or OSError anywhere, every process raises that of the
+    lowest such rank, an OSError as a UserError. The block must not contain collectives.
     """
-    message = None
+    error = None
     try:
         yield
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'a file'}: {error.strerror or error}."
-    if any_process(message is not None):
-        raise UserError(next(filter(None, all_gather_objects(message))))
+    except (UserError, Interrupted) as caught:
+        error = caught
+    except OSError as caught:
+        error = UserError(f"{caught.filename or 'a file'}: {caught.strerror or caught}.")
+    if any_process(error):
+        raise next(filter(None, all_gather_objects(error))) from None
 
 
 def all_gather_objects(value):

@@ -98,20 +98,18 @@ def unit_pixels(images):
 
 # --- rows of all processes in one file -----------------------------------------------------------
 
-def save_rows(path, features, num_rows, option):
+def write_rows(path, features, num_rows):
     """Write the rows of all processes as one .npy file, all of it or nothing. A collective.
 
     features: [n, d] of this process; in rank order they make up all num_rows. The processes write
-    in turn. option: what an error message names. Raises UserError.
+    in turn. Raises UserError.
     """
-    # Two runs may write the same file at once. The one that ends last wins.
     run = int(distributed.broadcast(torch.tensor(secrets.randbits(62))))
     partial = f"{path}.{run:016x}.partial"
     try:
         for turn in range(distributed.world_size()):
             with distributed.raise_everywhere():
                 if turn == distributed.rank():
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
                     with open(partial, "ab" if turn else "wb") as file:
                         if turn == 0:
                             shape = (num_rows, *features.shape[1:])
@@ -127,8 +125,8 @@ def save_rows(path, features, num_rows, option):
     except UserError as error:
         if distributed.is_main() and os.path.exists(partial):
             os.remove(partial)
-        raise UserError(f"{option}: could not be written ({str(error).rstrip('.')}); make room, or "
-                        "choose another folder.") from None
+        raise UserError(f"{path}: could not be written ({str(error).rstrip('.')}); make room, and "
+                        "start the same command again.") from None
 
 
 def weights_fingerprint(network):

@@ -205,6 +205,13 @@ def validate(args, dataset, saved, device):
     if args.batch_size % W or args.batch_size < 2 * W:
         raise UserError(f"--batch-size {args.batch_size} cannot be split evenly over {W} "
                         "processes, at least 2 each: choose another.")
+    if args.workers and os.path.isdir("/dev/shm"):  # two batches of each worker wait there
+        status = os.statvfs("/dev/shm")
+        free, batch = status.f_bavail * status.f_frsize, args.batch_size * 3 * args.image_size**2
+        if free < 2 * args.workers * batch:
+            raise UserError(f"--workers {args.workers}: their batches need "
+                            f"{2 * args.workers * batch >> 20} MiB of shared memory, and /dev/shm "
+                            f"has {free >> 20}: use fewer, or give a container more (--shm-size).")
     if args.export_only and not saved:
         raise UserError(f"--export-only: there is no run in --output {args.output}; name the "
                         "folder of one, or leave it out.")

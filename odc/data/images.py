@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 # Only these decoders are tried, whatever a file is called. Pillow has others that start programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MiB as 24-bit RGB
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # above it Pillow raises an error: 512 MiB as 24-bit RGB
 PAUSES = (0.1, 0.4)  # seconds before a file that a disk failed to give is read again
 PATIENT_PAUSES = (0.1, 0.4, 1.5, 3, 5)  # the same for a file that was read before in this run
 
@@ -77,12 +77,10 @@ class ImageSet:
 
     def take(self, indices):
         """The ImageSet of some of these images."""
-        return replace(
-            self, names=self.names and Names(self.names[i] for i in indices),
-            pixels=None if self.pixels is None else self.pixels[indices],
-            labels=None if self.labels is None else self.labels[indices],
-            targets=None if self.targets is None else self.targets[indices],
-            taken=np.asarray(indices))
+        chosen = {name: value[indices] for name in ("pixels", "labels", "targets")
+                  if (value := getattr(self, name)) is not None}
+        names = self.names and Names(self.names[i] for i in indices)
+        return replace(self, names=names, taken=np.asarray(indices), **chosen)
 
     def leave_out(self, unreadable):
         """Remove the images with these names, {name: reason}, from this ImageSet."""
@@ -150,7 +148,9 @@ def read_image(path):
         image = Image.open(file, formats=FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:  # nothing is decoded yet
-            raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} allowed")
+            raise ValueError(f"{width} x {height} pixels are more than Pillow's {MAX_PIXELS:,}")
+        if width * height > Image.MAX_IMAGE_PIXELS:
+            image.draft("RGB", (width // 4, height // 4))  # JPEG: decoded in a quarter of the size
         image.load()
         if image.mode.startswith("I"):  # "I;16", "I;16B" and "I" hold 0..65535
             values = np.asarray(image).astype(np.int64).clip(0, 65535)

@@ -18,9 +18,10 @@ import torch
 from odc.data import augmentation as augment
 from odc.data.images import ImageSet, UnreadableImage, digest
 from odc.distributed import rank, shard, world_size
-from odc.errors import UserError
-from odc.runtime.launch import SIGNALS, dead_worker, is_dead_worker
+from odc.errors import Interrupted, UserError
+from odc.runtime import launch
 
+POLL, LONGEST_WAIT = 5, 600  # seconds: for a signal, and for a batch
 
 
 class Batch(NamedTuple):
@@ -102,9 +103,9 @@ def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memo
 class BatchLoader(torch.utils.data.DataLoader):
     """An iterable over Batch, made by the functions above; `len()` is the number of steps.
 
-    Iterating raises UserError if a worker has died, or if more than unreadable_limit images of this
-    process cannot be read. If that is 0, every image has been read before, and a read is tried
-    again for some seconds.
+    Iterating raises UserError if a worker has died or gives no batch, or if more than
+    unreadable_limit images of this process cannot be read; and Interrupted on a signal, if it has
+    to wait. If the limit is 0, all images were read before: a read is tried again for some seconds.
     """
 
     def __init__(self, batches, workers, pin_memory, unreadable_limit=0):
@@ -112,26 +113,18 @@ class BatchLoader(torch.utils.data.DataLoader):
         # Forked, workers share the names and pixels; started afresh, each would hold its own copy.
         context = "fork" if workers and sys.platform == "linux" else None
         super().__init__(batches, batch_size=None, num_workers=workers, pin_memory=pin_memory,
-                         multiprocessing_context=context)
+                         multiprocessing_context=context, timeout=POLL if workers else 0)
 
     def __iter__(self):
         images, num_unreadable = self.dataset.image_set, 0
         # Workers inherit the blocked signals; the training process gets them, too, and decides.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if self.num_workers else ())
+        signals = launch.SIGNALS if self.num_workers else ()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
             batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                # A dead worker shows as a message of torch's or as a connection that broke.
-                if isinstance(error, RuntimeError) and not is_dead_worker(error):
-                    raise
-                raise dead_worker(error) from None
+        while batch := self._next(batches):
             num_unreadable += len(batch.unreadable)
             if num_unreadable > self.unreadable_limit:
                 index, reason = next(iter(batch.unreadable.items()))
@@ -140,6 +133,20 @@ class BatchLoader(torch.utils.data.DataLoader):
                 raise UserError(f"{path}{more} cannot be read ({reason}): restore it, and start the "
                                 "same command again.")
             yield batch
+
+    def _next(self, batches):
+        """The next Batch, or None at the end."""
+        for _ in range(LONGEST_WAIT // POLL):
+            try:
+                return next(batches, None)
+            except (RuntimeError, OSError, EOFError) as error:
+                # A dead worker shows as a message of torch's or as a connection that broke.
+                if "timed out" not in str(error):
+                    raise (launch.dead_worker(error) if launch.is_dead_worker(error)
+                           else error) from None
+            if launch.signal_is_pending():
+                raise Interrupted("Stopped, as a signal asked.")
+        raise launch.dead_worker(f"no batch in {LONGEST_WAIT} s")
 
 
 @dataclass

@@ -52,8 +52,9 @@ def check_signals():
 
 def is_dead_worker(error):
     """True if torch raised this as a loader worker is gone, or found no room in shared memory."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in (
-        "DataLoader worker", "Pin memory thread", "</torch_", "shared memory"))
+    return isinstance(error, (EOFError, ConnectionError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in (
+            "DataLoader worker", "Pin memory thread", "</torch_", "shared memory")))
 
 
 def dead_worker(error):
