@@ -4,9 +4,6 @@ A checkpoint of a run is a file with everything but the features memory, and a f
 beside it, into which every process writes its own rows of the features. The saves write to the
 names a-*.pth and b-*.pth in turn, and the file that names them is replaced last. So a kill at any
 moment leaves the old checkpoint or the new one, and no process ever holds more than its own rows.
-
-All files are torch.save's zip archives, whose checksums are verified before anything is used, and
-which are read without running any code in them.
 """
 
 import contextlib
@@ -23,6 +20,7 @@ from odc.errors import UserError
 from odc.runtime import launch
 
 PROGRAM = "odc train 2"  # who wrote a checkpoint of a run, and the version of what is in it
+FIELDS = dict(settings=dict, progress=dict, log_position=int, unreadable=dict, fingerprint=str)
 TOKEN = secrets.token_hex(8)  # in the names of this process's temporary files, which end with it
 
 
@@ -35,8 +33,6 @@ def write_atomically(path, write, in_place=False):
     path = Path(path)
     temporary = path if in_place else path.with_name(f"{path.name}.{TOKEN}.partial")
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:
             write(file)
@@ -45,20 +41,15 @@ def write_atomically(path, write, in_place=False):
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            if temporary.is_file():
-                temporary.unlink()
+            temporary.unlink()
         if not isinstance(error, (OSError, RuntimeError)) or launch.is_dead_worker(error):
             raise  # a signal handler of torch raises the last one anywhere
         # torch turns an OSError inside its writer into a RuntimeError.
-        cause = error if isinstance(error, OSError) else (error.__context__ or error)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
         kept = "; the file from before is kept" if path.is_file() else ""
-        reason = getattr(cause, "strerror", None) or cause
-        raise UserError(f"{path}: could not be written ({reason}){kept}. Make room, or make the "
-                        "folder writable, and start the same command again.") from None
-    with contextlib.suppress(OSError):  # make the new name durable, where a file system can
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        raise UserError(f"{path}: could not be written ({getattr(cause, 'strerror', None) or cause})"
+                        f"{kept}. Make room, or make the folder writable, and start the same "
+                        "command again.") from None
 
 
 def write_dict(path, state, in_place=False):
@@ -72,17 +63,12 @@ def reading(path):
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or launch.is_dead_worker(error):
+        if isinstance(error, (UserError, Interrupted)) or launch.is_dead_worker(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason}). If it is missing, "
                         "damaged or another program's file, restore it from a copy, or move it "
                         "away to start anew.") from None
-
-
-def can_be_mapped(path):
-    """False for a name that is not UTF-8, which torch cannot map into memory."""
-    return os.fsencode(path).decode(errors="ignore") == os.fspath(path)
 
 
 def read_dict(path):
@@ -98,7 +84,8 @@ def read_dict(path):
                 raise ValueError("another program has compressed it")  # torch would not notice
             if archive.testzip() is not None:
                 raise ValueError("a checksum does not match")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
+        content = torch.load(path, map_location="cpu", weights_only=True,
+                             mmap=str(path).isascii())  # torch maps no name that is not UTF-8
         if not isinstance(content, dict):
             raise ValueError("it holds something else")
     return content
@@ -123,8 +110,6 @@ def open_run(output):
         if _read_run(path) is None and others and not text.startswith(PROGRAM.encode()):
             raise UserError(f"--output {output}: the folder holds other files and no run; choose "
                             "a new or empty one.")
-        if not os.access(output, os.W_OK):
-            raise UserError(f"--output {output}: the folder is not writable; choose another.")
     with distributed.raise_everywhere():
         lock = _lock(output) if distributed.is_main() else None
     with distributed.raise_everywhere():
@@ -137,6 +122,10 @@ def _read_run(path):
     if saved is not None and saved.get("program") != PROGRAM:
         raise UserError(f"{path} is not a checkpoint of this version of train.py; choose another "
                         "--output.")
+    for name, kind in FIELDS.items() if saved else ():
+        if not isinstance(saved.get(name), kind):
+            raise UserError(f"{path} is damaged ({name}); restore it from a copy, or choose "
+                            "another --output.")
     return saved
 
 
@@ -177,9 +166,9 @@ def write_run(path, state, features, num_rows, before=()):
             write_dict(own, {"features": features}, in_place=True)
         with distributed.raise_everywhere():
             if distributed.is_main():
-                if missing := [part for part, *_ in parts if not (folder / part).exists()]:
-                    raise UserError(f"{folder} lacks {missing[0]}, which another process has "
-                                    "written: --output must be a folder that all machines share.")
+                if not all((folder / part).exists() for part, *_ in parts):
+                    raise UserError(f"{folder} lacks what another process has written: --output "
+                                    "must be a folder that all machines share.")
                 write_dict(path, {**state, "memory_parts": parts})
     except UserError:
         own.unlink(missing_ok=True)
@@ -206,10 +195,9 @@ def read_rows(path, state, rows):
                     features.append(content[first - start : last - start])
                     lengths = features[-1].norm(dim=1)
                     is_unit = (lengths - 1).abs().lt(1e-3) | lengths.eq(0)
-                    if len(content) != stop - start or content.dtype != torch.float32:
+                    right = len(content) == stop - start and content.dtype == torch.float32
+                    if not right or not is_unit.all():
                         raise ValueError("its rows are not those of the checkpoint")
-                    if not is_unit.all():
-                        raise ValueError("its rows are not of unit length")
         if sum(map(len, features)) != rows.stop - rows.start:
             raise ValueError("rows of the memory are missing")
         return torch.cat(features) if features else torch.zeros(0, 1)
