@@ -177,7 +177,7 @@ def _settings_of(saved, output):
         parsed = vars(make_parser().parse_args(words))
         if any(parsed[name] != saved["settings"][name] for name in RECIPE):
             raise ValueError("its settings are not those of a run")
-    return saved["settings"]
+    return {name: value for name, value in saved["settings"].items() if name in parsed}
 
 
 def _follow_images(args, dataset, device):

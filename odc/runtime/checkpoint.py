@@ -63,7 +63,7 @@ def reading(path):
     try:
         yield
     except Exception as error:
-        if isinstance(error, (UserError, Interrupted)) or launch.is_dead_worker(error):
+        if isinstance(error, UserError) or launch.is_dead_worker(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason}). If it is missing, "

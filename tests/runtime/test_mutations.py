@@ -21,7 +21,7 @@ def changes():
         path = tuple(int(key) if key == "0" else key for key in name.split(".", name.count(".")))
         path = ("backbone", "conv1.weight") if name.startswith("backbone") else path
         yield path, lambda tensor: tensor[:1]
-        yield path, lambda tensor: tensor.double() * torch.nan
+        yield path, lambda tensor: tensor / torch.tensor(0.0) - torch.inf
         yield path, "text"
     yield ("memory", "labels"), lambda labels: labels - 1
     yield ("memory", "labels"), lambda labels: labels + 10**6
