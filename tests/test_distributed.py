@@ -64,16 +64,6 @@ def test_half_of_a_group_in_the_environment(monkeypatch):
         distributed.init("cpu")
 
 
-def test_too_little_memory_on_the_device(capsys):
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
-
-    with pytest.raises(SystemExit) as stopped:
-        launch.run_program(main)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.count("lower --batch-size") == 1
-
-
 def leave(error):
     """Process 1 has an error while process 0 waits for it. NCCL may not leave in good order."""
     def main():

@@ -274,6 +274,7 @@ def test_a_signal_on_one_process_stops_all(folder, tmp_path):
     assert checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_stops(folder, tmp_path):
     """What SLURM sends before it requeues a job."""
     arguments = arguments_for(folder, tmp_path, "--checkpoint-interval", "1000")

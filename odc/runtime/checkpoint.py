@@ -67,8 +67,8 @@ def reading(path):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason}). If it is missing, "
-                        "damaged or another program's file, restore it from a copy, or move it "
-                        "away to start anew.") from None
+                        "damaged or another program's, restore a copy, or choose another --output."
+                        ) from None
 
 
 def read_dict(path):
@@ -80,10 +80,9 @@ def read_dict(path):
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no file")
         with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type for part in archive.infolist()):
-                raise ValueError("another program has compressed it")  # torch would not notice
-            if archive.testzip() is not None:
-                raise ValueError("a checksum does not match")
+            # torch would notice neither.
+            if any(part.compress_type for part in archive.infolist()) or archive.testzip():
+                raise ValueError("it is compressed, or a checksum does not match")
         content = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=str(path).isascii())  # torch maps no name that is not UTF-8
         if not isinstance(content, dict):
@@ -94,22 +93,20 @@ def read_dict(path):
 def open_run(output):
     """Make the folder of a run, a Path, and lock it against other runs. A collective.
 
-    Returns its checkpoint, or None, and the lock, an open file, or None on processes other than 0.
-    The lock ends when that is closed or the process ends, however it ends. Raises UserError,
-    before anything is written, unless the folder is new, empty, or a run's.
+    Returns its checkpoint, or None, and on process 0 the lock, an open file that ends with the
+    process. Raises UserError, before anything is written, unless the folder is new, empty, or a
+    run's.
     """
     path, lock = output / "checkpoint.pth", output / ".lock"
     with distributed.raise_everywhere():
         for link in filter(Path.is_symlink, (lock, path, output / "memory", output / "log.jsonl")):
-            raise UserError(f"{link} is a link, which a run does not follow: remove it, or choose "
-                            "another --output.")
+            raise UserError(f"{link} is a link: remove it, or choose another --output.")
         output.mkdir(parents=True, exist_ok=True)
         # The lock's text marks a run that has no checkpoint yet.
         text = lock.read_bytes() if lock.is_file() else b""
         others = [name for name in os.listdir(output) if name != lock.name or text]
         if _read_run(path) is None and others and not text.startswith(PROGRAM.encode()):
-            raise UserError(f"--output {output}: the folder holds other files and no run; choose "
-                            "a new or empty one.")
+            raise UserError(f"--output {output} holds other files and no run: choose a new folder.")
     with distributed.raise_everywhere():
         lock = _lock(output) if distributed.is_main() else None
     with distributed.raise_everywhere():
@@ -122,10 +119,10 @@ def _read_run(path):
     if saved is not None and saved.get("program") != PROGRAM:
         raise UserError(f"{path} is not a checkpoint of this version of train.py; choose another "
                         "--output.")
-    for name, kind in FIELDS.items() if saved else ():
-        if not isinstance(saved.get(name), kind):
-            raise UserError(f"{path} is damaged ({name}); restore it from a copy, or choose "
-                            "another --output.")
+    with reading(path):
+        for name, kind in FIELDS.items() if saved else ():
+            if not isinstance(saved[name], kind):
+                raise TypeError(name)
     return saved
 
 
@@ -136,7 +133,7 @@ def _lock(output):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
     except (BlockingIOError, PermissionError):
         raise UserError(f"--output {output}: another run is writing there; choose another, or "
-                        "wait for its end.") from None
+                        "wait.") from None
     except OSError:  # a file system without locks
         pass
     lock.seek(0)
