@@ -1,11 +1,8 @@
 """The process group, and the few collectives that the method needs.
 
 Letters in all shapes of this repository: N images, B batch on this process, K clusters,
-d feature width, W processes.
-
-torchrun starts W processes. They share a gloo group for CPU tensors and, on CUDA devices, an NCCL
-group for CUDA tensors. Without torchrun there is one process and no group, and every function here
-returns at once.
+d feature width, W processes. Without torchrun there is one process and no group, and every function
+here returns at once.
 """
 
 import contextlib
@@ -23,32 +20,26 @@ from odc.errors import Interrupted, UserError
 TIMEOUT = datetime.timedelta(minutes=30)  # a process that misses a collective for so long is lost
 
 
-# --- the group -----------------------------------------------------------------------------------
-
 def init(device="auto"):
     """Choose this process's device and join the process group that torchrun describes.
 
     device: "auto" (CUDA if each process can have a device of its own), "cpu", "cuda" or "cuda:3".
-    Returns a torch.device. Raises UserError for a device that does not exist, or on every process
-    if they would run on different kinds of devices.
+    Returns a torch.device. Raises UserError if it does not exist, or is a CPU beside others' GPUs.
     """
     device = choose_device(device)
     torch.set_float32_matmul_precision("highest")  # no TF32, though the environment asks for it
-    if device.type == "cuda":
+    on_cuda = device.type == "cuda"
+    if on_cuda:
         torch.cuda.set_device(device)
     if not os.environ.get("WORLD_SIZE") or dist.is_initialized():
         return device
-    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in names if not os.environ.get(name)]:
-        raise UserError(f"The environment has WORLD_SIZE, but not {' and '.join(missing)}: start "
-                        "with torchrun, or unset WORLD_SIZE.")
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # This store outlives the processes. After a restart it still has the addresses of the lost
-        # ones, to which gloo would connect.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    except ValueError as error:
+        raise UserError(f"{error}: start with torchrun, or unset WORLD_SIZE.") from None
+    # torchrun's store outlives lost processes, to whose addresses gloo would connect.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     check_same_device(store, rank, world_size, device.type)
-    on_cuda = device.type == "cuda"
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT,
                             store=store, rank=rank, world_size=world_size,
                             device_id=device if on_cuda else None)
@@ -59,43 +50,39 @@ def choose_device(device):
     """The torch.device of this process."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:INDEX.")
-    processes = _environment("LOCAL_WORLD_SIZE", 1)
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto" and 0 < available < processes:
-        print_main(f"{processes} processes for {available} CUDA device(s): they run on the CPU. To "
-                   "use CUDA, start as many processes as devices.")
-    if device == "cpu" or device == "auto" and available < processes:
+    processes, available = _environment("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+    if device == "auto":
+        device = "cuda" if available >= processes else "cpu"
+        if 0 < available < processes:
+            print_main(f"{processes} processes for {available} CUDA device(s): they run on the "
+                       "CPU. To use CUDA, start as many processes as devices.")
+    if device == "cpu":
         return torch.device("cpu")
-    _, _, index = device.partition(":")
+    _, colon, index = device.partition(":")
     index = int(index or _environment("LOCAL_RANK", 0))
-    if max(index, processes - 1) >= available or ":" in device and processes > 1:
+    if max(index, processes - 1) >= available or colon and processes > 1:
         raise UserError(f"--device {device}: this machine has {available} CUDA device(s), numbered "
-                        "from 0, and each process needs one of its own; start fewer processes with "
-                        "--nproc_per_node, or use --device cpu.")
+                        "from 0, and each process needs its own; start fewer, or give cpu.")
     return torch.device("cuda", index)
 
 
-def check_same_device(store, rank, world_size, device_type):
-    """Raise UserError everywhere if some processes have device_type "cpu" and others "cuda".
-
-    A machine whose GPUs are not seen would otherwise wait for the others for ever.
-    """
-    store.set(f"device {rank}", device_type)
-    types = [store.get(f"device {r}").decode() for r in range(world_size)]
-    if others := [r for r in range(world_size) if types[r] != types[0]]:
-        raise UserError(f"Process {others[0]} would run on {types[others[0]]} and process 0 on "
-                        f"{types[0]}: give --device cpu, or find out why the GPUs of a machine are "
-                        "not seen.")
+def check_same_device(store, rank, world_size, kind):
+    """Raise UserError everywhere if the kinds differ: NCCL would wait for a CPU for ever."""
+    store.set(f"device {rank}", kind)
+    kinds = [store.get(f"device {r}").decode() for r in range(world_size)]
+    if len(set(kinds)) > 1:
+        raise UserError(f"Process {kinds.index('cpu')} would run on cpu and others on cuda: give "
+                        "--device cpu, or find out why the GPUs of a machine are not seen.")
 
 
 def _environment(name, default):
-    """A number that torchrun sets. One that is left over from elsewhere has no WORLD_SIZE."""
+    """A number that torchrun sets; without WORLD_SIZE it is left over from elsewhere."""
     return int(os.environ.get(name) or default) if os.environ.get("WORLD_SIZE") else default
 
 
 def rank():
     """The number of this process, 0 <= rank < W."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else _environment("RANK", 0)
 
 
 def world_size():
@@ -105,7 +92,7 @@ def world_size():
 
 def is_main():
     """True on process 0, the only one that prints and that writes most files."""
-    return (dist.get_rank() if dist.is_initialized() else _environment("RANK", 0)) == 0
+    return rank() == 0
 
 
 def print_main(*words):
@@ -121,7 +108,11 @@ def shard(num_rows, of_rank=None):
     return slice(num_rows * r // W, num_rows * (r + 1) // W)
 
 
-# --- collectives ---------------------------------------------------------------------------------
+def seed(number, epoch, step):
+    """Seed torch's global generators from the place in the run and the process."""
+    place = ((number * 1_000_003 + epoch) * 1_000_003 + step) * 65_537 + rank()
+    torch.manual_seed(place % 2**63)
+
 
 def all_reduce(tensor):
     """Sum a tensor over the processes, in place, and return it."""
@@ -155,43 +146,13 @@ def all_gather_rows(tensor):
 
 def all_gather_uneven_rows(tensor):
     """As `all_gather_rows` for [n_r, ...] on rank r; the numbers of rows may differ or be zero."""
-    counts = all_gather_rows(torch.tensor([len(tensor)])).tolist()
-    if world_size() == 1 or not max(counts):
+    if world_size() == 1:
         return tensor
-    # Collectives want equal shapes: pad to the longest part, and cut the padding off again.
-    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    counts = all_gather_rows(torch.tensor([len(tensor)])).tolist()
+    padded = tensor.new_zeros(max(1, *counts), *tensor.shape[1:])  # collectives want equal shapes
     padded[: len(tensor)] = tensor
-    parts = all_gather_rows(padded).split(max(counts))
+    parts = all_gather_rows(padded).split(len(padded))
     return torch.cat([part[:count] for part, count in zip(parts, counts)])
-
-
-def any_process(flag):
-    """True everywhere if `flag` is true on any process."""
-    return bool(all_reduce(torch.tensor(int(bool(flag)))))
-
-
-def same_everywhere(value):
-    """True everywhere if every process has an equal value (any object that can be pickled)."""
-    values = all_gather_objects(value)
-    return all(other == values[0] for other in values)
-
-
-@contextlib.contextmanager
-def raise_everywhere():
-    """Run a block on every process, and let all processes leave it alike.
-
-    If the block raises UserError, Interrupted or OSError anywhere, every process raises that of the
-    lowest such rank, an OSError as a UserError. The block must not contain collectives.
-    """
-    error = None
-    try:
-        yield
-    except (UserError, Interrupted) as caught:
-        error = caught
-    except OSError as caught:
-        error = UserError(f"{caught.filename or 'a file'}: {caught.strerror or caught}.")
-    if any_process(error):
-        raise next(filter(None, all_gather_objects(error))) from None
 
 
 def all_gather_objects(value):
@@ -202,7 +163,30 @@ def all_gather_objects(value):
     return values
 
 
-def seed(number, epoch, step):
-    """Seed torch's global generators from the place in the run and the process."""
-    place = ((number * 1_000_003 + epoch) * 1_000_003 + step) * 65_537 + rank()
-    torch.manual_seed(place % 2**63)
+def any_process(flag):
+    """True everywhere if `flag` is true on any process."""
+    return bool(all_reduce(torch.tensor(int(bool(flag)))))
+
+
+def same_everywhere(value):
+    """True everywhere if every process has an equal value (any object that can be pickled)."""
+    first, *others = all_gather_objects(value)
+    return all(other == first for other in others)
+
+
+@contextlib.contextmanager
+def raise_everywhere():
+    """Run a block without collectives on every process, and let all processes leave it alike.
+
+    If it raises UserError, Interrupted or OSError anywhere, every process raises that of the lowest
+    such rank, an OSError as a UserError.
+    """
+    error = None
+    try:
+        yield
+    except (UserError, Interrupted) as caught:
+        error = caught
+    except OSError as caught:
+        error = UserError(f"{caught.filename or 'a file'}: {caught.strerror or caught}.")
+    if any_process(error):
+        raise next(filter(None, all_gather_objects(error))) from None

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import secrets
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from odc import distributed
 from odc.data.augmentation import MEAN, STD, normalise
 from odc.data.loader import evaluation_batches
 from odc.errors import UserError
-from odc.runtime import launch
+from odc.runtime import checkpoint, launch
 from odc.runtime.log import progress_bar
 
 
@@ -104,8 +103,8 @@ def write_rows(path, features, num_rows):
     features: [n, d] of this process; in rank order they make up all num_rows. The processes write
     in turn. Raises UserError.
     """
-    run = int(distributed.broadcast(torch.tensor(secrets.randbits(62))))
-    partial = f"{path}.{run:016x}.partial"
+    token = distributed.all_gather_objects(checkpoint.TOKEN)[0]  # of process 0: see checkpoint.py
+    partial = f"{path}.{token}.partial"
     try:
         for turn in range(distributed.world_size()):
             with distributed.raise_everywhere():

@@ -18,7 +18,7 @@ from odc.distributed import print_main
 from odc.errors import UserError
 from odc.model import ARCHS
 from odc.runtime.arguments import Parser, number, path, whole
-from odc.runtime.checkpoint import check_same_settings
+from odc.runtime.checkpoint import check_same_settings, reading
 
 SMALL_SET = 200_000  # fewer images than this: preset small
 
@@ -150,7 +150,7 @@ def resolve_defaults(args, dataset, saved, device):
     if args.workers is None:
         args.workers = default_workers(dataset.pixels is not None)
     if saved:
-        for name, value in saved["settings"].items():
+        for name, value in _settings_of(saved, args.output).items():
             if name not in PER_START and getattr(args, name) is None:
                 setattr(args, name, value)
         return
@@ -166,6 +166,18 @@ def resolve_defaults(args, dataset, saved, device):
                + (f", but {' '.join(given)}" if given else ""))
     if args.preset == "small":
         _follow_images(args, dataset, device)
+
+
+def _settings_of(saved, output):
+    """The settings in a checkpoint, each as the parser takes it. Raises UserError."""
+    with reading(os.path.join(output, "checkpoint.pth")):
+        words = []
+        for name in RECIPE:
+            words += ["--" + name.replace("_", "-"), *_text(saved["settings"][name]).split()]
+        parsed = vars(make_parser().parse_args(words))
+        if any(parsed[name] != saved["settings"][name] for name in RECIPE):
+            raise ValueError("its settings are not those of a run")
+    return {name: value for name, value in saved["settings"].items() if name in parsed}
 
 
 def _follow_images(args, dataset, device):
@@ -228,7 +240,8 @@ def validate(args, dataset, saved, device):
         return
     before, now = ({"--" + name.replace("_", "-"): value for name, value in settings.items()
                     if name not in MAY_DIFFER} for settings in (saved["settings"], vars(args)))
-    check_same_settings(args.output, before, now)
+    with reading(os.path.join(args.output, "checkpoint.pth")):
+        check_same_settings(args.output, before, now)
     if saved["fingerprint"] != dataset.fingerprint:
         raise UserError(f"{args.output} holds a run on other images than the {N} of {args.data} "
                         "(number, names, order or labels differ): restore the images, or choose "

@@ -64,15 +64,46 @@ def save(state, dataset, log):
 
 
 def restore(state, saved):
-    """Continue from the checkpoint `saved`, with any number of processes. A collective."""
+    """Continue from the checkpoint `saved`, with any number of processes. A collective.
+
+    Raises UserError for content that no run has written.
+    """
     network, memory = state.network, state.memory
-    for name in ("backbone", "neck", "head"):
-        getattr(network, name).load_state_dict(saved[name])
-    state.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # off the mapped file
-    state.scaler.load_state_dict(saved["scaler"])
-    with distributed.raise_everywhere():
+    with distributed.raise_everywhere(), checkpoint.reading(state.path):
+        for name in ("backbone", "neck", "head"):
+            getattr(network, name).load_state_dict(saved[name])
+        groups = state.optimizer.state_dict()["param_groups"]  # they follow from the settings
+        state.optimizer.load_state_dict(  # the copy is off the mapped file
+            {"state": copy.deepcopy(saved["optimizer"]["state"]), "param_groups": groups})
+        state.scaler.load_state_dict(saved["scaler"])
+        state.progress = Progress(**saved["progress"])
+        state.labels_before, state.final_clusters = saved["labels_before"], saved["final_clusters"]
+        state.memory_parts = saved["memory_parts"]
         features = checkpoint.read_rows(state.path, saved, memory.rows)
-    memory.load_state_dict(saved["memory"], features)
-    state.labels_before, state.final_clusters = saved["labels_before"], saved["final_clusters"]
-    state.memory_parts = saved["memory_parts"]
-    state.progress = Progress(**saved["progress"])
+        _check_content(state, saved["memory"], features)
+        memory.load_state_dict(saved["memory"], features)
+
+
+def _check_content(state, saved, features):
+    """Raise ValueError for types, shapes and values that would fail or spread in a later step."""
+    memory, progress, weights = state.memory, state.progress, [*state.network.state_dict().values()]
+    pairs = [(saved["labels"], memory.labels), (saved["centroids"], memory.centroids),
+             *zip(weights, weights)]
+    pairs += [(kept["momentum_buffer"], own) for own, kept in state.optimizer.state.items()]
+    if len(features):
+        pairs.append((features, memory.features))
+    if state.labels_before is not None:
+        pairs.append((state.labels_before, memory.labels))
+    for value, own in pairs:
+        same = value.shape == own.shape and value.dtype == own.dtype
+        if not same or not value.isfinite().all():
+            raise ValueError("a tensor has another shape or type, or is not finite")
+    if saved["labels"].min() < 0 or saved["labels"].max() >= len(memory.centroids):
+        raise ValueError("a label is of no cluster")
+
+    def kinds(progress):
+        return {name: type(v) for name, v in {**vars(progress), **progress.interval}.items()}
+
+    if kinds(progress) != kinds(Progress()) or min(
+            progress.epoch, progress.step, progress.global_step, progress.interval["steps"]) < 0:
+        raise ValueError("its progress is not that of a run")

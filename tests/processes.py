@@ -54,11 +54,22 @@ def run_processes(function, world_size, *arguments, timeout=300):
     function: defined at the top level of a test module. Arguments and results must be picklable.
     Raises AssertionError with every process's output if one fails.
     """
+    codes, outputs, results = _run(function, world_size, arguments, timeout)
+    assert codes == [0] * world_size, "\n--- ".join(outputs)
+    return results
+
+
+def run_to_exit(function, world_size, *arguments, timeout=300, **extra):
+    """As `run_processes` for a function that may end its process: exit codes, and outputs."""
+    return _run(function, world_size, arguments, timeout, **extra)[:2]
+
+
+def _run(function, world_size, arguments, timeout, port=None, **extra):
     with tempfile.TemporaryDirectory() as folder:
-        paths, children, port = [], [], str(free_port())
+        paths, children, port = [], [], str(port or free_port())
         for rank in range(world_size):
             group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                         MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                         MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **extra)
             paths.append(Path(folder, str(rank)))
             children.append(FORKS.Process(
                 target=_child, args=(function, arguments, group, str(paths[-1]))))
@@ -67,10 +78,9 @@ def run_processes(function, world_size, *arguments, timeout=300):
             child.join(timeout)
             child.kill()
             child.join()
-        output = "\n".join(f"--- rank {rank}\n{Path(f'{path}.log').read_text()}"
-                           for rank, path in enumerate(paths))
-        assert [child.exitcode for child in children] == [0] * world_size, output
-        return [pickle.loads(path.read_bytes()) for path in paths]
+        return ([child.exitcode for child in children],
+                [Path(f"{path}.log").read_text() for path in paths],
+                [pickle.loads(path.read_bytes()) if path.exists() else None for path in paths])
 
 
 def command(script, *arguments, processes=1):

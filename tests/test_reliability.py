@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,11 +15,11 @@ import torch
 
 import train
 from odc import distributed, settings
-from odc.errors import UserError
+from odc.data.images import ImageSet
 from odc.evaluation import knn
 from odc.memory import ODCMemory
 from odc.runtime import checkpoint, launch
-from tests.processes import command, environment, run_processes, run_script
+from tests.processes import command, environment, run_processes, run_script, run_to_exit
 from tests.runs import (
     SMALL, assert_equal_state, assert_one_sentence, assert_same_run, log_of, run_main,
     wait_for_step)
@@ -110,32 +109,19 @@ def test_four_processes_go_on_to_the_last_bit(folder, tmp_path):
     assert_same_run(whole, killed)
 
 
-JOIN = """
-import os, time, torch
-time.sleep(2 * int(os.environ["RANK"]))  # process 0 would find the old address of process 1
-from odc import distributed
-distributed.init("cpu")
-assert distributed.all_reduce(torch.ones(1)) == 2
-os._exit(0)  # lost: nothing is cleaned up
-"""
+def join_and_be_lost():
+    assert distributed.all_reduce(torch.ones(1)) == 2
+    os._exit(0)  # nothing is cleaned up
 
 
 def test_processes_that_start_again_on_the_store_of_lost_ones():
-    """torchrun's store outlives the processes, and so does what they wrote there."""
+    """torchrun's store outlives the processes. Process 0 would find process 1's old address."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
-                 TORCHELASTIC_USE_AGENT_STORE="True")
     for start in range(2):
-        group["TORCHELASTIC_RESTART_COUNT"] = str(start)
-        children = [subprocess.Popen([sys.executable, "-c", JOIN], text=True,
-                                     env=environment(**group, RANK=str(rank)),
-                                     stderr=subprocess.PIPE) for rank in range(2)]
-        try:
-            codes = [child.wait(120) for child in children]
-            assert codes == [0, 0], [child.stderr.read() for child in children]
-        finally:
-            for child in children:
-                child.kill()
+        codes, outputs = run_to_exit(
+            join_and_be_lost, 2, port=store.port, timeout=60, TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT=str(start))
+        assert codes == [0, 0], outputs
 
 
 @pytest.mark.slow
@@ -149,26 +135,31 @@ def test_torchrun_restarts_a_lost_process(folder, tmp_path):
     assert_same_run(whole, killed)
 
 
-@pytest.mark.slow
+def train_in_child(change, *arguments):
+    """Run train.py, changed by a function, with the arguments for each process or for all."""
+    if change:
+        change()
+    own = arguments[distributed.rank() % len(arguments)]
+    launch.run_program(train.main, list(map(str, own)))
+
+
+def break_process_1():
+    check_step = train.check_step
+
+    def broken(args, progress, *rest):
+        if distributed.rank() == 1 and progress.step == 2:
+            raise RuntimeError("the disk is on fire")
+        return check_step(args, progress, *rest)
+
+    train.check_step = broken
+
+
 def test_an_error_on_one_process_stops_the_other_and_is_shown(folder, tmp_path):
-    script = tmp_path / "broken.py"
-    script.write_text("""
-import sys
-import train
-from odc import distributed
-from odc.runtime import launch
-check_step = train.check_step
-def broken(args, progress, *rest):
-    if distributed.rank() == 1 and progress.step == 2:
-        raise RuntimeError("the disk is on fire")
-    return check_step(args, progress, *rest)
-train.check_step = broken
-launch.run_program(train.main, sys.argv[1:])
-""")
-    line = command(script, *arguments_for(folder, tmp_path / "out"), processes=2)
-    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0 and "the disk is on fire" in result.stderr
-    assert checkpoint.read_dict(tmp_path / "out" / "checkpoint.pth")["progress"]["global_step"] == 2
+    codes, outputs = run_to_exit(
+        train_in_child, 2, break_process_1, arguments_for(folder, tmp_path))
+    assert codes == [1, 1] and "the disk is on fire" in outputs[1]
+    assert "another process has stopped" in outputs[0]
+    assert checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 2
 
 
 @pytest.mark.slow
@@ -266,27 +257,24 @@ def test_a_signal_during_the_measurement_at_an_epochs_end(folder, tmp_path, monk
     assert_same_run(whole, stopped)
 
 
-def train_with_a_signal_on_one_process(folder, output):
-    if distributed.rank() == 1:
-        original = train.check_step
+def signal_process_1():
+    check_step = train.check_step
 
-        def check_step(args, progress, *rest):
-            if progress.step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(args, progress, *rest)
+    def signalled(args, progress, *rest):
+        if distributed.rank() == 1 and progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return check_step(args, progress, *rest)
 
-        train.check_step = check_step
-    try:
-        launch.run_program(train.main, [str(a) for a in arguments_for(folder, output)])
-    except SystemExit as stopped:
-        return stopped.code
+    train.check_step = signalled
 
 
 def test_a_signal_on_one_process_stops_all(folder, tmp_path):
-    assert run_processes(train_with_a_signal_on_one_process, 2, folder, tmp_path) == [143, 143]
+    codes, _ = run_to_exit(train_in_child, 2, signal_process_1, arguments_for(folder, tmp_path))
+    assert codes == [143, 143]
     assert checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_stops(folder, tmp_path):
     """What SLURM sends before it requeues a job."""
     arguments = arguments_for(folder, tmp_path, "--checkpoint-interval", "1000")
@@ -299,109 +287,76 @@ def test_sigterm_to_torchrun_saves_and_stops(folder, tmp_path):
     assert progress["step"] > 0  # within an epoch, so it was saved because of the signal
 
 
+def signal_twice():
+    def stuck(*arguments):
+        for _ in range(2):  # the first one waits for the step to end
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.5)
+            print("goes on", flush=True)
+
+    train.check_step = stuck
+
+
 def test_a_second_signal_exits_at_once(folder, tmp_path):
-    script = tmp_path / "stuck.py"
-    script.write_text("""
-import sys, time
-import train
-from odc.runtime import launch
-def stuck(*arguments):
-    print("stuck", flush=True)
-    while True:
-        time.sleep(0.01)
-train.check_step = stuck
-launch.run_program(train.main, sys.argv[1:])
-""")
-    arguments = map(str, arguments_for(folder, tmp_path / "out"))
-    child = subprocess.Popen([sys.executable, script, *arguments], env=environment(), text=True,
-                             stdout=subprocess.PIPE)
-    try:
-        while "stuck" not in child.stdout.readline():
-            assert child.poll() is None
-        child.send_signal(signal.SIGTERM)
-        with pytest.raises(subprocess.TimeoutExpired):
-            child.wait(1.5)  # it waits for its step to end
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(60) == 128 + signal.SIGTERM
-    finally:
-        child.kill()
+    codes, outputs = run_to_exit(train_in_child, 1, signal_twice, arguments_for(folder, tmp_path))
+    assert codes == [128 + signal.SIGTERM] and outputs[0].count("goes on") == 1
 
 
 # --- disk ----------------------------------------------------------------------------------------
 
 
-def on_a_full_disk(line):
-    """Run a command that cannot write files above 100 kB."""
-    limit = (100_000, 100_000)
-    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+def fill_the_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # of a file that is written
 
 
-def test_a_full_disk_during_a_run(folder, tmp_path):
+@pytest.mark.parametrize("W", [1, 2])
+def test_a_full_disk_during_a_run(folder, tmp_path, W):
+    """Only process 0 writes all of it; the other must not wait for it for ever."""
     assert run_main(*arguments_for(folder, tmp_path, "--epochs", "1")) == 0
     before = (tmp_path / "checkpoint.pth").read_bytes()
     token = (tmp_path / ".lock").read_text().split()[-1]
-    for name in ("checkpoint.pth", "backbone.pth"):
+    for name in ("checkpoint.pth", "backbone.pth", "features.npy"):
         (tmp_path / f"{name}.{token}.partial").write_bytes(b"left by a run that was killed")
-    result = on_a_full_disk(command("train.py", *arguments_for(folder, tmp_path)))
-    assert result.returncode == 2 and result.stderr.count("error: ") == 1
-    assert "Traceback" not in result.stderr
-    assert "could not be written" in result.stderr and "from before is kept" in result.stderr
+    codes, outputs = run_to_exit(train_in_child, W, fill_the_disk, arguments_for(folder, tmp_path))
+    assert codes == [2] * W
+    output = "".join(outputs)
+    assert output.count("error: ") == 1 and "Traceback" not in output
+    assert "could not be written" in output and "from before is kept" in output
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_a_full_disk_stops_every_process(folder, tmp_path):
-    """Only the main process writes; the other must not wait for it for ever."""
-    result = on_a_full_disk(command("train.py", *arguments_for(folder, tmp_path), processes=2))
-    assert result.returncode != 0 and result.stderr.count("error: ") == 1
-    assert "could not be written" in result.stderr
 
 
 # --- lost workers, and machines that are not alike -----------------------------------------------
 
 
+def kill_a_worker():
+    load = ImageSet.load
+
+    def die(images, i, patient=False):
+        if (worker := torch.utils.data.get_worker_info()) and worker.id == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(images, i, patient)
+
+    ImageSet.load = die
+
+
 def test_a_killed_worker_ends_the_run(folder, tmp_path):
     """With a sentence, and without waiting for the worker that is left."""
-    script = tmp_path / "killed.py"
-    script.write_text("""
-import os, signal, sys
-import torch, train
-from odc.data.images import ImageSet
-from odc.runtime import launch
-load = ImageSet.load
-def die(images, i, patient=False):
-    if (worker := torch.utils.data.get_worker_info()) and worker.id == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return load(images, i, patient)
-ImageSet.load = die
-launch.run_program(train.main, sys.argv[1:])
-""")
-    line = [sys.executable, script, *arguments_for(folder, tmp_path / "out", "--workers", "2")]
-    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2, result.stderr
-    assert "error: a loader worker has died" in result.stderr
+    arguments = arguments_for(folder, tmp_path, "--workers", "2")
+    codes, outputs = run_to_exit(train_in_child, 1, kill_a_worker, arguments)
+    assert codes == [2] and "error: a loader worker has died" in outputs[0]
 
 
-def train_with_another_rate_on_one_process(folder, output):
-    rate = ["--lr", "0.01"] if distributed.rank() == 1 else []
-    try:
-        train.main([str(a) for a in arguments_for(folder, output, *rate)])
-    except UserError as error:
-        return str(error)
+def assert_refused(words, *arguments):
+    """Started with a list of arguments each, processes end with one sentence."""
+    codes, outputs = run_to_exit(train_in_child, len(arguments), None, *arguments, timeout=120)
+    assert codes == [2] * len(arguments) and words in outputs[0], outputs
+    assert "".join(outputs).count("error: ") == 1
 
 
 def test_processes_with_different_arguments(folder, tmp_path):
-    said = run_processes(train_with_another_rate_on_one_process, 2, folder, tmp_path)
-    assert all("different arguments" in words for words in said)
-
-
-def train_on_other_images_in_one_process(folder, others, output):
-    data = others if distributed.rank() else folder
-    try:
-        train.main(["--data", str(data), "--output", str(output), "--device", "cpu"])
-    except UserError as error:
-        return str(error)
+    own = arguments_for(folder, tmp_path)
+    assert_refused("different arguments", own, [*own, "--lr", "0.01"])
 
 
 def test_processes_with_different_images(folder, tmp_path):
@@ -410,37 +365,18 @@ def test_processes_with_different_images(folder, tmp_path):
     shutil.copytree(folder, others)
     image = min(path for path in others.rglob("*") if path.is_file())
     image.rename(image.with_stem("renamed"))
-    said = run_processes(train_on_other_images_in_one_process, 2, folder, others, tmp_path / "out",
-                         timeout=120)
-    assert all("the processes see different images" in words for words in said)
+    assert_refused("the processes see different images",
+                   *(arguments_for(data, tmp_path / "out") for data in (folder, others)))
 
 
-def train_where_one_process_sees_no_checkpoint(folder, empty, held):
-    output = held if distributed.rank() else empty
-    try:
-        train.main(["--data", str(folder), "--output", str(output), "--device", "cpu"])
-    except UserError as error:
-        return str(error)
-
-
-def test_processes_with_different_checkpoints(folder, finished, tmp_path):
-    """An --output that the machines do not share. No process waits for another one's collective."""
-    said = run_processes(train_where_one_process_sees_no_checkpoint, 2, folder, tmp_path, finished,
-                         timeout=120)
-    assert all("different checkpoints" in words for words in said)
-
-
-def train_into_a_folder_of_its_own(folder, output):
-    try:
-        train.main([str(a) for a in arguments_for(folder, output / str(distributed.rank()))])
-    except UserError as error:
-        return str(error)
-
-
-def test_outputs_that_the_machines_do_not_share(folder, tmp_path):
-    """The first save tells, before any step."""
-    said = run_processes(train_into_a_folder_of_its_own, 2, folder, tmp_path)
-    assert all("a folder that all machines share" in words for words in said)
+def test_outputs_that_the_machines_do_not_share(folder, finished, tmp_path):
+    """The first save tells, before any step; with a checkpoint on one machine, the start."""
+    assert_refused("a folder that all machines share",
+                   *(arguments_for(folder, tmp_path / name) for name in "ab"))
+    copied = tmp_path / "copied"
+    shutil.copytree(finished, copied)
+    assert_refused("different checkpoints",
+                   *(arguments_for(folder, output) for output in (tmp_path / "c", copied)))
 
 
 # --- numbers -------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def trained_size(weights):
     """The side of the training images, from our backbone.pth or checkpoint.pth, or None."""
     with contextlib.suppress(Exception):  # whether a file is fit at all, `load_backbone` says
         content = torch.load(weights, map_location="cpu", weights_only=True,
-                             mmap=checkpoint.can_be_mapped(weights))
+                             mmap=str(weights).isascii())
         return int((content.get("settings") or content._metadata[""])["image_size"])
 
 

@@ -16,7 +16,6 @@ from torch.serialization import safe_globals
 
 from odc.errors import UserError
 from odc.model import ARCHS, ResNet, use_small_stem
-from odc.runtime.checkpoint import can_be_mapped
 
 # Where a file keeps the network to evaluate, best first (the teacher, as DINO evaluates it). Other
 # dicts come after these.
@@ -159,7 +158,7 @@ def _load(path, is_zip):
             with safe_globals(stand_ins), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True,
-                                     mmap=is_zip and can_be_mapped(path))
+                                     mmap=is_zip and str(path).isascii())
             return content, list(kinds)
         except pickle.UnpicklingError as error:
             kind, name = next(((kind, match[1]) for kind, refusal in REFUSALS

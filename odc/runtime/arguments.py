@@ -31,10 +31,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=30, width=80)
 
     def _get_help_string(self, action):
-        # "(default: None)" and "(default: False)" tell a reader nothing.
-        if action.default is None or isinstance(action.default, bool):
-            return action.help
-        return super()._get_help_string(action)
+        shown = action.default is not None and not isinstance(action.default, bool)
+        return super()._get_help_string(action) if shown else action.help
 
 
 def path(text):
@@ -44,44 +42,39 @@ def path(text):
 
 def whole(minimum, maximum=2**31 - 1):
     """An argparse type: an int from minimum to maximum."""
-    return _type(int, lambda x: minimum <= x <= maximum,
-                 f"a whole number from {minimum} to {maximum}")
+    return number(minimum, maximum, kind=int)
 
 
-def number(minimum, maximum=1e9, above=False):
-    """An argparse type: a finite float from minimum to maximum; above excludes the minimum."""
-    least = f"above {minimum:g}" if above else f"from {minimum:g}"
-    return _type(float, lambda x: minimum <= x <= maximum and (x > minimum or not above),
-                 f"a number {least} to {maximum:g}")
-
-
-def _type(kind, is_allowed, what):
+def number(minimum, maximum=1e9, above=False, kind=float):
+    """An argparse type: a finite number from minimum to maximum; above excludes the minimum."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            if is_allowed(value := kind(text)):
+            value = kind(text)
+            if minimum <= value <= maximum and (value > minimum or not above):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} {'above' if above else 'from'} "
+                                         f"{minimum:g} to {maximum:,.10g}")
 
     return parse
 
 
 def check_output(option, file, start, inputs=()):
-    """Raise UserError for an output file that could not be written after the work, or that is not
-    this program's to overwrite.
+    """Raise UserError for an output file that cannot be written, or is not ours to overwrite.
 
     start: bytes with which this output begins. A file that is there must be empty or begin alike,
     and must not be one of the inputs.
     """
     problem, real = None, os.path.realpath(file)
-    if not os.access(os.path.dirname(real), os.W_OK):
+    if real in map(os.path.realpath, inputs):
+        problem = "it is read, or written by another argument"
+    elif not os.access(os.path.dirname(real), os.W_OK):
         problem = "its folder is missing or not writable"
-    elif os.path.exists(file) and not os.path.isfile(file):
-        problem = "it is no file"
-    elif os.path.exists(file):
+    elif os.path.isfile(file):
         with open(file, "rb") as there:
             if there.read(len(start)) not in (b"", start):
                 problem = "this file is not a result of this program, and would be overwritten"
-    if real in map(os.path.realpath, inputs):
-        problem = "it is read, or written by another argument"
+    elif os.path.exists(file):
+        problem = "it is no file"
     if problem:
         raise UserError(f"{option} {file}: {problem}; choose another name.")

@@ -4,9 +4,6 @@ A checkpoint of a run is a file with everything but the features memory, and a f
 beside it, into which every process writes its own rows of the features. The saves write to the
 names a-*.pth and b-*.pth in turn, and the file that names them is replaced last. So a kill at any
 moment leaves the old checkpoint or the new one, and no process ever holds more than its own rows.
-
-All files are torch.save's zip archives, whose checksums are verified before anything is used, and
-which are read without running any code in them.
 """
 
 import contextlib
@@ -23,6 +20,7 @@ from odc.errors import UserError
 from odc.runtime import launch
 
 PROGRAM = "odc train 2"  # who wrote a checkpoint of a run, and the version of what is in it
+FIELDS = dict(settings=dict, progress=dict, log_position=int, unreadable=dict, fingerprint=str)
 TOKEN = secrets.token_hex(8)  # in the names of this process's temporary files, which end with it
 
 
@@ -35,8 +33,6 @@ def write_atomically(path, write, in_place=False):
     path = Path(path)
     temporary = path if in_place else path.with_name(f"{path.name}.{TOKEN}.partial")
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:
             write(file)
@@ -45,20 +41,15 @@ def write_atomically(path, write, in_place=False):
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            if temporary.is_file():
-                temporary.unlink()
+            temporary.unlink()
         if not isinstance(error, (OSError, RuntimeError)) or launch.is_dead_worker(error):
             raise  # a signal handler of torch raises the last one anywhere
         # torch turns an OSError inside its writer into a RuntimeError.
-        cause = error if isinstance(error, OSError) else (error.__context__ or error)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
         kept = "; the file from before is kept" if path.is_file() else ""
-        reason = getattr(cause, "strerror", None) or cause
-        raise UserError(f"{path}: could not be written ({reason}){kept}. Make room, or make the "
-                        "folder writable, and start the same command again.") from None
-    with contextlib.suppress(OSError):  # make the new name durable, where a file system can
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        raise UserError(f"{path}: could not be written ({getattr(cause, 'strerror', None) or cause})"
+                        f"{kept}. Make room, or make the folder writable, and start the same "
+                        "command again.") from None
 
 
 def write_dict(path, state, in_place=False):
@@ -76,13 +67,8 @@ def reading(path):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason}). If it is missing, "
-                        "damaged or another program's file, restore it from a copy, or move it "
-                        "away to start anew.") from None
-
-
-def can_be_mapped(path):
-    """False for a name that is not UTF-8, which torch cannot map into memory."""
-    return os.fsencode(path).decode(errors="ignore") == os.fspath(path)
+                        "damaged or another program's, restore a copy, or choose another --output."
+                        ) from None
 
 
 def read_dict(path):
@@ -94,11 +80,11 @@ def read_dict(path):
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no file")
         with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type for part in archive.infolist()):
-                raise ValueError("another program has compressed it")  # torch would not notice
-            if archive.testzip() is not None:
-                raise ValueError("a checksum does not match")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
+            # torch would notice neither.
+            if any(part.compress_type for part in archive.infolist()) or archive.testzip():
+                raise ValueError("it is compressed, or a checksum does not match")
+        content = torch.load(path, map_location="cpu", weights_only=True,
+                             mmap=str(path).isascii())  # torch maps no name that is not UTF-8
         if not isinstance(content, dict):
             raise ValueError("it holds something else")
     return content
@@ -107,24 +93,20 @@ def read_dict(path):
 def open_run(output):
     """Make the folder of a run, a Path, and lock it against other runs. A collective.
 
-    Returns its checkpoint, or None, and the lock, an open file, or None on processes other than 0.
-    The lock ends when that is closed or the process ends, however it ends. Raises UserError,
-    before anything is written, unless the folder is new, empty, or a run's.
+    Returns its checkpoint, or None, and on process 0 the lock, an open file that ends with the
+    process. Raises UserError, before anything is written, unless the folder is new, empty, or a
+    run's.
     """
     path, lock = output / "checkpoint.pth", output / ".lock"
     with distributed.raise_everywhere():
         for link in filter(Path.is_symlink, (lock, path, output / "memory", output / "log.jsonl")):
-            raise UserError(f"{link} is a link, which a run does not follow: remove it, or choose "
-                            "another --output.")
+            raise UserError(f"{link} is a link: remove it, or choose another --output.")
         output.mkdir(parents=True, exist_ok=True)
         # The lock's text marks a run that has no checkpoint yet.
         text = lock.read_bytes() if lock.is_file() else b""
         others = [name for name in os.listdir(output) if name != lock.name or text]
         if _read_run(path) is None and others and not text.startswith(PROGRAM.encode()):
-            raise UserError(f"--output {output}: the folder holds other files and no run; choose "
-                            "a new or empty one.")
-        if not os.access(output, os.W_OK):
-            raise UserError(f"--output {output}: the folder is not writable; choose another.")
+            raise UserError(f"--output {output} holds other files and no run: choose a new folder.")
     with distributed.raise_everywhere():
         lock = _lock(output) if distributed.is_main() else None
     with distributed.raise_everywhere():
@@ -137,6 +119,10 @@ def _read_run(path):
     if saved is not None and saved.get("program") != PROGRAM:
         raise UserError(f"{path} is not a checkpoint of this version of train.py; choose another "
                         "--output.")
+    with reading(path):
+        for name, kind in FIELDS.items() if saved else ():
+            if not isinstance(saved[name], kind):
+                raise TypeError(name)
     return saved
 
 
@@ -147,7 +133,7 @@ def _lock(output):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
     except (BlockingIOError, PermissionError):
         raise UserError(f"--output {output}: another run is writing there; choose another, or "
-                        "wait for its end.") from None
+                        "wait.") from None
     except OSError:  # a file system without locks
         pass
     lock.seek(0)
@@ -177,9 +163,9 @@ def write_run(path, state, features, num_rows, before=()):
             write_dict(own, {"features": features}, in_place=True)
         with distributed.raise_everywhere():
             if distributed.is_main():
-                if missing := [part for part, *_ in parts if not (folder / part).exists()]:
-                    raise UserError(f"{folder} lacks {missing[0]}, which another process has "
-                                    "written: --output must be a folder that all machines share.")
+                if not all((folder / part).exists() for part, *_ in parts):
+                    raise UserError(f"{folder} lacks what another process has written: --output "
+                                    "must be a folder that all machines share.")
                 write_dict(path, {**state, "memory_parts": parts})
     except UserError:
         own.unlink(missing_ok=True)
@@ -206,10 +192,9 @@ def read_rows(path, state, rows):
                     features.append(content[first - start : last - start])
                     lengths = features[-1].norm(dim=1)
                     is_unit = (lengths - 1).abs().lt(1e-3) | lengths.eq(0)
-                    if len(content) != stop - start or content.dtype != torch.float32:
+                    right = len(content) == stop - start and content.dtype == torch.float32
+                    if not right or not is_unit.all():
                         raise ValueError("its rows are not those of the checkpoint")
-                    if not is_unit.all():
-                        raise ValueError("its rows are not of unit length")
         if sum(map(len, features)) != rows.stop - rows.start:
             raise ValueError("rows of the memory are missing")
         return torch.cat(features) if features else torch.zeros(0, 1)

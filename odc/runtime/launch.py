@@ -25,14 +25,13 @@ def _on_signal(number, frame):
     if _signal_received is None:
         _signal_received, _signal_time = number, time.monotonic()
     elif time.monotonic() - _signal_time > 1:
-        # A second signal stops at once. Within a second it is the first one, sent by torchrun too.
-        os._exit(128 + number)
+        os._exit(128 + number)  # within a second it is the first one, sent by torchrun, too
 
 
 def catch_signals():
     """Let the first of SIGNALS ask this program to stop, and a second one stop it at once.
 
-    Does nothing outside of `run_program`: a notebook that calls `main` keeps its own handlers.
+    Nothing happens outside of `run_program`: a notebook keeps its handlers.
     """
     for number in SIGNALS if _in_program else ():
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: keep it so
@@ -67,16 +66,15 @@ def dead_worker(error):
 
 def _explain(error):
     """(sentence, exit code) of an error, or None for a mistake of ours."""
-    text = str(error)
-    first_line = (text.strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip() or type(error).__name__
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
-        return f"there is too little memory ({first_line}); lower --batch-size or --image-size.", 2
+        return f"there is too little memory ({text.splitlines()[0]}); lower --batch-size.", 2
     if is_dead_worker(error):
         return str(dead_worker(error)), 2
     if not isinstance(error, RuntimeError):
         return text, 2
     if isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text:
-        return f"another process has stopped, or cannot be reached ({first_line})", 1
+        return f"another process has stopped, or cannot be reached ({text.splitlines()[0]})", 1
     return None
 
 
@@ -93,6 +91,8 @@ class _LastingStream:
 
     def __init__(self, stream):
         self.stream = getattr(stream, "stream", stream)  # never one around another
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -106,17 +106,6 @@ class _LastingStream:
             self.stream.flush()
 
 
-def _mend_streams():
-    """Let no stream that fails or is closed (`2>&-`) end the program."""
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # take its number, before a file of ours gets it
-            stream = open(os.devnull, "r" if name == "stdin" else "w")
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
-        setattr(sys, name, stream if name == "stdin" else _LastingStream(stream))
-
-
 def run_program(main, *arguments):
     """Call the main function of a program and end the process.
 
@@ -125,13 +114,17 @@ def run_program(main, *arguments):
     """
     global _in_program, _signal_received
     code, _in_program, _signal_received = 0, True, None
-    _mend_streams()
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed (`2>&-`): take its number,
+        pass  # before a file of ours gets it
+    os.close(number)
+    sys.stdout, sys.stderr = (_LastingStream(stream or open(os.devnull, "w"))
+                              for stream in (sys.stdout, sys.stderr))
     try:
         main(*arguments)
     except (UserError, RuntimeError, OSError, MemoryError) as error:
-        if (explanation := _explain(error)) is None:
+        sentence, code = _explain(error) or (None, 1)
+        if sentence is None:
             raise
-        sentence, code = explanation
         # Every process raises a UserError alike. Of the others, this process alone may know.
         if distributed.is_main() or not isinstance(error, UserError):
             print(f"error: {sentence}", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """What a program shows and keeps while it runs: progress bars, plain lines, and log.jsonl."""
 
+import contextlib
 import json
 import os
 import textwrap
@@ -14,12 +15,10 @@ from odc.errors import UserError
 
 def read_record(line):
     """The dict of a line of log.jsonl, or None if it is no record: cut off, or someone else's."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if is_record else None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            return record
 
 
 class Log:
@@ -27,47 +26,43 @@ class Log:
 
     position: the number of records that the log had at the checkpoint from which the run continues.
     What lies behind them was written by steps that will run again, and is cut off.
-    tensorboard: write the same numbers for TensorBoard; first_step: the first of this start.
+    tensorboard: write the same numbers for TensorBoard.
     """
 
-    def __init__(self, path, position=0, tensorboard=False, first_step=0):
+    def __init__(self, path, position=0, tensorboard=False):
         self.file, self.events, self.records = None, None, 0
         if distributed.is_main():
             self.file = open(path, "a+b")
             self.file.seek(0)
-            lines = []
+            line, step = b"\n", -1
             while self.records < position and (line := self.file.readline()):
-                lines.append(line)
-                self.records += read_record(line) is not None
-            self.file.truncate(sum(map(len, lines)))
-            if lines and not lines[-1].endswith(b"\n"):  # someone has cut it
+                if record := read_record(line):
+                    self.records, step = self.records + 1, record["step"]
+            self.file.truncate(self.file.tell())
+            if line and not line.endswith(b"\n"):  # someone has cut it
                 self.file.write(b"\n")
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # optional, slow to import
-                self.events = SummaryWriter(Path(path).parent / "tensorboard",
-                                            purge_step=first_step)
+                self.events = SummaryWriter(Path(path).parent / "tensorboard", purge_step=step + 1)
 
     def write(self, **record):
         """Add a line. Raises UserError if the disk is full. A collective."""
         with distributed.raise_everywhere():
-            if self.file:
-                try:
+            try:
+                if self.file:
                     self.file.write((json.dumps(record) + "\n").encode())
                     self.file.flush()
                     self.records += 1
-                except OSError as error:
-                    raise UserError(f"{self.file.name}: could not be written ({error.strerror}); "
-                                    "make room, and start the same command again.") from None
-            if self.events:
-                for name, value in record.items():
-                    if name not in ("epoch", "step"):
-                        self.events.add_scalar(name, value, record["step"])
-                self.events.flush()
+                for name in record.keys() - {"epoch", "step"} if self.events else ():
+                    self.events.add_scalar(name, record[name], record["step"])
+            except OSError as error:
+                raise UserError(f"{self.file.name}: could not be written ({error.strerror}); "
+                                "make room, and start the same command again.") from None
 
     def write_steps(self, progress, steps, cluster_sizes, lr, rate):
         """Write and show the means since the last line, and the clusters as they are.
 
-        progress: train.py's, with the sums since then. steps: of an epoch. rate: images a second.
+        progress: train.py's. steps: of an epoch. rate: images a second.
         """
         sums = progress.interval
         shown = dict(loss=sums["loss"] / sums["steps"],
@@ -95,6 +90,5 @@ def progress_bar(total, description, unit="step", initial=0):
 
 def print_settings(settings):
     """Print the settings of a run as `name value` pairs, wrapped to 80 columns."""
-    pairs = [f"{name} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
-             for name, value in settings.items() if value is not None]
+    pairs = [f"{name} {value}" for name, value in settings.items() if value is not None]
     print_main(textwrap.fill("settings: " + ", ".join(pairs), 80, subsequent_indent="  "))

@@ -1,7 +1,6 @@
 """How a program ends and prints, where no other test shows it; what it keeps in log.jsonl."""
 
 import fcntl
-import json
 import os
 import pty
 import signal
@@ -11,6 +10,7 @@ import sys
 import termios
 
 import pytest
+import torch
 
 from odc.distributed import print_main
 from odc.runtime import arguments, launch, log
@@ -90,17 +90,26 @@ def test_a_notebook_keeps_its_handlers_and_flags():
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("words", [
-    "unable to write to file </torch_12_34>: No space left on device (28)",
-    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
-    "workers are out of shared memory.", "Pin memory thread exited unexpectedly"])
-def test_too_little_shared_memory(words, capsys):
+@pytest.mark.parametrize("error, remedy", [
+    (RuntimeError("unable to write to file </torch_12_34>: No space left on device (28)"),
+     "--shm-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--shm-size"),
+    (RuntimeError("Pin memory thread exited unexpectedly"), "--shm-size"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
+     "lower --batch-size")])
+def test_too_little_memory(error, remedy, capsys):
     def main():
-        raise RuntimeError(words)
+        raise error
 
     with pytest.raises(SystemExit) as stopped:
         launch.run_program(main)
-    assert stopped.value.code == 2 and "--shm-size" in capsys.readouterr().err
+    assert stopped.value.code == 2 and capsys.readouterr().err.count(remedy) == 1
+
+
+def test_a_log_that_was_cut(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
+    log.Log(tmp_path / "log.jsonl", 5).write(step=2)
+    assert (tmp_path / "log.jsonl").read_text().splitlines()[-1] == '{"step": 2}'
 
 
 @pytest.mark.parametrize("inserted", ["", "# a note\n", "{}\n", "[" * 100_000 + "\n", "\xff\n"])
@@ -116,13 +125,6 @@ def test_the_log_goes_on_where_the_checkpoint_was(tmp_path, inserted):
     log.Log(path, position).write(epoch=1, step=3)
     records = [log.read_record(line) for line in path.read_bytes().splitlines()]
     assert [(r["epoch"], r["step"]) for r in records if r] == [(0, 0), (0, 1), (0, 2), (1, 3)]
-
-
-def test_a_log_that_was_cut(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
-    log.Log(tmp_path / "log.jsonl", 5).write(step=2)
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1]) == {"step": 2} and len(lines) == 3
 
 
 def test_paths_are_absolute(monkeypatch, tmp_path):
