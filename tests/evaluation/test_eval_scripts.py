@@ -22,7 +22,7 @@ from odc.data.datasets import VOC_CLASSES
 from odc.errors import UserError
 from odc.evaluation.frozen_backbone import prepare
 from odc.model import ODC, ResNet
-from odc.outputs import export
+from odc.outputs import results
 from odc.runtime import checkpoint, launch
 from odc.runtime.launch import SIGNALS
 from tests.layouts import put_inaturalist
@@ -194,7 +194,7 @@ def prepared(*arguments):
 def test_the_image_size_comes_with_the_weights(tmp_path, weights, restore_signals):
     """Both files of a run keep it. Else it is 224, or that of small images in memory."""
     data, model = put_imagenet(tmp_path / "data", train=2, val=2), ODC("narrow", True)
-    export.save_backbone(tmp_path / "backbone.pth", model.backbone, 48)
+    results.write_backbone(tmp_path / "backbone.pth", model.backbone, 48)
     checkpoint.write_dict(tmp_path / "checkpoint.pth", dict(
         program="odc train", backbone=model.backbone.state_dict(), head=model.head.state_dict(),
         settings={"data": "shapes", "image_size": 48}))
@@ -233,7 +233,7 @@ def test_mistakes_of_all_scripts(tmp_path, weights, restore_signals):
     assert "writable" in mistake(*good, "--output", tmp_path / "no" / "a.json")
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path, ".", "/", tmp_path / "pipe"):
-        assert "must be a file" in mistake(*good, "--output", place)
+        assert "it is no file" in mistake(*good, "--output", place)
     assert "CUDA" in mistake(*good, "--amp", "fp16")
     put_inaturalist(tmp_path / "plants")
     path = tmp_path / "plants" / "val2018.json"
