@@ -17,7 +17,7 @@ from odc.data.datasets import open_dataset
 from odc.evaluation import weights
 from odc.features import extract
 from odc.model import ResNet
-from odc.outputs import export
+from odc.outputs import results
 from odc.runtime import launch
 
 IMAGES = torch.randn(2, 3, 72, 72, generator=torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def test_our_backbone_in_their_model(tmp_path, library, small_stem):
     """As the README says: for small images with another first convolution, and no max-pool."""
     backbone = ResNet("resnet18", small_stem)
     backbone(IMAGES)  # running statistics that are not those of the start
-    export.save_backbone(tmp_path / "backbone.pth", backbone, 72)
+    results.write_backbone(tmp_path / "backbone.pth", backbone, 72)
     model = their_model(library, "resnet18")
     model.fc = nn.Identity()
     if small_stem:
