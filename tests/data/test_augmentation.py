@@ -127,8 +127,7 @@ def test_lighting_is_drawn_from_the_eigenvectors():
 
 
 def test_defaults_are_the_recipes_values():
-    assert Augmentation() == Augmentation(0.08, (3 / 4, 4 / 3), 0.5, 2.0, (0.4, 0.4, 1.0, 0.5), 0.2,
-                                          lighting=0.0, fixed_scale=False)
+    assert Augmentation() == Augmentation(0.08, 0.5, 2.0, (0.4, 0.4, 1.0, 0.5), 0.2, 0.0, False)
     multihead = LINEAR_AUGMENTATIONS["imagenet-multihead"]
     assert (multihead.jitter, multihead.lighting) == ((0.4, 0.4, 0.4, 0.0), 0.1)
 
