@@ -9,14 +9,13 @@ for their class with weight exp(s / 0.07).
 """
 
 from odc import distributed
-from odc.data.loader import readable
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.evaluation import frozen_backbone, tables
 from odc.evaluation.knn import knn_predict, pooled
 from odc.features import extract
 from odc.runtime import launch
-from odc.runtime.arguments import Parser, number, whole
+from odc.runtime.arguments import Parser, whole
 
 
 def make_parser():
@@ -25,57 +24,44 @@ def make_parser():
     add = parser.add_argument_group("nearest neighbours").add_argument
     add("--k", metavar="K", type=whole(1), nargs="+", help="numbers of neighbours that vote "
         "(default: 10 20 100 200, as far as there are so many training images)")
-    add("--temperature", metavar="T", type=number(0, above=True), default=0.07,
-        help="a neighbour of cosine similarity s weighs exp(s / T)")
     return parser
 
 
 def main():
     args = make_parser().parse_args()
-    network = frozen_backbone.prepare(args)
+    network = frozen_backbone.prepare(args, one_class=True)
     train, val = network.train, network.val
-    if train.labels is None:
-        raise UserError(f"{train.name} has several classes an image, and neighbours vote for one: "
-                        "use eval_svm.py.")
     if args.k and max(args.k) > len(train):
         raise UserError(f"--k {max(args.k)}: the bank has only {len(train)} images, in "
                         f"{train.root}; choose less.")
 
     def features(dataset, name):
         """[n, d], of this process's images."""
-        cache = network.cache(args.features_cache, dataset, network.transform, "average pool")
         return extract(lambda images: pooled(network.maps(images)), dataset, network.transform,
                        network.backbone.out_channels[-1], network.device, args.batch_size,
-                       network.workers, cache, name)
+                       network.workers, name=name)
 
-    bank, own = features(train, "bank"), distributed.shard(len(train))
-    in_bank, labels = readable(train), train.labels[own]
-    if not in_bank.all():  # else a copy would take as much memory again
-        bank, labels = bank[in_bank[own].to(bank.device)], labels[in_bank[own]]
-    ks = args.k or [k for k in (10, 20, 100, 200) if k <= in_bank.sum()] or [1]
+    bank = features(train, "bank")
+    labels = train.labels[distributed.shard(len(train))]
     queries = distributed.all_gather_uneven_rows(features(val, "queries"))
-    judged = network.readable()
+    ks = args.k or [k for k in (10, 20, 100, 200) if k <= len(train)] or [1]
     print_main(f"voting: {len(val):,} queries, k = {', '.join(map(str, ks))}")
-    predictions = knn_predict(queries, bank, labels, len(train.classes), sorted(set(ks)),
-                              args.temperature)
+    predictions = knn_predict(queries, bank, labels, len(train.classes), sorted(set(ks)))
     results = {}
     for k in ks:
-        hits = (predictions[k].cpu() == val.labels[:, None])[judged].double()
+        hits = (predictions[k].cpu() == val.labels[:, None]).double()
         results[f"k={k}"] = dict(top1=100 * float(hits[:, 0].mean()),
                                  top5=100 * float(hits.sum(1).mean()))
 
     published = None
-    if args.temperature == 0.07 and tables.IMAGENET_KNN.is_comparable(
-            train, val, network.backbone, network.image_size):
+    if tables.IMAGENET_KNN.is_comparable(train, val, network.backbone, network.image_size):
         published = tables.IMAGENET_KNN
-    protocol = f"weighted k-nearest neighbours, temperature {args.temperature:g}"
     rows = {f"{network.label(args)}, top-{n}": {k: r[f"top{n}"] for k, r in results.items()}
             for n in (1, 5)}
-    title = "ImageNet" if published else train.name
     tables.write_json(args.output, dict(
-        script="eval_knn", protocol=protocol, temperature=args.temperature,
-        **network.description(), results=results, published=tables.published_rows(published)))
-    tables.show(f"{title} nearest neighbour (%), {protocol}", list(results), rows, published)
+        script="eval_knn", **network.description(), results=results,
+        published=tables.published_rows(published)))
+    tables.show(f"{train.name} nearest neighbour (%)", list(results), rows, published)
 
 
 if __name__ == "__main__":

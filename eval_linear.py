@@ -6,15 +6,13 @@
         --train-share 0.01
 
 The linear classifiers of all maps train together on one forward pass. A protocol
-(odc/evaluation/linear.py) sets everything; every setting can be given as an argument. The batch is
-split over the processes, and all that mixes its images is summed over them, so one process and
-eight compute the same.
-
-The published rows of fine-tuning are the best of nine runs, --lr 0.001, 0.01, 0.1 with --head-lr
-1, 10, 100. Train as many, each with its own --output, for a row beside them.
+(odc/evaluation/linear.py) sets everything. The batch is split over the processes, and their
+gradients are summed. On GPUs their batch norm shares its statistics, so the number of processes
+makes no difference. On CPUs each process normalises by its own part of the batch, and the running
+statistics of process 0 are judged and saved.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,108 +21,82 @@ import torch.nn.functional as F
 from odc import distributed
 from odc.data.augmentation import LINEAR_AUGMENTATIONS, augment_batch
 from odc.data.datasets import check_same_images
-from odc.data.loader import check_unreadable, epoch_batches
+from odc.data.loader import epoch_batches
 from odc.distributed import print_main
 from odc.errors import Interrupted, UserError
-from odc.evaluation import frozen_backbone, tables
-from odc.evaluation.linear import (
-    FINE_TUNED, PROTOCOLS, choose_images, choose_protocols, choose_results, make_classifiers,
-    published_table)
+from odc.evaluation import frozen_backbone, linear, tables
 from odc.features import extract
 from odc.runtime import checkpoint, launch
-from odc.runtime.arguments import Parser, number, whole
-from odc.runtime.log import plain_line, progress_bar
+from odc.runtime.arguments import Parser, number, path, whole
+from odc.runtime.log import print_settings, progress_bar
 
 
 def make_parser():
     parser = Parser(__doc__.splitlines()[0])
-    groups = frozen_backbone.add_arguments(parser)
-    add = parser.add_argument_group(
-        "protocol", "Every setting is the protocol's unless given; with --epochs the learning "
-        "rate's steps move, too.").add_argument
-    names = [name for name in PROTOCOLS if name != "short"]
-    add("--protocol", choices=names, metavar="NAME", help=f"{', '.join(names)} (default: the "
-        "data's own, else a short form of the first)")
-    add("--with-avgpool", action="store_true", help="train the AvgPool column, too, with the lr of "
-        "imagenet-avgpool but the other columns' epochs and augmentation")
-    add("--subset", metavar="FILE", help="train only on the images that this list names, a path a "
-        "line, as in meta/train_labeled_1percent.txt")
-    add("--train-share", metavar="SHARE", type=number(0, 1, above=True),
-        help="train only on this share of each class, drawn from --seed")
-    add("--num-classes", metavar="N", type=whole(2),
-        help="classes, where the data is not the published set")
-    add("--epochs", metavar="N", type=whole(1, 10**6), help="epochs in all")
+    frozen_backbone.add_arguments(parser)
+    group = parser.add_argument_group("protocol")
+    add, add_images = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add("--protocol", choices=list(linear.PROTOCOLS), metavar="NAME",
+        help=f"{', '.join(linear.PROTOCOLS)} (default: the data's own, else short)")
+    add_images("--subset", metavar="FILE", type=path, help="train only on the images that this "
+               "list names, a path a line, as in meta/train_labeled_1percent.txt")
+    add_images("--train-share", metavar="SHARE", type=number(0, 1, above=True),
+               help="train only on this share of each class, drawn from --seed")
+    add("--epochs", metavar="N", type=whole(1, 10**6),
+        help="epochs in all; the learning rate's steps move in proportion")
     add("--batch-size", metavar="N", type=whole(1, 2**20),
         help="images in a batch, of all processes together")
     add("--lr", metavar="LR", type=number(0, 1e6), help="learning rate")
-    add("--avgpool-lr", metavar="LR", type=number(0, 1e6), help="learning rate of --with-avgpool "
-        f"(default: {PROTOCOLS['imagenet-avgpool'].lr:g})")
     add("--head-lr", metavar="FACTOR", type=number(0, 1e6),
         help="in fine-tuning, what the linear layer's learning rate is multiplied by")
-    add("--lr-steps", metavar="EPOCH", type=whole(0), nargs="*", help="epochs at which it drops")
-    add("--lr-gamma", metavar="G", type=number(0, 1), help="what it drops by")
-    add("--momentum", metavar="M", type=number(0, 1), help="momentum of SGD")
-    add("--weight-decay", metavar="WD", type=number(0, 1e3), help="of what is trained")
-    add("--train-transform", choices=list(LINEAR_AUGMENTATIONS), metavar="NAME",
-        help="augmentation of the protocol of that name")
-    add("--reported", choices=["last", "best"], help="which epoch's accuracy: last or best")
-    groups["run"].add_argument("--checkpoint-interval", metavar="STEPS", type=whole(1),
-                               default=1000, help="steps between two checkpoints beside --output, "
-                               "besides one at each epoch's end")
     return parser
 
 
-@dataclass
-class Progress:
-    """Where the training stands. A checkpoint holds this, the classifiers and the optimizer."""
+def train(args, network, protocol, classifiers, optimizer, history):
+    """Train and judge the classifiers for the epochs that are missing in history.
 
-    epoch: int = 0  # epochs that are done
-    step: int = 0  # steps that are done of the epoch after them
-    losses: list = field(default_factory=list)  # sums over these steps, for each column
-    failed: int = 0  # images of these steps that could not be read
-    unreadable: int = 0  # val images that could not be read, and are left out
-    history: list = field(default_factory=list)  # for every epoch {column: [top-1, top-5]}
-
-
-def train(args, network, protocols, classifiers, optimizer, progress):
-    """Train and judge the classifiers, from progress on. The results are in progress.history."""
-    while progress.epoch < protocols[0].epochs:
+    history: for each epoch {column: [top-1, top-5]}; the new ones are added. Each epoch ends with a
+    checkpoint. Raises UserError if the loss is not finite, Interrupted after a signal.
+    """
+    settings = settings_of(args, network, protocol)
+    while (epoch := len(history)) < protocol.epochs:
         try:
-            train_epoch(args, network, protocols, classifiers, optimizer, progress)
-            progress.history.append(evaluate(network, protocols, classifiers, progress))
+            losses = train_epoch(args, network, protocol, classifiers, optimizer, epoch)
+            distributed.share_statistics(classifiers)
+            accuracy = evaluate(network, protocol, classifiers)
         except Interrupted:
-            end = "; the same command continues." if args.output else "."
-            raise Interrupted(f"Stopped in epoch {progress.epoch + 1} after step {progress.step}, "
-                              f"as a signal asked{end}") from None
-        progress.epoch, progress.step, progress.failed = progress.epoch + 1, 0, 0
-        progress.losses = [0.0] * len(classifiers.columns)
-        save(args, network, protocols, classifiers, optimizer, progress)
+            end = "The same command begins this epoch anew." if args.output else "Nothing is kept."
+            raise Interrupted(f"Stopped in epoch {epoch + 1}, as a signal asked. {end}") from None
+        print_main(f"epoch {epoch + 1}/{protocol.epochs}: " + ", ".join(
+            f"{column} loss {loss:.3f} top-1 {top1:.2f}"
+            for (column, (top1, _)), loss in zip(accuracy.items(), losses)))
+        history.append(accuracy)
+        save_checkpoint(args, settings, classifiers, optimizer, history)
 
 
-def train_epoch(args, network, protocols, classifiers, optimizer, progress):
-    """One epoch, from step progress.step on. Every image comes once."""
-    protocol, device = protocols[0], network.device
+def train_epoch(args, network, protocol, classifiers, optimizer, epoch):
+    """One epoch, in which every image comes once; returns the mean loss of each column."""
+    device = network.device
+    drops = sum(epoch >= step for step in protocol.lr_steps)
     for group in optimizer.param_groups:
-        drops = sum(progress.epoch >= step for step in group["lr_steps"])
-        group["lr"] = group["initial_lr"] * group["lr_gamma"] ** drops
+        group["lr"] = group["initial_lr"] * protocol.lr_gamma**drops
     batches = epoch_batches(
         network.train, LINEAR_AUGMENTATIONS[protocol.train_transform], network.image_size,
-        protocol.batch_size // distributed.world_size(), args.seed, progress.epoch, progress.step,
-        network.workers, pin_memory=device.type == "cuda")
+        protocol.batch_size // distributed.world_size(), args.seed, epoch,
+        workers=network.workers, pin_memory=device.type == "cuda")
     iterator, train_labels = iter(batches), network.train.labels.to(device)
-    sums = torch.tensor(progress.losses, device=device)
+    sums = torch.zeros(len(classifiers.columns), device=device)
     classifiers.train()
-    bar = progress_bar(progress.step + len(batches),
-                       f"epoch {progress.epoch + 1}/{protocol.epochs}", initial=progress.step)
+    bar = progress_bar(len(batches), f"epoch {epoch + 1}/{protocol.epochs}")
     for _ in range(len(batches)):
+        launch.check_signals()
         with distributed.raise_everywhere():
             batch = next(iterator)
         images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
         labels = train_labels[batch.indices.to(device, non_blocking=True)]  # [B]
 
         # The loss is the mean over the batch of all processes, whose parts may differ in size.
-        count, failed, stop = distributed.all_reduce(torch.tensor(
-            [len(labels), int((batch.failed >= 0).sum()), launch.signal_is_pending()])).tolist()
+        count = int(distributed.all_reduce(torch.tensor(len(labels))))
         losses = torch.stack([F.cross_entropy(logits, labels, reduction="sum") / count
                               for logits in classifiers(images).values()])  # [columns]
         optimizer.zero_grad()
@@ -132,142 +104,102 @@ def train_epoch(args, network, protocols, classifiers, optimizer, progress):
         for parameter in classifiers.parameters():
             distributed.all_reduce(parameter.grad)
         optimizer.step()
-
         sums += distributed.all_reduce(losses.detach())
-        progress.step += 1
-        progress.failed += failed
         bar.update()
-        if stop or progress.step % args.checkpoint_interval == 0 or progress.step == bar.total:
-            progress.losses = sums.tolist()
-            save(args, network, protocols, classifiers, optimizer, progress)
-        if stop:
-            raise Interrupted
     bar.close()
-    check_unreadable(progress.failed, network.train)
+    if not sums.isfinite().all():
+        raise UserError(f"the loss is not finite in epoch {epoch + 1}: lower --lr.")
+    return (sums / len(batches)).tolist()
 
 
-def evaluate(network, protocols, classifiers, progress):
-    """Accuracy on the val images that can be read, in percent: {column: [top-1, top-5]}.
-
-    A collective.
-    """
+def evaluate(network, protocol, classifiers):
+    """Accuracy on the val images, in percent: {column: [top-1, top-5]}. A collective."""
     classifiers.eval()
-    columns, k = classifiers.columns, min(5, protocols[0].classes)
+    columns, k = classifiers.columns, min(5, len(network.val.classes))
 
     def best_classes(images):
         """[B, 3, S, S] -> [B, columns * k], the best class first."""
         return torch.cat([logits.topk(k).indices for logits in classifiers(images).values()], 1)
 
     best = extract(best_classes, network.val, network.transform, len(columns) * k, network.device,
-                   max(1, protocols[0].batch_size // distributed.world_size()), network.workers,
-                   name="val")
-    own, readable = distributed.shard(len(network.val)), network.readable()
-    labels = network.val.labels[own].to(network.device)
+                   protocol.batch_size // distributed.world_size(), network.workers, name="val")
+    labels = network.val.labels[distributed.shard(len(network.val))].to(network.device)
     hits = (best.view(len(best), len(columns), k) == labels[:, None, None]).double()
-    hits = hits[readable[own]]
     correct = torch.stack([hits[:, :, 0].sum(0), hits.sum((0, 2))], dim=1)  # [columns, 2]
-    accuracy = 100 * distributed.all_reduce(correct) / int(readable.sum())
-    progress.unreadable = network.unreadable
-    plain_line(f"epoch {progress.epoch + 1}/{protocols[0].epochs}: " + ", ".join(
-        f"{column} loss {loss / progress.step:.3f} top-1 {top1:.2f}"
-        for column, loss, (top1, _) in zip(columns, progress.losses, accuracy.tolist())))
+    accuracy = 100 * distributed.all_reduce(correct) / len(network.val)
     return dict(zip(columns, accuracy.tolist()))
 
 
-def save(args, network, protocols, classifiers, optimizer, progress):
-    """Write the checkpoint, if there is an --output. Raises UserError if the loss is not finite."""
-    if not torch.tensor(progress.losses).isfinite().all():
-        raise UserError(f"the loss is not finite in epoch {progress.epoch + 1}, by step "
-                        f"{progress.step}: lower --lr.")
+def checkpoint_path(args):
+    return Path(args.output.removesuffix(".json") + ".checkpoint.pth")
+
+
+def save_checkpoint(args, settings, classifiers, optimizer, history):
+    """Write what `load_checkpoint` reads, if there is an --output. A collective."""
     with distributed.raise_everywhere():
         if args.output and distributed.is_main():
-            checkpoint.save(checkpoint_path(args), dict(
-                program="odc eval_linear", settings=settings_of(args, network, protocols),
-                progress=asdict(progress), classifiers=classifiers.state_dict(),
-                optimizer=optimizer.state_dict()))
+            checkpoint.write_dict(checkpoint_path(args), dict(
+                program="odc eval_linear", settings=settings, history=history,
+                classifiers=classifiers.state_dict(), optimizer=optimizer.state_dict()))
 
 
-def restore(args, network, protocols, classifiers, optimizer):
-    """The Progress of the checkpoint beside --output, with what it held, or that of a new run."""
-    saved, path = None, checkpoint_path(args)
+def load_checkpoint(args, settings, classifiers, optimizer):
+    """The history of the checkpoint beside --output, with what it held; [] for a new run."""
+    if not args.output or distributed.any_process(not checkpoint_path(args).exists()):
+        return []
     with distributed.raise_everywhere():
-        if args.output and path.exists():
-            saved = checkpoint.load(path)
-            if saved.get("program") != "odc eval_linear":
-                raise UserError(f"{path} is not a checkpoint of eval_linear.py: choose another "
-                                "--output, or delete the file.")
-            checkpoint.check_same_settings(path, saved["settings"],
-                                           settings_of(args, network, protocols))
-    if saved is None:
-        return Progress(losses=[0.0] * len(classifiers.columns))
+        saved = checkpoint.read_dict(file := checkpoint_path(args))
+        if saved.get("program") != "odc eval_linear" or "history" not in saved:
+            raise UserError(f"{file} is not a checkpoint of this version of eval_linear.py: "
+                            "choose another --output, or delete the file.")
+        checkpoint.check_same_settings(file, saved["settings"], settings)
     classifiers.load_state_dict(saved["classifiers"])
     optimizer.load_state_dict(saved["optimizer"])
-    progress = Progress(**saved["progress"])
-    network.unreadable = progress.unreadable
-    print_main(f"{path} holds the finished run." if progress.epoch == protocols[0].epochs else
-               f"Continuing {path} in epoch {progress.epoch + 1} after step {progress.step}.")
-    return progress
+    print_main(f"Continuing {file} after epoch {len(saved['history'])}.")
+    return saved["history"]
 
 
-def checkpoint_path(args):
-    return Path(f"{args.output}".removesuffix(".json") + ".checkpoint.pth")
-
-
-def settings_of(args, network, protocols):
+def settings_of(args, network, protocol):
     """What must be the same for a run to be continued."""
     settings = {"seed": args.seed, "image size": network.image_size, "amp": network.amp,
-                "background": args.background, "weights": network.fingerprint[:16],
-                "train images": network.train.labelled_fingerprint,
-                "val images": network.val.labelled_fingerprint}
-    return settings | {f"{name.replace('_', ' ')} of {' '.join(protocol.columns)}": str(value)
-                       for protocol in protocols for name, value in asdict(protocol).items()}
+                "weights": network.fingerprint[:16],
+                "train images": network.train.fingerprint,
+                "val images": network.val.fingerprint}
+    return settings | {name: str(value) for name, value in asdict(protocol).items()}
 
 
 def main():
     args = make_parser().parse_args()
-    network = frozen_backbone.prepare(args)
+    network = frozen_backbone.prepare(args, one_class=True)
     with distributed.raise_everywhere():
-        network.train = choose_images(network.train, args.subset, args.train_share, args.seed)
+        network.train = linear.choose_images(network.train, args.subset, args.train_share,
+                                             args.seed)
     check_same_images(network.train)
-    if args.subset or args.train_share:
-        print_main(f"training on {len(network.train):,} of the train images")
-    if network.train.labels is None:
-        raise UserError(f"{network.train.name} has several classes an image, and these classifiers "
-                        "choose one: use eval_svm.py.")
-    name, protocols, changed = choose_protocols(args, network.train)
-    protocol = protocols[0]
-    print_main(f"protocol {name} ({protocol.recipe}): {protocol.describe()}")
-    if changed:
-        print_main("not the recipe's: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
+    name, protocol, changed = linear.choose_protocol(args, network.train)
+    others = ", ".join(f"{setting} {value}" for setting, value in changed.items())
+    print_main(f"protocol {name} on {len(network.train):,} images"
+               + (f", not the recipe's: {others}" if changed else ""))
+    print_settings(asdict(protocol))
     if not args.output:
         print_main("No --output: no checkpoint, so a run that is stopped begins anew.")
 
-    classifiers = make_classifiers(network, protocols, args.seed)
-    optimizer = torch.optim.SGD(classifiers.optimizer_groups(protocols))
-    progress = restore(args, network, protocols, classifiers, optimizer)
-    train(args, network, protocols, classifiers, optimizer, progress)
+    classifiers = linear.make_classifiers(network, protocol, args.seed)
+    optimizer = linear.make_optimizer(classifiers, protocol)
+    history = load_checkpoint(args, settings_of(args, network, protocol), classifiers, optimizer)
+    train(args, network, protocol, classifiers, optimizer, history)
 
-    results = choose_results(protocols, progress.history)
+    results = linear.choose_results(protocol, history)
     # The rows of fine-tuning belong to published lists of images, not to a share that was drawn.
-    published = None if args.train_share else published_table(name, changed, network)
-    fine_tuning = protocol.columns == (FINE_TUNED,)
-    title = f"{network.train.name} {'fine-tuning' if fine_tuning else 'linear'}"
-    if published:
-        title = published.title.removesuffix(" (top-1)")
+    published = None if args.train_share else linear.published_table(name, changed, network)
     tables.write_json(args.output, dict(
         script="eval_linear", protocol=name, settings=asdict(protocol), not_the_recipes=changed,
-        settings_of_avgpool=asdict(protocols[1]) if len(protocols) > 1 else None,
-        **network.description(), results=results, history=progress.history,
+        **network.description(), results=results, history=history,
         published=tables.published_rows(published)))
-    row = network.label(args)
-    tables.show(f"{title} (%), protocol {name}", classifiers.columns, {
-        f"{row}, top-1": {column: result["top1"] for column, result in results.items()},
-        f"{row}, top-5": {column: result["top5"] for column, result in results.items()},
-    }, published)
-    if len(protocols) > 1:
-        print_main(f"AvgPool here: {protocols[1].describe()}, best epoch. Its published protocol "
-                   "is --protocol imagenet-avgpool, a run of its own.")
-    if published and fine_tuning:
+    rows = {f"{network.label(args)}, top-{n}": {column: result[f"top{n}"]
+                                                for column, result in results.items()}
+            for n in (1, 5)}
+    tables.show(f"{network.train.name} (%), protocol {name}", protocol.columns, rows, published)
+    if published and protocol.columns == (linear.FINE_TUNED,):
         print_main("Each published row is the best of nine runs, --lr 0.001, 0.01, 0.1 with "
                    "--head-lr 1, 10, 100; this is one.")
 

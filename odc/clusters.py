@@ -33,30 +33,30 @@ class Clustering:
     neck: torch.nn.Module | None = None  # the network's, with batch norm statistics of all images
 
 
-def cluster_images(network, dataset, labels, num_clusters, min_cluster_size, image_size,
-                   batch_size=64, workers=0):
+def cluster_images(network, dataset, memory, image_size, workers=0):
     """Cluster the unaugmented images by the current network.
 
-    labels: int64 [N], the clusters from which k-means starts, on the network's device. Small
-    clusters are dissolved and refilled as in training. Returns a Clustering. A collective.
+    memory: an ODCMemory; k-means starts from its clusters. Small clusters are dissolved and
+    refilled as in training. Returns a Clustering. Raises UserError if an image, which could be read
+    before, cannot be read now. A collective.
     """
+    device, K = memory.labels.device, len(memory.centroids)
     backbone, neck = network.backbone.eval(), copy.deepcopy(network.neck).eval()
     pooled = extract(lambda images: backbone(images)[-1].mean((2, 3)), dataset,
-                     evaluation_transform(image_size), backbone.out_channels[-1], labels.device,
-                     batch_size, workers)  # [n, C]
+                     evaluation_transform(image_size), backbone.out_channels[-1], device,
+                     workers=workers, unreadable_share=0)  # [n, C]
     estimate_statistics(neck, pooled, len(dataset))
     features = torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])  # [n, d]
     del pooled
     # A memory of its own, for its splits. Splits of the last round are not used.
-    memory = ODCMemory(len(dataset), features.shape[1], num_clusters,
-                       min_cluster_size=min_cluster_size, device=labels.device)
-    memory.initialize(features, labels)
+    own = ODCMemory(len(dataset), features.shape[1], K, min_cluster_size=memory.min_cluster_size,
+                    device=device)
+    own.initialize(features, memory.labels)
     for _ in range(ROUNDS):
-        own_labels, centroids = kmeans(features, num_clusters, ITERATIONS,
-                                       initial_centroids=memory.centroids)
+        own_labels, centroids = kmeans(features, K, ITERATIONS, initial_centroids=own.centroids)
         labels = distributed.all_gather_uneven_rows(own_labels)
-        memory.initialize(features, labels)
-        if memory.split_small_clusters() == 0:
+        own.initialize(features, labels)
+        if own.split_small_clusters() == 0:
             break
     similarity = cosine_to_centroid(features, centroids, own_labels)
     similarity = distributed.all_gather_uneven_rows(similarity)

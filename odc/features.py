@@ -10,80 +10,93 @@ import torch.nn.functional as F
 
 from odc import distributed
 from odc.data.augmentation import MEAN, STD, normalise
-from odc.data.loader import check_unreadable, evaluation_batches
+from odc.data.loader import evaluation_batches
 from odc.errors import UserError
 from odc.runtime import launch
 from odc.runtime.log import progress_bar
 
 
 @torch.no_grad()
-def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, cache=None,
-            name="features", images=None):
+def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, name="features",
+            unreadable_share=0.01):
     """Features of this process's shard of the images, in their order: float32 [n, dim] on `device`.
 
     forward: normalised images [B, 3, S, S] on `device` -> features [B, dim].
     transform: an RGB image -> uint8 [3, S, S]. name: what the progress bar says.
-    images: int64 [N] indices of the images to take; by default all. Another image's features stand
-    in for those of an unreadable one, see `loader.gather_unreadable`.
-    cache: a path of `cache_path`. If the file is there, the rows come from it; else it is written,
-    unless an image is unreadable.
-    Raises UserError if more than 1% of the images are unreadable. A collective.
+    Images that cannot be read leave `dataset`, on every process, and a line says so. The rows are
+    those of the images that stay. Raises UserError if more than unreadable_share of the images are
+    unreadable; 0 is for images that have been read before. A collective.
     """
-    images = torch.arange(len(dataset)) if images is None else images
-    rows = distributed.shard(len(images))
-    if cache and not distributed.any_process(not os.path.exists(cache)):
-        return _read_rows(cache, rows).to(device)
+    rows, unreadable = distributed.shard(len(dataset)), {}
     features = torch.empty(rows.stop - rows.start, dim, device=device)
-    batches = iter(evaluation_batches(dataset, images[rows], transform, batch_size, workers,
-                                      pin_memory=device.type == "cuda"))
+    batches = iter(evaluation_batches(
+        dataset, rows, transform, batch_size, workers, pin_memory=device.type == "cuda",
+        unreadable_limit=len(dataset) if unreadable_share else 0))
     # Shards differ by one row, so the numbers of batches may differ. All processes count to the
     # larger one, as the collectives below want it.
-    longest = -(-len(images) // distributed.world_size())
-    done, failed = 0, 0
+    longest = -(-len(dataset) // distributed.world_size())
+    done = 0
     bar = progress_bar(len(features), name, "img")
     for _ in range(0, longest, batch_size):
         launch.check_signals()
         with distributed.raise_everywhere():
             batch = next(batches, None)
             if batch is not None:
+                unreadable |= batch.unreadable
+            if batch is not None and len(batch.indices):
                 pixels = normalise(batch.images.to(device, non_blocking=True))
                 features[done : done + len(pixels)] = forward(pixels)
                 done += len(pixels)
-                failed += int((batch.failed >= 0).sum())
                 bar.update(len(pixels))
     bar.close()
-    failed = int(distributed.all_reduce(torch.tensor(failed)))
-    check_unreadable(failed, dataset, len(images))
-    if cache and not failed:
-        save_rows(cache, features, len(images), f"--features-cache {os.path.dirname(cache)}")
+    if distributed.any_process(unreadable):
+        leave_out(dataset, unreadable, unreadable_share)
+        features = reshard(features[:done])
     return features
 
 
-def pixel_features(dataset, transform, size, device, batch_size=64, workers=0):
-    """The pixels of every image in 0..1, L2-normalised: this process's rows [n, 3 s s].
+def leave_out(dataset, unreadable, share):
+    """Remove the images that any process found unreadable, {index: reason}. A collective.
 
-    size: of the transform's images [3, size, size]. They are averaged to s = 32 if they are larger.
+    Raises UserError if they are more than a share of all.
     """
-    side = min(size, 32)
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    own = {dataset.name_of(index): reason for index, reason in unreadable.items()}
+    everywhere = {name: reason for part in distributed.all_gather_objects(own)
+                  for name, reason in part.items()}
+    name, reason = min(everywhere.items())
+    text = (f"{len(everywhere):,} of {len(dataset):,} images in {dataset.root} cannot be read, "
+            f"such as {name!r} ({reason})")
+    if len(everywhere) > share * len(dataset) or len(everywhere) == len(dataset):
+        raise UserError(f"{text}: repair or remove them.")
+    distributed.print_main(f"{text}; they are left out.")
+    dataset.leave_out(everywhere)
 
-    def pixels(images):
-        return F.normalize(F.adaptive_avg_pool2d(images * std + mean, side).flatten(1))
 
-    return extract(pixels, dataset, transform, 3 * side**2, device, batch_size, workers,
-                   name="pixels")
+def reshard(rows):
+    """Deal rows [n_r, ...] of uneven parts anew: each process gets its shard of all. A collective.
+    """
+    counts = distributed.all_gather_rows(torch.tensor([len(rows)])).tolist()
+    own, start, parts = distributed.shard(sum(counts)), 0, []
+    for r, count in enumerate(counts):
+        part = rows if r == distributed.rank() else rows.new_empty(count, *rows.shape[1:])
+        part = distributed.broadcast(part.contiguous(), source=r)
+        parts.append(part[max(own.start - start, 0) : max(own.stop - start, 0)])
+        start += count
+    return torch.cat(parts)
+
+
+def unit_pixels(images):
+    """Pixels in 0..1 of normalised images [B, 3, S, S], as unit vectors [B, 3 s s], s <= 32.
+
+    Larger images are averaged to s = 32.
+    """
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None]
+                 for values in (MEAN, STD))
+    side = min(images.shape[-1], 32)
+    return F.normalize(F.adaptive_avg_pool2d(images * std + mean, side).flatten(1))
 
 
 # --- rows of all processes in one file -----------------------------------------------------------
-
-def cache_path(folder, *parts):
-    """The file of --features-cache for features that depend on all of these parts, and no others.
-
-    parts: the fingerprints of weights and images, ... All processes must see the same file system.
-    """
-    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
-    return os.path.join(folder, digest[:16] + ".npy")
-
 
 def save_rows(path, features, num_rows, option):
     """Write the rows of all processes as one .npy file, all of it or nothing. A collective.
@@ -116,15 +129,6 @@ def save_rows(path, features, num_rows, option):
             os.remove(partial)
         raise UserError(f"{option}: could not be written ({str(error).rstrip('.')}); make room, or "
                         "choose another folder.") from None
-
-
-def _read_rows(path, rows):
-    """Rows of a file of `save_rows`."""
-    with distributed.raise_everywhere():
-        try:
-            return torch.from_numpy(np.load(path, mmap_mode="c")[rows])
-        except (ValueError, EOFError) as error:
-            raise UserError(f"--features-cache: {path} is damaged; delete it.") from error
 
 
 def weights_fingerprint(network):

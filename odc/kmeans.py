@@ -1,7 +1,7 @@
 """k-means over the features of all processes, and the parts of it that the memory shares.
 
-`kmeans` makes the initial clusters, `two_means` halves one cluster, and `ClusterSums` keeps the sum
-of the features in each cluster while images move between clusters.
+`kmeans` makes the initial clusters, `nearest_centroids` labels images, `two_means` halves one
+cluster, and `ClusterSums` keeps the sum of the features in each cluster while images move.
 """
 
 import math
@@ -11,9 +11,35 @@ import torch.nn.functional as F
 
 from odc import distributed
 from odc.errors import UserError
-from odc.nearest import nearest_centroids
 from odc.runtime import launch
 from odc.runtime.log import progress_bar
+
+BLOCK_BYTES = 24 * 2**20  # of scores at a time
+GROUP = 64  # scores. torch vectorises a maximum over at least 4 vectors, of 16 with AVX-512.
+
+
+def nearest_centroids(features, centroids, inner_product=False):
+    """The best centroid of every row: [n, d] float, [K, d] float32 -> int64 [n].
+
+    Best means nearest in Euclidean distance. With inner_product it is the largest <f, c>, as the
+    recipe labels images. The lowest index wins ties. The scores are float32: with other rows beside
+    it, threads or processes, a row may choose otherwise between two that differ by rounding alone.
+    A row that holds a NaN gets label 0. Must not be called under autocast, which halves precision.
+    """
+    n, K, device = len(features), len(centroids), features.device
+    bias = centroids.square().sum(1) / -2  # |f - c|^2 = |f|^2 - 2 (<f, c> - |c|^2 / 2)
+    labels = torch.empty(n, dtype=torch.int64, device=device)
+    block = max(1, BLOCK_BYTES // (4 * K))
+    scores = torch.empty(min(n, block), -(-K // GROUP) * GROUP, device=device)
+    scores[:, K:] = -torch.inf
+    for rows, own in zip(features.split(block), labels.split(block)):
+        torch.addmm(bias, rows.float(), centroids.T, beta=0 if inner_product else 1,
+                    out=scores[: len(rows), :K])
+        # argmax over all columns would take as long as the product. So first the best group.
+        groups = scores[: len(rows)].unflatten(1, (-1, GROUP))  # [rows, K / GROUP, GROUP]
+        best = groups.amax(2).argmax(1)
+        own.copy_(GROUP * best + groups[torch.arange(len(rows)), best].argmax(1))
+    return labels
 
 
 class ClusterSums:
@@ -55,9 +81,9 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
 
     features: [n, d] float, unit rows of this process; in rank order they make up all N.
     initial_centroids: [K, d]; by default K distinct rows, drawn from the seed.
-    Returns labels int64 [n] of these rows, and the centroids float32 [K, d] to which they are
-    nearest, on any number of processes the same. No cluster is empty: an empty one takes half of
-    the largest, so equal rows may lie in several clusters. Stops once no label changes.
+    Returns labels int64 [n] of these rows, and the centroids float32 [K, d]; the labels are those
+    of `nearest_centroids`. Between searches empty clusters restart beside wide ones, but one may be
+    empty at the end, always so if fewer than K rows differ. Stops once no label changes.
     Raises UserError if K > N or a feature is not finite, Interrupted on a signal. A collective.
     """
     K = num_clusters
@@ -92,10 +118,9 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
         if num_changed == 0 or iteration == iterations:
             break
         centroids = sums.means(labels.new_tensor(sizes))
-        _restart_empty(centroids, sizes)
+        if 0 in sizes:
+            _restart_empty(features, labels, centroids, sizes)
     bar.close()
-    while 0 in sizes:
-        _fill_first_empty(features, labels, centroids, sizes)
     return labels, centroids
 
 
@@ -109,29 +134,21 @@ def _draw_rows(features, first_row, num_rows, num_clusters, seed):
     return distributed.all_reduce(centroids)
 
 
-def _restart_empty(centroids, sizes):
-    """Move the centroid of each empty cluster beside that of the largest, in place."""
+def _restart_empty(features, labels, centroids, sizes):
+    """Move the centroid of each empty cluster beside that of the widest, in place.
+
+    The widest has the largest sum of squared distances. So equal rows, however many, stay together.
+    """
+    spread = torch.zeros(len(centroids), dtype=torch.float64, device=labels.device)
+    for rows, own in zip(features.split(65536), labels.split(65536)):
+        spread.index_add_(0, own, (rows - centroids[own]).square().sum(1).double())
+    spread = distributed.all_reduce(spread).cpu()
+    generator = torch.Generator().manual_seed(0)
     for empty in [cluster for cluster, size in enumerate(sizes) if size == 0]:
-        largest = max(range(len(sizes)), key=sizes.__getitem__)
-        sizes[empty] = sizes[largest] // 2
-        sizes[largest] -= sizes[empty]
-        step = torch.full_like(centroids[largest], 2.0**-10)
-        step[1::2] *= -1
-        centroids[empty] = centroids[largest] * (1 - step)
-        centroids[largest] = centroids[largest] * (1 + step)
-
-
-def _fill_first_empty(features, labels, centroids, sizes):
-    """Give the first empty cluster half of the largest; all but features change in place."""
-    empty, largest = sizes.index(0), max(range(len(sizes)), key=sizes.__getitem__)
-    rows = (labels == largest).nonzero()[:, 0]
-    shards = distributed.all_gather_rows(torch.tensor([len(rows)]))
-    first = int(shards[: distributed.rank()].sum())
-    members = distributed.all_gather_uneven_rows(features[rows]).float()
-    second_half = two_means(members, seed=empty)
-    labels[rows[second_half[first : first + len(rows)]]] = empty
-    for cluster, half in ((largest, ~second_half), (empty, second_half)):
-        centroids[cluster], sizes[cluster] = members[half].mean(0), int(half.sum())
+        widest = int(spread.argmax())
+        spread[widest] = spread[empty] = spread[widest] / 2
+        step = 2.0**-7 * torch.randn(centroids.shape[1], generator=generator)
+        centroids[empty] = centroids[widest] * (1 + step.to(centroids.device))
 
 
 def two_means(x, at_least=1, iterations=20, seed=0):

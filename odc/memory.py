@@ -18,8 +18,7 @@ import torch.nn.functional as F
 
 from odc import distributed
 from odc.errors import UserError
-from odc.kmeans import ClusterSums, two_means
-from odc.nearest import NearestCentroid, nearest_centroids
+from odc.kmeans import ClusterSums, nearest_centroids, two_means
 
 
 class ODCMemory:
@@ -39,7 +38,6 @@ class ODCMemory:
         self.centroids = torch.zeros(num_clusters, dim, device=device)
         self.cluster_sizes = torch.zeros(num_clusters, dtype=torch.int64, device=device)
         self.sums = ClusterSums(num_clusters, dim, num_images, device)
-        self.best_centroid = None  # the search among the centroids, made by _set_centroids
 
     def initialize(self, features, labels):
         """Start from clustered images (paper, before the first iteration).
@@ -70,7 +68,7 @@ class ODCMemory:
         before = self.features[rows]
 
         features = F.normalize(self.momentum * z + (1 - self.momentum) * before)  # Eq. 1
-        labels = self.best_centroid(features)  # Eq. 2: argmax_c <F_i, C_c>, as the recipe has it
+        labels = nearest_centroids(features, self.centroids, inner_product=True)  # Eq. 2
 
         self.features[rows] = features
         labels = self._collect(labels, own, len(images))
@@ -96,12 +94,7 @@ class ODCMemory:
     def update_centroids(self):
         """C_c <- mean of F_i over y_i = c. The centroid of an empty cluster stays as it was."""
         means = self.sums.means(self.cluster_sizes)
-        means = torch.where(self.cluster_sizes[:, None] > 0, means, self.centroids)
-        self._set_centroids(slice(None), means)
-
-    def _set_centroids(self, which, values):
-        self.centroids[which] = values
-        self.best_centroid = NearestCentroid(self.centroids, inner_product=True)
+        self.centroids = torch.where(self.cluster_sizes[:, None] > 0, means, self.centroids)
 
     # --- clustering distribution -----------------------------------------------------------------
 
@@ -161,7 +154,7 @@ class ODCMemory:
         labels = torch.full((len(go),), empty, device=moved.device)
         self._relabel(go, labels, own, moved, moved)
         both = self._to_device(torch.tensor([largest, empty]))
-        self._set_centroids(both, self.sums.means(self.cluster_sizes, both))
+        self.centroids[both] = self.sums.means(self.cluster_sizes, both)
         return stay, go
 
     def loss_weights(self, power=0.5):
@@ -198,7 +191,7 @@ class ODCMemory:
         """Restore `state_dict`, with the features [n, d] of this process's rows."""
         self.features.copy_(features)
         self.labels.copy_(state["labels"])
-        self._set_centroids(slice(None), state["centroids"])
+        self.centroids.copy_(state["centroids"])
         self._count()
 
     def _count(self):

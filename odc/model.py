@@ -14,6 +14,8 @@ ARCHS = {
     "narrow": (BasicBlock, (1, 1, 1, 1), 16),
 }
 
+FEATURE_DIM = 256  # d, the width of a feature (recipe)
+
 
 def use_small_stem(image_size):
     """Images of at most 64 pixels keep their resolution in the stem: 3x3, stride 1, no max-pool."""
@@ -70,7 +72,7 @@ def _stage(block, in_channels, planes, count, stride):
 class Neck(nn.Module):
     """Average pool and two linear layers, the ODC neck: [B, in_channels, h, w] -> [B, dim]."""
 
-    def __init__(self, in_channels, hidden=512, dim=256):
+    def __init__(self, in_channels, hidden=512, dim=FEATURE_DIM):
         super().__init__()
         self.fc1 = nn.Linear(in_channels, hidden)
         self.bn1 = nn.BatchNorm1d(hidden, momentum=0.001, affine=False)
@@ -89,7 +91,7 @@ class Neck(nn.Module):
 class ODC(nn.Module):
     """Backbone, neck and head. The head classifies into the K clusters of the moment."""
 
-    def __init__(self, arch="resnet50", small_stem=False, hidden=512, dim=256, num_clusters=10000):
+    def __init__(self, arch="resnet50", small_stem=False, hidden=512, dim=FEATURE_DIM, num_clusters=10000):
         super().__init__()
         self.backbone = ResNet(arch, small_stem)
         self.neck = Neck(self.backbone.out_channels[-1], hidden, dim)

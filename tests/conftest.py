@@ -39,6 +39,5 @@ def folder(tmp_path_factory):
 def finished(folder, tmp_path_factory):
     """The output of a short run on the folder, never interrupted."""
     output = tmp_path_factory.mktemp("finished")
-    assert run_main("--data", folder, "--output", output, *SMALL, "--epochs", "2",
-                    "--save-interval", "1") == 0
+    assert run_main("--data", folder, "--output", output, *SMALL, "--epochs", "2") == 0
     return output

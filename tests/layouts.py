@@ -10,91 +10,86 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
 from odc.data.datasets import VOC_CLASSES
+from odc.data.folders import EXTENSIONS
 
 
-def put_image(path, colour=(10, 20, 30)):
+def put_image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 6), colour).save(path, "JPEG")
+    Image.new("RGB", (8, 6), (10, 20, 30)).save(path, "JPEG")
 
 
-def put_text(path, text):
+def put_text(path, lines):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def put_class_folders(root, classes=("n01440764", "n01443537"), count=3):
-    for k, name in enumerate(classes):
-        for i in range(count):
-            put_image(root / name / f"{name}_{i}.JPEG", (60 * k, 40 * i, 0))
+def put_files(root, *names):
+    """Images; other files are empty, and a name that ends with a slash is an empty folder."""
+    for name in names:
+        if name.endswith("/"):
+            (root / name).mkdir(parents=True)
+        elif name.lower().endswith(EXTENSIONS):
+            put_image(root / name)
+        else:
+            put_text(root / name, [])
 
 
 def put_imagenet_lists(root, labels=True):
     lists = {"train": ["n02/b c.JPEG", "n01/a.JPEG", "n03/d.JPEG"], "val": ["v1.JPEG", "v2.JPEG"]}
     for split, files in lists.items():
-        for i, name in enumerate(files):
-            put_image(root / split / name, (80 * i, 0, 0))
+        put_files(root / split, *files)
         lines = [f"{name} {2 * i}" if labels else name for i, name in enumerate(files)]
-        put_text(root / "meta" / f"{split}.txt", "\n".join(lines) + "\n\n")
+        put_text(root / "meta" / f"{split}.txt", [*lines, ""])
 
 
 def put_places(root):
-    images = root / "data/vision/torralba/deeplearning/images256"
     for split, count in (("train", 4), ("val", 2)):
-        lines = []
-        for i in range(count):
-            put_image(images / "a/abbey" / f"{split}{i}.jpg", (50 * i, 0, 0))
-            lines.append(f"a/abbey/{split}{i}.jpg {i}")
-        put_text(root / "trainvalsplit_places205" / f"{split}_places205.csv", "\n".join(lines))
+        files = [f"a/abbey/{split}{i}.jpg" for i in range(count)]
+        put_files(root / "data/vision/torralba/deeplearning/images256", *files)
+        put_text(root / "trainvalsplit_places205" / f"{split}_places205.csv",
+                 [f"{name} {i}" for i, name in enumerate(files)])
 
 
 def put_inaturalist(root):
     for split, count in (("train", 3), ("val", 2)):
         files = [f"train_val2018/Plantae/7477/{split}{i}.jpg" for i in range(count)]
-        for i, name in enumerate(files):
-            put_image(root / name, (50 * i, 0, 0))
+        put_files(root, *files)
         content = dict(images=[dict(id=70 + i, file_name=name) for i, name in enumerate(files)],
                        annotations=[dict(image_id=70 + i, category_id=count - 1 - i)
                                     for i in reversed(range(count))],
                        categories=[dict(id=k, name=f"plant {k}") for k in range(3)])
-        put_text(root / f"{split}2018.json", json.dumps(content))
+        put_text(root / f"{split}2018.json", [json.dumps(content)])
 
 
-def put_voc(root, folder="VOCdevkit/VOC2007"):
-    base = root / folder
+def put_voc(root):
+    base = root / "VOCdevkit/VOC2007"
     for stem, ids in (("trainval", ["000005", "000007", "000009"]), ("test", ["000001", "000002"])):
-        for i, name in enumerate(ids):
-            put_image(base / "JPEGImages" / f"{name}.jpg", (70 * i, 0, 0))
-        put_text(base / "ImageSets/Main" / f"{stem}.txt", "".join(f"{name}\n" for name in ids))
+        put_files(base / "JPEGImages", *(f"{name}.jpg" for name in ids))
+        put_text(base / "ImageSets/Main" / f"{stem}.txt", ids)
         for k, label in enumerate(VOC_CLASSES):
-            lines = [f"{name} {' 1' if (i + k) % 3 == 0 else ' 0' if (i + k) % 5 == 0 else '-1'}\n"
-                     for i, name in enumerate(ids)]
-            put_text(base / "ImageSets/Main" / f"{label}_{stem}.txt", "".join(lines))
+            put_text(base / "ImageSets/Main" / f"{label}_{stem}.txt", [
+                f"{name} {' 1' if (i + k) % 3 == 0 else ' 0' if (i + k) % 5 == 0 else '-1'}"
+                for i, name in enumerate(ids)])
 
 
 def made_up(count, *shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
-def put_cifar10(root):
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for k, name in enumerate([f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]):
-        content = {"data": made_up(4, 3072, seed=k), "labels": [(i + k) % 10 for i in range(4)]}
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    names = pickle.dumps({"label_names": [f"class {k}" for k in range(10)]})
-    (folder / "batches.meta").write_bytes(names)
+def put_cifar10(root, folder="cifar-10-batches-py", key="labels",
+                meta=("batches.meta", "label_names"),
+                files=(*(f"data_batch_{k}" for k in range(1, 6)), "test_batch")):
+    (root / folder).mkdir(parents=True)
+    for k, name in enumerate(files):
+        content = {"data": made_up(4, 3072, seed=k), key: [(i + k) % 10 for i in range(4)]}
+        (root / folder / name).write_bytes(pickle.dumps(content))
+    names = {meta[1]: [f"class {k}" for k in range(100 if key == "fine_labels" else 10)]}
+    (root / folder / meta[0]).write_bytes(pickle.dumps(names))
 
 
 def put_cifar100(root):
-    folder = root / "cifar-100-python"
-    folder.mkdir(parents=True)
-    for name, count in (("train", 6), ("test", 3)):
-        content = {"data": made_up(count, 3072, seed=count),
-                   "fine_labels": [9 * i for i in range(count)],
-                   "coarse_labels": [0] * count}
-        (folder / name).write_bytes(pickle.dumps(content))
-    names = pickle.dumps({"fine_label_names": [f"class {k}" for k in range(100)]})
-    (folder / "meta").write_bytes(names)
+    put_cifar10(root, "cifar-100-python", "fine_labels", ("meta", "fine_label_names"),
+                ["train", "test"])
 
 
 def trust_cifar(monkeypatch, root):
@@ -118,19 +113,16 @@ def put_stl10(root, parts=(("train", 5), ("test", 3))):
     (folder / "class_names.txt").write_text("\n".join(f"class{k}" for k in range(10)))
 
 
-FASHION_LABELS = dict(train=[9, 0, 0, 3, 0, 2, 7, 2, 5, 5], t10k=[9, 2, 1, 1, 6, 1, 4, 6, 5, 7])
-
-
-def put_fashion_mnist(folder, zipped=True, counts=(13, 12), first_labels=None):
+def put_fashion_mnist(folder, zipped=True):
     folder.mkdir(parents=True, exist_ok=True)
-    for stem, count in zip(("train", "t10k"), counts):
-        shapes = {"images-idx3": (count, 28, 28), "labels-idx1": (count,)}
-        for kind, shape in shapes.items():
-            values = made_up(*shape, seed=count)
-            if len(shape) == 1:
-                first = first_labels or FASHION_LABELS[stem]
-                values = np.resize(np.array(first, np.uint8), count)
-            header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
-            content = header + values.tobytes()
-            path = folder / f"{stem}-{kind}-ubyte{'.gz' if zipped else ''}"
-            path.write_bytes(gzip.compress(content) if zipped else content)
+    labels = dict(train=[9, 0, 0, 3, 0, 2, 7, 2, 5, 5, 9, 0, 0],
+                  t10k=[9, 2, 1, 1, 6, 1, 4, 6, 5, 7, 9, 2])
+    for stem, values in labels.items():
+        count = len(values)
+        for kind, array in (("images-idx3", made_up(count, 28, 28, seed=count)),
+                            ("labels-idx1", np.array(values, np.uint8))):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            content, path = header + array.tobytes(), folder / f"{stem}-{kind}-ubyte"
+            if zipped:
+                content, path = gzip.compress(content), path.with_name(f"{path.name}.gz")
+            path.write_bytes(content)

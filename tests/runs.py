@@ -11,11 +11,11 @@ import torch
 
 import train
 from odc.runtime import checkpoint, launch
-from tests.processes import command, environment
+from tests.processes import ForkedScript, command, environment
 
 SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min-cluster-size", "5",
-         "--batch-size", "16", "--feature-dim", "32", "--workers", "0", "--log-interval", "1",
-         "--lr", "0.05", "--device", "cpu", "--crop-scale", "0.5", "--recipe"]
+         "--batch-size", "16", "--workers", "0", "--lr", "0.05", "--device", "cpu",
+         "--crop-scale", "0.5", "--preset", "recipe"]
 
 
 def run_main(*arguments):
@@ -36,18 +36,20 @@ def run_main(*arguments):
 def start(folder, output, *extra, processes=1):
     """A process that runs train.py for two epochs, with a checkpoint every three steps."""
     arguments = ["--data", folder, "--output", output, *SMALL, "--epochs", "2",
-                 "--save-interval", "1", "--checkpoint-interval", "3", *extra]
+                 "--checkpoint-interval", "3", *extra]
+    if processes == 1:
+        return ForkedScript("train.py", *arguments)
     return subprocess.Popen(command("train.py", *arguments, processes=processes),
                             env=environment(), stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL)
 
 
 def wait_for_step(child, output, step):
-    """Wait until the log holds the step."""
-    log, deadline = output / "log.jsonl", time.monotonic() + 300
+    """Wait until the checkpoint holds the step."""
+    path, deadline = output / "checkpoint.pth", time.monotonic() + 300
     while child.poll() is None:
         assert time.monotonic() < deadline, "the run stands still"
-        if log.exists() and sum("loss" in line for line in log.read_text().splitlines()) >= step:
+        if path.exists() and checkpoint.read_dict(path)["progress"]["global_step"] >= step:
             return
         time.sleep(0.005)
 
@@ -62,9 +64,9 @@ def log_of(output):
 def state_of(output):
     """The checkpoint in an output folder, with the features [N, d] of all images."""
     path = output / "checkpoint.pth"
-    state = checkpoint.load(path)
+    state = checkpoint.read_dict(path)
     rows = slice(0, len(state["memory"]["labels"]))
-    state["memory"]["features"] = checkpoint.load_rows(path, state, rows)
+    state["memory"]["features"] = checkpoint.read_rows(path, state, rows)
     del state["memory_parts"]  # the files' names, new at every save
     return state
 

@@ -11,7 +11,8 @@ from odc import assign, clusters, distributed
 from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.datasets import open_dataset
 from odc.model import ODC
-from odc.nearest import nearest_centroids as nearest
+from odc.kmeans import nearest_centroids
+from odc.memory import ODCMemory
 from tests.processes import run_processes, run_script
 from tests.runs import SMALL, assert_equal_state, run_main, start, state_of, wait_for_step
 
@@ -21,11 +22,17 @@ def small_network(seed=0):
     return ODC("narrow", True, dim=32, num_clusters=8)
 
 
+def in_turn(min_cluster_size=5):
+    """A memory of 150 images with the labels 0 1 2 3 4 5 6 7 0 1 ..."""
+    memory = ODCMemory(150, 32, 8, min_cluster_size=min_cluster_size)
+    memory.labels.copy_(torch.arange(150) % 8)
+    return memory
+
+
 def clusters_of(folder, min_cluster_size=5):
     """cluster_images of a random network, from labels in turn; plain values."""
     dataset = open_dataset(str(folder))
-    labels = torch.arange(len(dataset)) % 8
-    found = clusters.cluster_images(small_network(), dataset, labels, 8, min_cluster_size, 32)
+    found = clusters.cluster_images(small_network(), dataset, in_turn(min_cluster_size), 32)
     features = distributed.all_gather_uneven_rows(found.features)
     return [found.labels, found.similarity, found.centroids, features,
             found.neck.bn1.running_mean, found.neck.bn1.running_var]
@@ -43,7 +50,7 @@ def test_statistics_features_and_labels(folder):
         network.neck.bn1.running_mean, network.neck.bn1.running_var = mean, var
         expected = F.normalize(network.neck(network.backbone(images)[-1]))
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
-    assert torch.equal(labels, nearest(features, centroids))
+    assert torch.equal(labels, nearest_centroids(features, centroids))
     own = F.cosine_similarity(features, centroids[labels])
     torch.testing.assert_close(similarity, own, rtol=1e-5, atol=1e-6)
     assert labels.bincount(minlength=8).min() > 0
@@ -60,7 +67,7 @@ def test_any_number_of_processes_gives_the_same_clusters(folder):
 
 def test_the_network_is_left_as_it_was(folder):
     network, before = small_network(), small_network().state_dict()
-    clusters.cluster_images(network, open_dataset(str(folder)), torch.arange(150) % 8, 8, 5, 32)
+    clusters.cluster_images(network, open_dataset(str(folder)), in_turn(), 32)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
@@ -69,9 +76,9 @@ def test_assign_agrees_with_the_table_and_uses_every_cluster(folder, tmp_path, m
     monkeypatch.setattr("odc.data.shapes.SPLITS", {"train": (600, 0), "val": (100, 1)})
     images = folder if data == "folder" else "shapes"
     assert run_main("--data", images, "--output", tmp_path, *SMALL, "--epochs", "3",
-                    "--num-clusters", "12", "--knn-interval", "0") == 0
+                    "--num-clusters", "12") == 0
     assign.main(["--checkpoint", str(tmp_path / "checkpoint.pth"), "--data", str(images),
-                 "--output", str(tmp_path / "again.csv"), "--batch-size", "7"])
+                 "--output", str(tmp_path / "again.csv")])
     tables = []
     for name in ("clusters.csv", "again.csv"):
         with open(tmp_path / name, newline="") as file:
@@ -100,10 +107,10 @@ def test_a_run_goes_on_after_export_only_as_if_nothing_had_happened(folder, fini
     assert child.wait(300) == 128 + signal.SIGTERM
     before = state_of(tmp_path)
     done = run_script("train.py", "--data", folder, "--output", tmp_path, *SMALL, "--epochs", "9",
-                      "--batch-size", "8", "--export-only", processes=2)
+                      "--export-only", processes=2)
     assert done.returncode == 0, done.stderr
     after = state_of(tmp_path)
-    for name in ("settings", "global_batch", "progress", "memory"):  # and the step of the epoch
+    for name in ("settings", "progress", "memory"):  # and the step of the epoch
         assert_equal_state(before[name], after[name], name)
     assert before["final_clusters"] is None and after["final_clusters"] is not None
     assert start(folder, tmp_path).wait(300) == 0
@@ -115,7 +122,7 @@ def test_assign_says_what_to_do_with_a_run_that_was_stopped(folder, tmp_path, mo
     from odc.errors import UserError
     import train
 
-    monkeypatch.setattr(train, "write_results", lambda *_: None)
+    monkeypatch.setattr(train, "cluster_after_training", lambda *_: None)
     assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1") == 0
     with pytest.raises(UserError, match="--export-only"):
         assign.main(["--checkpoint", str(tmp_path / "checkpoint.pth"), "--data", str(folder)])

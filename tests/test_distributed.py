@@ -1,7 +1,8 @@
-"""Which device a process takes, and how processes leave. Other tests cover the collectives."""
+"""Which device a process takes, collectives, and how processes leave."""
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -9,22 +10,19 @@ import torch
 from odc import distributed
 from odc.errors import UserError
 from odc.runtime import launch
-from tests.processes import environment, free_port
+from tests.processes import environment, free_port, run_processes
 
 
 @pytest.mark.parametrize("devices, local, world, answer", [
     (0, 1, 1, "cpu"), (0, 2, 2, "cpu"), (1, 1, 1, "cuda"), (1, 2, 2, "cpu"), (2, 2, 2, "cuda"),
-    (8, 8, 16, "cuda"), (7, 8, 16, None)])  # in the last, one of two machines lacks a device
+    (8, 8, 16, "cuda"), (7, 8, 16, "cpu")])  # the last is told by check_same_device
 def test_auto_takes_cuda_if_each_process_has_a_device(
         monkeypatch, capsys, devices, local, world, answer):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     for name, value in (("LOCAL_WORLD_SIZE", local), ("WORLD_SIZE", world), ("LOCAL_RANK", 0)):
         monkeypatch.setenv(name, str(value))
-    if answer is None:
-        with pytest.raises(UserError, match=f"{devices} CUDA device"):
-            distributed.choose_device("auto")
-        return
+    monkeypatch.setenv("RANK", "0")
     assert distributed.choose_device("auto").type == answer
     assert ("run on the CPU" in capsys.readouterr().out) == (answer == "cpu" and devices > 0)
     if devices and devices < local:
@@ -32,12 +30,34 @@ def test_auto_takes_cuda_if_each_process_has_a_device(
             distributed.choose_device("cuda")
 
 
+def test_a_local_rank_without_torchrun(monkeypatch, capsys):
+    """One that is left over in an environment made process "1" silent, of the wrong device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("LOCAL_RANK", "RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    assert distributed.choose_device("auto") == torch.device("cuda", 0)
+    with pytest.raises(SystemExit):
+        launch.run_program(distributed.choose_device, "gpu")
+    assert "error: --device gpu: choose" in capsys.readouterr().err
+
+
 def test_processes_on_different_devices():
     store = torch.distributed.HashStore()
-    distributed.check_same_device(store, 0, "cuda")
-    distributed.check_same_device(store, 1, "cuda")
-    with pytest.raises(UserError, match="Process 2 would run on cpu and process 0 on cuda"):
-        distributed.check_same_device(store, 2, "cpu")
+    store.set("device 1", "cuda")
+    distributed.check_same_device(store, 0, 2, "cuda")
+    for rank, own in ((0, "cuda"), (1, "cpu")):
+        store.set("device 1", "cpu")
+        with pytest.raises(UserError, match="Process 1 would run on cpu and process 0 on cuda"):
+            distributed.check_same_device(store, rank, 2, own)
+
+
+def test_a_product_is_not_rounded_to_tf32(monkeypatch):
+    """Though a container's environment may ask for it."""
+    torch.set_float32_matmul_precision("high")
+    distributed.init("cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_half_of_a_group_in_the_environment(monkeypatch):
@@ -61,29 +81,64 @@ def test_too_little_memory_on_the_device(capsys):
 LEAVE = """
 import time, torch
 from odc import distributed
-from odc.errors import UserError
 from odc.runtime import launch
 # NCCL's may take so long while others wait in a collective.
 torch.distributed.destroy_process_group = lambda: time.sleep(600)
 def main():
     distributed.init("cpu")
     if distributed.rank() == 1:
-        raise UserError("process 1 cannot go on.")
+        raise MemoryError
     distributed.all_reduce(torch.ones(1))
 launch.run_program(main)
 """
 
 
-def test_an_error_of_one_process_alone_leaves_none_waiting():
+ALIKE = """
+from odc import distributed
+from odc.errors import UserError
+from odc.runtime import launch
+def main():
+    distributed.init("cpu")
+    with distributed.raise_everywhere():
+        if distributed.rank() == 1:
+            raise UserError("the disk of process 1 is full.")
+launch.run_program(main)
+"""
+
+
+@pytest.mark.parametrize("code, exits, said", [
+    (LEAVE, [1, 2], ["error: another process has stopped, or cannot be reached (",
+                     "error: there is too little memory (MemoryError)"]),
+    (ALIKE, [2, 2], ["error: the disk of process 1 is full.", ""])])  # one sentence for both
+def test_an_error_leaves_no_process_waiting(code, exits, said):
     group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    children = [subprocess.Popen([sys.executable, "-c", LEAVE], stderr=subprocess.PIPE, text=True,
+    children = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
                                  env=environment(**group, RANK=str(rank))) for rank in range(2)]
     try:
-        assert [child.wait(60) for child in children] == [1, 2]
-        assert "error: process 1 cannot go on." in children[1].stderr.read()
-        said = children[0].stderr.read()
-        assert "error: another process has stopped, or cannot be reached (" in said
-        assert "Traceback" not in said
+        assert [child.wait(60) for child in children] == exits
+        for child, words in zip(children, said):
+            lines = child.stderr.read()
+            assert words in lines and lines.count("error: ") == bool(words)
+            assert "Traceback" not in lines
     finally:
         for child in children:
             child.kill()
+
+
+def gather_and_share():
+    """Gathered rows, one uneven, and the buffers of a network; a warning is an error."""
+    rank = distributed.rank()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = distributed.all_gather_rows(torch.tensor([[rank, 1]]))
+        uneven = distributed.all_gather_uneven_rows(torch.full((2 * rank,), rank))
+        empty = distributed.all_gather_uneven_rows(torch.zeros(0, 3))
+        norm = torch.nn.BatchNorm1d(2)
+        norm.running_mean += rank + 5
+        distributed.share_statistics(norm)
+    return rows.tolist(), uneven.tolist(), empty.shape, norm.running_mean.tolist()
+
+
+def test_gathered_rows_and_shared_statistics():
+    expected = ([[0, 1], [1, 1], [2, 1]], [1, 1, 2, 2, 2, 2], (0, 3), [5, 5])
+    assert run_processes(gather_and_share, 3) == [expected] * 3

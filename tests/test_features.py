@@ -1,23 +1,20 @@
-"""Every image gets its row, on any number of processes, and the cache is never wrong."""
+"""Every image gets its row on any number of processes; those that cannot be read leave the set."""
 
-import glob
-import multiprocessing
 import os
 import resource
-import signal
-import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from odc import distributed
 from odc.data.augmentation import normalise, resize_center_crop
 from odc.data.datasets import open_dataset
+from odc.data.images import UnreadableImage
 from odc.errors import Interrupted, UserError
-from odc.features import cache_path, extract, pixel_features, save_rows, weights_fingerprint
-from odc.model import ResNet
+from odc.features import extract, reshard, save_rows, unit_pixels
 from tests.processes import run_processes
 
 CPU = torch.device("cpu")
@@ -54,153 +51,93 @@ def assert_rows(rows, expected):
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def test_pixels_as_features(tmp_path):
-    dataset = open_dataset(picture_folder(tmp_path, 5))
-    pixels = torch.stack([small(dataset.load(i)) for i in range(5)]).flatten(1).float()
-    expected = pixels / pixels.norm(dim=1, keepdim=True)
-    features = pixel_features(dataset, small, 16, CPU, batch_size=2)
-    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+def test_pixels_as_features():
+    pixels = torch.rand(5, 3, 40, 40, dtype=torch.float64)
+    images = normalise((pixels * 255).round().byte())
+    expected = F.normalize(F.adaptive_avg_pool2d((pixels * 255).round() / 255, 32).flatten(1))
+    torch.testing.assert_close(unit_pixels(images), expected.float(), rtol=1e-4, atol=1e-5)
 
 
-def extracted(folder, jobs):
-    """For each (batch size, cache): this process's features, and the number of images it used."""
-    dataset, results = open_dataset(folder), []
-    for batch_size, cache in jobs:
-        used = []
+def extracted(folder, batch_sizes, broken=(), share=0.01):
+    """For each batch size: this process's features; what is left of the set; the error or None."""
+    results = []
+    for batch_size in batch_sizes:
+        dataset = open_dataset(folder)
+        load = dataset.load
 
-        def forward(images):
-            used.append(len(images))
-            return sums(images)
+        def broken_load(i, patient=False):
+            if dataset.name_of(i) in broken:
+                raise UnreadableImage("made so")
+            return load(i, patient)
 
-        rows = extract(forward, dataset, small, 19, CPU, batch_size, cache=cache)
-        results.append((rows, sum(used)))
+        dataset.load = broken_load
+        try:
+            rows, error = extract(sums, dataset, small, 19, CPU, batch_size,
+                                  unreadable_share=share), None
+        except UserError as caught:
+            rows, error = None, str(caught)
+        names = [dataset.name_of(i) for i in range(len(dataset))]
+        results.append((rows, names, dataset.left_out, error))
     return results
 
 
 @pytest.mark.parametrize("W", [1, 2])
 def test_every_row_once_in_order(tmp_path, W):
-    folder, cache = picture_folder(tmp_path / "images", 13), str(tmp_path / "cache" / "x.npy")
-    expected = expected_rows(folder)
-    jobs = [(3, None), (4, cache), (5, cache), (100, None)]
-    ranks = run_processes(extracted, W, folder, jobs) if W > 1 else [extracted(folder, jobs)]
-    for job in range(4):
-        assert_rows(torch.cat([results[job][0] for results in ranks]), expected)
-    # The cache is written by the first job that names it, and read by the second.
-    assert [sum(results[job][1] for results in ranks) for job in range(4)] == [13, 13, 0, 13]
-    assert os.listdir(tmp_path / "cache") == ["x.npy"]
-    ((again, used),) = extracted(folder, [(6, cache)])  # one process reads what any W wrote
-    assert used == 0
-    assert_rows(again, expected)
-    assert np.load(cache).shape == (13, 19) and np.load(cache).dtype == np.float32
-
-
-def test_two_processes_read_what_one_wrote(tmp_path):
-    folder, cache = picture_folder(tmp_path / "images", 13), str(tmp_path / "x.npy")
-    ((whole, _),) = extracted(folder, [(4, cache)])
-    parts = run_processes(extracted, 2, folder, [(4, cache)])
-    assert [used for ((_, used),) in parts] == [0, 0]
-    assert torch.equal(torch.cat([rows for ((rows, _),) in parts]), whole)
+    folder = picture_folder(tmp_path, 13)
+    ranks = run_processes(extracted, W, folder, [3, 5, 100])
+    for results in zip(*ranks):
+        assert_rows(torch.cat([rows for rows, *_ in results]), expected_rows(folder))
 
 
 def test_more_processes_than_images(tmp_path):
-    folder, cache = picture_folder(tmp_path / "images", 2), str(tmp_path / "x.npy")
-    for job in zip(*run_processes(extracted, 3, folder, [(4, cache), (4, cache), (4, None)])):
-        assert_rows(torch.cat([rows for rows, _ in job]), expected_rows(folder))
-        assert sorted(len(rows) for rows, _ in job) == [0, 1, 1]
+    folder = picture_folder(tmp_path, 2)
+    ranks = run_processes(extracted, 3, folder, [4])
+    rows = [result[0][0] for result in ranks]
+    assert_rows(torch.cat(rows), expected_rows(folder))
+    assert sorted(map(len, rows)) == [0, 1, 1]
 
 
-def test_chosen_images_only(tmp_path):
-    folder = picture_folder(tmp_path, 9)
-    images = torch.tensor([7, 2, 2, 5])
-    rows = extract(sums, open_dataset(folder), small, 19, CPU, 3, images=images)
-    assert_rows(rows, expected_rows(folder)[images])
+@pytest.mark.parametrize("W", [1, 2, 4])
+def test_images_that_cannot_be_read_leave_the_set_on_every_process(tmp_path, W):
+    folder = picture_folder(tmp_path, 40)
+    broken = {"000.png", "001.png", "002.png", "003.png", "017.png"}
+    ranks = run_processes(extracted, W, folder, [3, 100], broken, 0.125)
+    kept = [i for i in range(40) if f"{i:03}.png" not in broken]
+    for results in zip(*ranks):
+        assert_rows(torch.cat([rows for rows, *_ in results]), expected_rows(folder)[kept])
+        sizes = [len(rows) for rows, *_ in results]
+        assert max(sizes) - min(sizes) <= 1  # the shards of what is left
+        for _, names, left_out, _ in results:
+            assert names == [f"{i:03}.png" for i in kept]
+            assert left_out == dict.fromkeys(broken, "made so")
 
 
-def test_unreadable_images(tmp_path):
-    """Up to 1% are stood in for, and then nothing is kept; above that it is an error."""
-    folder, cache = picture_folder(tmp_path / "images", 150), str(tmp_path / "cache.npy")
-    (tmp_path / "images" / "007.png").write_bytes(b"")
-    with pytest.warns(UserWarning, match="007.png"):
-        rows = extract(sums, open_dataset(folder), small, 19, CPU, cache=cache)
-    assert len(rows) == 150 and rows.isfinite().all()
-    assert not os.path.exists(cache)
-    (tmp_path / "images" / "009.png").write_bytes(b"")
-    words = "2 of 150 images in .* cannot be read"
-    with warnings.catch_warnings(), pytest.raises(UserError, match=words):
-        warnings.simplefilter("ignore")
-        extract(sums, open_dataset(folder), small, 19, CPU)
+def test_too_many_unreadable_images_are_an_error_everywhere(tmp_path):
+    folder = picture_folder(tmp_path, 40)
+    ranks = run_processes(extracted, 2, folder, [4], {"030.png"})
+    assert {result[0][3] for result in ranks} == {
+        f"1 of 40 images in {folder} cannot be read, such as '030.png' (made so): repair or remove "
+        "them."}
+    ranks = run_processes(extracted, 2, folder, [4], {"030.png"}, 0)
+    assert {result[0][3] for result in ranks} == {
+        f"{folder}/030.png cannot be read (made so): restore it, and start the same command again."}
 
 
-# --- the cache -----------------------------------------------------------------------------------
+def resharded(counts):
+    start = sum(counts[: distributed.rank()])
+    rows = torch.arange(start, start + counts[distributed.rank()])[:, None].expand(-1, 2)
+    return reshard(rows)
 
 
-def test_other_weights_data_or_transform_have_another_file(tmp_path):
-    network, other = ResNet("narrow", True), ResNet("narrow", True)
-    other.load_state_dict(network.state_dict())
-    assert weights_fingerprint(network) == weights_fingerprint(other)
-    other.bn1.running_mean[3] += 1e-6
-    assert weights_fingerprint(network) != weights_fingerprint(other)
-    parts = [("w", "data", "t"), ("v", "data", "t"), ("w", "data2", "t"), ("w", "data", "t2")]
-    paths = [cache_path(tmp_path, *of) for of in parts]
-    assert len(set(paths)) == 4 and cache_path(tmp_path, "w", "data", "t") == paths[0]
-    assert {os.path.dirname(path) for path in paths} == {str(tmp_path)}
+@pytest.mark.parametrize("counts", [(9,), (0, 7), (5, 0, 1, 1), (2, 3, 2, 3)])
+def test_rows_are_dealt_anew(counts):
+    parts = run_processes(resharded, len(counts), counts)
+    assert torch.cat(parts)[:, 1].tolist() == list(range(sum(counts)))
+    sizes = list(map(len, parts))
+    assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("keep", [0, 40, -4])
-def test_damaged_cache(tmp_path, keep):
-    """Empty, cut off in the header, and cut off in the last number."""
-    folder, cache = picture_folder(tmp_path / "images", 3), str(tmp_path / "x.npy")
-    extracted(folder, [(4, cache)])
-    os.truncate(cache, keep if keep >= 0 else os.path.getsize(cache) + keep)
-    with pytest.raises(UserError, match="x.npy is damaged; delete it"):
-        extracted(folder, [(4, cache)])
-
-
-def test_cache_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    folder = picture_folder(tmp_path / "images", 3)
-    with pytest.raises(UserError, match=f"--features-cache {tmp_path}/file: .*choose another"):
-        extracted(folder, [(4, str(tmp_path / "file" / "x.npy"))])
-
-
-def test_a_kill_while_writing_leaves_no_cache(tmp_path, monkeypatch):
-    folder, cache = picture_folder(tmp_path / "images", 13), str(tmp_path / "x.npy")
-
-    def killed():
-        monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
-        extracted(folder, [(4, cache)])
-
-    child = multiprocessing.get_context("fork").Process(target=killed)
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL and not os.path.exists(cache)
-    assert glob.glob(cache + ".*.partial")  # it was in the middle
-    for used in (13, 0):
-        ((rows, number),) = extracted(folder, [(4, cache)])
-        assert_rows(rows, expected_rows(folder))
-        assert number == used
-    assert os.path.exists(cache)
-
-
-def test_two_runs_write_the_same_cache(tmp_path, monkeypatch):
-    """The second begins while the first is in the middle. Neither disturbs the other."""
-    folder, cache = picture_folder(tmp_path / "images", 13), str(tmp_path / "x.npy")
-    other, fsync = [], os.fsync
-
-    def second(file):
-        if not other:
-            other.append(True)
-            extracted(folder, [(4, cache)])
-            os.remove(cache)
-        fsync(file)
-
-    monkeypatch.setattr(os, "fsync", second)
-    extracted(folder, [(4, cache)])
-    assert other and sorted(os.listdir(tmp_path)) == ["images", "x.npy"]
-    assert_rows(torch.from_numpy(np.load(cache)), expected_rows(folder))
-
-
-def stopped(folder, cache):
+def stopped(folder):
     """What extraction says if process 1 fails in its first batch."""
     def forward(images):
         if distributed.rank() == 1:
@@ -208,20 +145,18 @@ def stopped(folder, cache):
         return sums(images)
 
     try:
-        extract(forward, open_dataset(folder), small, 19, CPU, 2, cache=cache)
+        extract(forward, open_dataset(folder), small, 19, CPU, 2)
     except UserError as error:
         return str(error)
 
 
-def test_an_error_on_one_process_stops_all_and_leaves_no_files(tmp_path):
-    folder = picture_folder(tmp_path / "images", 9)
-    messages = run_processes(stopped, 2, folder, str(tmp_path / "x.npy"), timeout=120)
+def test_an_error_on_one_process_stops_all(tmp_path):
+    messages = run_processes(stopped, 2, picture_folder(tmp_path, 9), timeout=120)
     assert messages == ["process 1 cannot go on."] * 2
-    assert os.listdir(tmp_path) == ["images"]
 
 
-def test_a_signal_stops_between_two_batches_and_leaves_no_files(tmp_path, monkeypatch):
-    folder, used = picture_folder(tmp_path / "images", 9), []
+def test_a_signal_stops_between_two_batches(tmp_path, monkeypatch):
+    used = []
 
     def forward(images):
         used.append(len(images))
@@ -229,8 +164,11 @@ def test_a_signal_stops_between_two_batches_and_leaves_no_files(tmp_path, monkey
 
     monkeypatch.setattr("odc.runtime.launch.signal_is_pending", lambda: len(used) == 2)
     with pytest.raises(Interrupted):
-        extract(forward, open_dataset(folder), small, 19, CPU, 2, cache=str(tmp_path / "x.npy"))
-    assert used == [2, 2] and os.listdir(tmp_path) == ["images"]
+        extract(forward, open_dataset(picture_folder(tmp_path, 9)), small, 19, CPU, 2)
+    assert used == [2, 2]
+
+
+# --- rows of all processes in one file -----------------------------------------------------------
 
 
 def written_on_a_full_disk(path, full_rank):
@@ -257,7 +195,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_files(tmp_path, W, full_rank)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_cache_is_never_replaced_by_half_of_another(tmp_path):
+def test_a_file_is_never_replaced_by_half_of_another(tmp_path):
     """Where writing fails, the file that was there stays as it was."""
     path = str(tmp_path / "x.npy")
     save_rows(path, torch.zeros(5, 3), 5, "--output here")

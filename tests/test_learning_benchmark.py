@@ -15,7 +15,7 @@ from odc.evaluation import metrics
 from tests.benchmarks.learning import __main__ as learning
 from tests.benchmarks.learning import data, methods, scores
 
-SMALL = "--num-clusters 6 --min-cluster-size 3 --batch-size 16 --feature-dim 16"
+SMALL = "--num-clusters 6 --min-cluster-size 3 --batch-size 16"
 
 
 @pytest.fixture
@@ -86,16 +86,6 @@ def test_a_table_from_end_to_end_and_its_rows_are_not_made_again(folder, tmp_pat
     assert again in shown and "| ODC's initial k-means |" in again
     with pytest.raises(SystemExit, match="other --images"):
         learning.main([*arguments, "--images", "90"])
-
-
-def test_alternating_clusters_get_the_epochs_of_equal_time(tmp_path):
-    rows = learning.Rows(tmp_path / "rows.jsonl")
-    key, cpu = dict(data="glyphs", seed=0), torch.device("cpu")
-    assert learning.epochs_of_equal_time(rows, key, 20, cpu) is None
-    rows.add(dict(key, method="online", processor_minutes=100.0))
-    rows.add(dict(key, method="alternating", processor_minutes=125.0))
-    assert learning.epochs_of_equal_time(rows, key, 20, cpu) == 16
-    assert learning.epochs_of_equal_time(rows, dict(key, seed=1), 20, cpu) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lightly") is None, reason="lightly is not installed")

@@ -1,9 +1,7 @@
 """Options of train.py around the method: accuracy while training, ablations, TensorBoard."""
 
-import importlib.util
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +14,7 @@ from odc.memory import ODCMemory
 from odc.model import ResNet
 from odc.runtime import checkpoint
 from tests.runs import (
-    SMALL, assert_equal_state, assert_one_sentence, assert_same_run, log_of, run_main, state_of)
+    SMALL, assert_equal_state, assert_same_run, log_of, run_main, state_of)
 
 # --- accuracy while training ---------------------------------------------------------------------
 
@@ -44,9 +42,8 @@ def accuracy_by_voting(bank, bank_labels, queries, query_labels):
     return hits / len(queries)
 
 
-def test_every_tenth_image_is_held_out_without_a_val_split(folder, finished, tmp_path, capsys):
-    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2",
-                    "--knn-interval", "1") == 0
+def test_every_tenth_image_is_held_out_without_a_val_split(folder, tmp_path, capsys):
+    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2") == 0
     records = [record for record in log_of(tmp_path) if "knn_accuracy" in record]
     assert [record["epoch"] for record in records] == [0, 1, 2]
     out = capsys.readouterr().out
@@ -57,9 +54,6 @@ def test_every_tenth_image_is_held_out_without_a_val_split(folder, finished, tmp
     expected = accuracy_by_voting(features[~held_out], dataset.labels[~held_out],
                                   features[held_out], dataset.labels[held_out])
     assert records[-1]["knn_accuracy"] == pytest.approx(expected, abs=1e-9)
-    # To look changes nothing.
-    for name in ("backbone", "neck", "head", "memory", "optimizer"):
-        assert_equal_state(state[name], state_of(finished)[name])
 
 
 def link_split(folder, target, wanted):
@@ -74,9 +68,9 @@ def test_the_val_split_is_held_out_if_there_is_one(folder, tmp_path):
     link_split(folder, tmp_path / "data" / "val", lambda number: number % 3 == 0)
     output = tmp_path / "out"
     arguments = ["--data", tmp_path / "data", "--output", output, *SMALL]
-    assert run_main(*arguments, "--epochs", "3", "--knn-interval", "2") == 0
-    assert [record["epoch"] for record in log_of(output) if "knn_accuracy" in record] == [0, 2]
-    state = checkpoint.load(output / "checkpoint.pth")
+    assert run_main(*arguments, "--epochs", "2") == 0
+    assert [record["epoch"] for record in log_of(output) if "knn_accuracy" in record] == [0, 1, 2]
+    state = checkpoint.read_dict(output / "checkpoint.pth")
     sets = [open_dataset(str(tmp_path / "data"), split) for split in ("train", "val")]
     backbone = ResNet("narrow", small_stem=True)
     backbone.load_state_dict(state["backbone"])
@@ -85,13 +79,6 @@ def test_the_val_split_is_held_out_if_there_is_one(folder, tmp_path):
     (bank, queries) = (pooled_features(state, dataset) for dataset in sets)
     expected = accuracy_by_voting(bank, sets[0].labels, queries, sets[1].labels)
     assert accuracy == pytest.approx(expected, abs=1e-9)
-
-
-def test_accuracy_needs_labels(folder, tmp_path, capsys):
-    link_split(folder, tmp_path / "data", lambda number: number < 50)  # one class: no labels
-    code = run_main("--data", tmp_path / "data", "--output", tmp_path / "out", *SMALL,
-                    "--knn-interval", "5")
-    assert_one_sentence(capsys, code, "--knn-interval 5", "no labels")
 
 
 # --- ablations -----------------------------------------------------------------------------------
@@ -118,8 +105,7 @@ def test_a_run_without_handling_small_clusters(folder, tmp_path):
     assert all(record["splits"] == 0 for record in steps) and steps[-1]["smallest"] < 2
 
 
-RECLUSTER = ["--recluster-interval", "2", "--offline-epochs", "5", "--save-interval", "1",
-             "--checkpoint-interval", "3"]
+RECLUSTER = ["--recluster-interval", "2", "--offline-epochs", "5", "--checkpoint-interval", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +117,6 @@ def alternating(folder, tmp_path_factory):
 
 
 def test_labels_stay_between_two_clusterings(alternating):
-    labels = [np.load(alternating / f"labels_epoch_{epoch}.npy") for epoch in range(1, 6)]
-    assert (labels[0] == labels[1]).all() and (labels[2] == labels[3]).all()
-    assert (labels[1] != labels[2]).any() and (labels[3] != labels[4]).any()
     records = log_of(alternating)
     assert all(r["change_ratio"] == 0 and r["splits"] == 0 for r in records if "loss" in r)
     before = [r["nmi_previous"] for r in records if "nmi_previous" in r]
@@ -142,7 +125,6 @@ def test_labels_stay_between_two_clusterings(alternating):
     assert [r["epoch"] for r in records if "nmi" in r] == [0, 1, 2, 3, 4, 5, 5]
     # The memory holds the features that k-means saw before epoch 5, not moved by its steps.
     memory = state_of(alternating)["memory"]
-    assert memory["labels"].tolist() == labels[4].tolist()
     for k in range(8):
         mean = memory["features"][memory["labels"] == k].mean(0)
         assert torch.allclose(memory["centroids"][k], mean, atol=1e-6)
@@ -152,7 +134,7 @@ def test_labels_stay_between_two_clusterings(alternating):
 def test_re_clustering_resumes_as_the_same_run(folder, alternating, tmp_path, monkeypatch, crash):
     """K-means comes after steps 20 and 40. The run continues from steps 18, 24 and 39."""
     arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "5", *RECLUSTER]
-    check_step, end_epoch = train.check_step, train.end_epoch
+    check_step, measure = train.check_step, train.measure
 
     def crash_within(args, progress, *rest):
         if progress.global_step == crash and progress.step:
@@ -162,11 +144,11 @@ def test_re_clustering_resumes_as_the_same_run(folder, alternating, tmp_path, mo
     def crash_at_the_end(args, state, *rest):
         if state.progress.global_step == crash:
             raise UserError("stopped here.")
-        end_epoch(args, state, *rest)
+        measure(args, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "check_step", crash_within)
-        patch.setattr(train, "end_epoch", crash_at_the_end)
+        patch.setattr(train, "measure", crash_at_the_end)
         assert run_main(*arguments) == 2
     assert run_main(*arguments) == 0
     assert_same_run(alternating, tmp_path)
@@ -188,12 +170,6 @@ def test_a_crash_right_after_a_clustering(folder, alternating, tmp_path, monkeyp
     assert_same_run(alternating, tmp_path)
 
 
-def test_an_online_run_does_not_continue_as_another_method(folder, finished, capsys):
-    code = run_main("--data", folder, "--output", finished, *SMALL, "--epochs", "3",
-                    "--recluster-interval", "1")
-    assert_one_sentence(capsys, code, "--recluster-interval 0", "1")
-
-
 # --- what else a run writes ----------------------------------------------------------------------
 
 
@@ -210,18 +186,3 @@ def test_tensorboard_holds_the_log(folder, tmp_path):
         assert [step for step, _ in shown] == [step for step, _ in logged]
         values = [value for _, value in logged]
         assert [value for _, value in shown] == pytest.approx(values, rel=1e-5)
-
-
-def test_tensorboard_that_is_not_installed(folder, tmp_path, monkeypatch, capsys):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec",
-                        lambda name: None if name == "tensorboard" else find_spec(name))
-    code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--tensorboard")
-    assert_one_sentence(capsys, code, "--tensorboard", "pip install tensorboard")
-
-
-def test_intervals_may_change_when_a_run_continues(folder, tmp_path):
-    output = ["--data", folder, "--output", tmp_path, *SMALL]
-    assert run_main(*output, "--epochs", "1") == 0
-    assert run_main(*output, "--epochs", "2", "--knn-interval", "1", "--gallery-interval", "1") == 0
-    assert [record["epoch"] for record in log_of(tmp_path) if "knn_accuracy" in record] == [2]

@@ -14,8 +14,8 @@ CPU = torch.device("cpu")
 
 def chosen(arguments, dataset, saved=None, device=CPU):
     """The settings of train.py with these arguments and these images."""
-    args, given = settings.parse(arguments)
-    settings.follow_data(args, given, dataset, saved, device)
+    args = settings.parse(arguments)
+    settings.resolve_defaults(args, dataset, saved, device)
     return args
 
 
@@ -30,7 +30,6 @@ def test_a_small_set_has_its_own_settings():
     assert (args.num_clusters, args.min_cluster_size) == (150, 5)  # 40 images a cluster
     assert (args.arch, args.image_size, args.batch_size) == ("narrow", 28, 64)
     assert (args.lr_schedule, args.initial, args.recluster_interval) == ("cosine", "pixels", 10)
-    assert args.knn_interval == 0  # no labels
 
 
 @pytest.mark.parametrize("num_images, num_clusters, epochs", [
@@ -58,21 +57,24 @@ def test_what_is_given_wins(capsys):
     assert (args.num_clusters, args.lr_schedule, args.jitter) == (7, "step", [0, 0, 0, 0])
     assert args.initial == "pixels"
     told = capsys.readouterr().out
-    assert "--initial pixels" in told and "--num-clusters" not in told and "--jitter" not in told
+    assert "preset small, but --jitter 0.0 0.0 0.0 0.0 --num-clusters 7 --lr-schedule step" in told
 
 
-@pytest.mark.parametrize("arguments, num_images", [(["--recipe"], 6000), ([], 200_000)])
-def test_the_published_settings(arguments, num_images, capsys):
-    args = vars(chosen(["--data", "somewhere", *arguments], made_up(num_images)))
-    published = vars(settings.make_parser().parse_args([]))
-    differ = {name for name in args if args[name] != published[name]}
-    assert differ <= {"data", "recipe", "workers"} and not capsys.readouterr().out
+@pytest.mark.parametrize("arguments, num_images, preset", [
+    (["--data", "somewhere", "--preset", "recipe"], 6000, "recipe"),
+    (["--data", "somewhere"], 200_000, "recipe"), ([], 5000, "demo")])
+def test_which_preset_applies_when(arguments, num_images, preset, capsys):
+    args = vars(chosen(arguments, made_up(num_images)))
+    assert args.items() >= (settings.PRESETS[preset] | {"preset": preset}).items()
+    assert f"{num_images:,} images, preset {preset}\n" in capsys.readouterr().out
 
 
-def test_the_demonstration_has_its_own():
-    args, given = settings.parse([])
-    settings.follow_data(args, given, open_dataset("shapes"), None, CPU)
-    assert all(getattr(args, name) == value for name, value in settings.DEMO.items())
+def test_help_shows_the_three_values_of_each_setting(capsys):
+    with pytest.raises(SystemExit):
+        settings.parse(["--help"])
+    text = capsys.readouterr().out
+    assert "(224 | - | 32)" in text and "(step | cosine | step)" in text
+    assert max(map(len, text.splitlines())) <= 80 and len(text.splitlines()) <= 100
 
 
 def test_a_run_continues_with_its_settings():
@@ -101,8 +103,9 @@ HYBRID = ["--initial", "pixels", "--recluster-interval", "1", "--offline-epochs"
           "--lr-schedule", "cosine", "--memory-momentum", "0.1", "--epochs", "3"]
 
 
-def test_a_run_as_small_sets_have_it(folder, tmp_path, capsys):
+def test_a_run_as_small_sets_have_it(folder, tmp_path, monkeypatch, capsys):
     """Labels stay in the first epoch, move in each step afterwards; lr falls from lr to about 0."""
+    monkeypatch.setattr("train.LOG_INTERVAL", 1)
     assert run_main("--data", folder, "--output", tmp_path, *SMALL, *HYBRID) == 0
     steps = [record for record in log_of(tmp_path) if "loss" in record]
     changes = [record["change_ratio"] for record in steps]

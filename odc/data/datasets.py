@@ -7,21 +7,18 @@
     meta/train.txt, meta/val.txt        ImageNet with lists: a path (and a label) in each line
     cifar-10-batches-py, cifar-100-python, stl10_binary, FashionMNIST/raw
                                         the files of torchvision's data sets; val is their test
-    train/, val/ (validation/, test/)   class folders, or images without labels
-    any other folder                    images; CLASS/IMAGE gives labels
+    train/, val/, or any other folder   images; CLASS/IMAGE gives labels: see folders.py
 
 `LAYOUTS` has a function of a folder and a split for each. It returns an ImageSet, and raises
 UserError for files that are damaged or missing.
 """
 
-import collections
 import contextlib
 import functools
+import glob
 import gzip
 import json
 import os
-import re
-import zlib
 
 import numpy as np
 import torch
@@ -29,24 +26,21 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from odc import distributed
 from odc.data import shapes
+from odc.data.folders import EXTENSIONS, image_folders
 from odc.data.images import ImageSet, Names
 from odc.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
-              ".ppm", ".pgm", ".pbm")
-# Images in formats that are not read: HEIC, AVIF and the raw files of cameras.
-PASSED_OVER = (".heic", ".heif", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf",
-               ".rw2", ".pef", ".srw", ".raw")
-VAL_FOLDERS = ("val", "validation", "test")
 VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
                "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep",
                "sofa", "train", "tvmonitor"]
 
 
-def open_dataset(data, split="train", background=None):
+def open_dataset(data, split="train", exclude=()):
     """Open one split of a data set. No image is read, but for the small ones of CIFAR etc.
 
-    data: a folder, or the word "shapes". split: "train" or "val". background: see ImageSet.
+    data: a folder, or the word "shapes". split: "train" or "val". exclude: absolute paths of
+    folders that are not walked, such as --output. For train, process 0 prints in one line what is
+    read and what is passed over, where people may expect something else.
     Returns an `ImageSet`. Raises UserError if the path or this split is missing, empty or damaged.
     """
     if data == "shapes":
@@ -60,9 +54,11 @@ def open_dataset(data, split="train", background=None):
     places = ((layout, os.path.join(root, place) if place else root, marks)
               for layout, places, marks in LAYOUTS for place in places)
     try:
-        opened = next(layout(folder, split) for layout, folder, marks in places
-                      if any(_is_there(os.path.join(folder, mark.format(s)))
-                             for mark in marks for s in ("train", "val")))
+        opened = next((layout(folder, split) for layout, folder, marks in places
+                       if any(os.path.isfile(os.path.join(folder, mark.format(s)))
+                              for mark in marks for s in ("train", "val"))), None)
+        if opened is None:
+            opened = image_folders(root, split, exclude)
     except OSError as error:
         raise UserError(f"{error.filename or root}: {error.strerror or error}; "
                         "--data must be readable.") from None
@@ -76,19 +72,13 @@ def open_dataset(data, split="train", background=None):
         if labels.min() < 0 or labels.max() >= len(opened.classes):
             raise UserError(f"{opened.root}: the {split} split has labels outside of its "
                             f"{len(opened.classes)} classes; download the files again.")
-    opened.background = background
     return opened
-
-
-def _is_there(path):
-    """True for a file, and for a folder if the path ends with a slash."""
-    return os.path.isdir(path) if path.endswith("/") else os.path.isfile(path)
 
 
 def check_same_images(*image_sets):
     """Raise UserError if the processes do not all have the same images and labels. A collective."""
     for images in image_sets:
-        if not distributed.same_everywhere((len(images), images.labelled_fingerprint)):
+        if not distributed.same_everywhere((len(images), images.fingerprint)):
             raise UserError(f"{images.root}: the processes see different images or labels there; "
                             "give all machines the same files.")
 
@@ -158,6 +148,10 @@ def voc07(folder, split):
     if missing := {f"{name}.jpg" for name in ids} - set(os.listdir(images)):
         raise UserError(f"{os.path.join(images, min(missing))} does not exist, though {stem}.txt "
                         f"names it ({len(missing)} of {len(ids)} are missing): unpack them there.")
+    others = glob.glob(os.path.join(glob.escape(folder), os.pardir, "VOC20[01][0-9]"))
+    if split == "train" and (others := {os.path.basename(path) for path in others} - {"VOC2007"}):
+        distributed.print_main(f"{folder}: this folder alone is read, not "
+                               f"{', '.join(sorted(others))} beside it.")
     targets = torch.empty(len(ids), len(VOC_CLASSES), dtype=torch.int8)
     for k, name in enumerate(VOC_CLASSES):
         target_of = dict(words for words in rows(f"{name}_{stem}") if len(words) == 2)
@@ -207,7 +201,8 @@ def stl10(folder, split):
     if stem != "unlabeled":
         labels = np.fromfile(_required(split, folder, f"{stem}_y.bin"), np.uint8)
         opened.labels = torch.from_numpy(labels).long() - 1  # they are 1..10 in the file
-        with open(_required(split, folder, "class_names.txt")) as file:
+        path = _required(split, folder, "class_names.txt")
+        with _whole(path), open(path, encoding="utf-8") as file:
             opened.classes = file.read().split()
     return opened
 
@@ -235,91 +230,6 @@ def _read_idx(path, dimensions, split):
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
-# --- folders of images ---------------------------------------------------------------------------
-
-def image_folders(root, split):
-    there = [name for name in ("train", *VAL_FOLDERS) if os.path.isdir(os.path.join(root, name))]
-    if not there and split == "train":
-        return _image_folder(root, split)
-    folder = next((name for name in there if (name == "train") == (split == "train")), None)
-    if folder is None:
-        missing = (f"the folder {os.path.join(root, split)} is missing" if there else
-                   "give a folder that holds train/ and val/")
-        raise UserError(f"{root} has no {split} split: {missing}.")
-    if there == ["train"] and (others := sorted({*_folders(root)} - {"train"})):
-        distributed.print_main(f"{root}: only the folder train is read, as it is the name of a "
-                               f"split; {len(others)} others, such as {others[0]!r}, are not.")
-    # Both splits number the classes as the train split does.
-    classes = _folders(os.path.join(root, there[0]))
-    return _image_folder(os.path.join(root, folder), split, classes)
-
-
-def _folders(root):
-    """The names of the folders in a folder, sorted, without hidden ones."""
-    with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-
-
-def _image_folder(root, split, classes=None):
-    """All images in a folder and below it, sorted by path.
-
-    classes: names of the folders directly below root whose images share a label. If None, labels
-    are given if every image lies directly in one of several such folders.
-    """
-    images_in = collections.Counter()
-    opened = ImageSet("folder", split, root, Names(_walk(root, images_in)))
-    if passed_over := images_in.pop(None, 0):
-        distributed.print_main(f"{root}: {passed_over} HEIC, AVIF or raw files are passed over; "
-                               "convert them to JPEG.")
-    direct = images_in.pop("")
-    if classes is None:
-        classes = [folder for folder, count in images_in.items() if count > 0]
-        if int((opened.names.block == ord("/")).sum()) != len(opened):  # one in each path?
-            return opened
-    if direct or not images_in or len(classes) < 2:
-        return opened
-    number = {name: k for k, name in enumerate(classes)}
-    for folder, count in images_in.items():
-        if count > 0 and folder not in number:
-            raise UserError(f"{os.path.join(root, folder)} is a class that the train split does "
-                            "not have: rename it or take it away.")
-    labels = np.repeat([number.get(folder, 0) for folder in images_in], list(images_in.values()))
-    opened.labels, opened.classes = torch.from_numpy(labels), classes
-    if all(re.fullmatch(r"n\d{8}", name) for name in classes):  # WordNet ids
-        opened.name = "imagenet"
-    return opened
-
-
-def _walk(root, images_in, below="", parents=()):
-    """Yield the images in root/below and in all folders below it, relative to root and sorted.
-
-    images_in: a Counter. It gets the number of images in and below each folder directly below root,
-    in root itself (""), and of files that are passed over (None). Hidden files are left out. No
-    file is looked at, as millions must be listed fast: a link with an image's name counts as one.
-    """
-    status = os.stat(os.path.join(root, below))
-    identity = (status.st_dev, status.st_ino)
-    if identity in parents:  # a link back to a folder above
-        return
-    images, folders = [], []
-    with os.scandir(os.path.join(root, below)) as entries:
-        for entry in entries:
-            name, path = entry.name.lower(), os.path.join(below, entry.name)
-            is_file = entry.is_file(follow_symlinks=False) or entry.is_symlink()
-            if name.startswith("."):
-                continue
-            elif is_file and name.endswith(EXTENSIONS):
-                images.append(path)
-            elif entry.is_dir():
-                folders.append(path)
-            elif name.endswith(PASSED_OVER):
-                images_in[None] += 1
-    images_in[below.split("/")[0]] += len(images)
-    yield from sorted(images)
-    for folder in sorted(folders):
-        yield from _walk(root, images_in, folder, (*parents, identity))
-
-
 # --- shared by the layouts -----------------------------------------------------------------------
 
 def _required(split, *path):
@@ -331,11 +241,12 @@ def _required(split, *path):
 
 @contextlib.contextmanager
 def _whole(path):
-    """Turn what a reader raises for a damaged file into a sentence."""
+    """Turn whatever a reader raises for a damaged file into a sentence."""
     try:
         yield
-    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, LookupError, TypeError,
-            AttributeError, RecursionError) as error:
+    except Exception as error:
+        if isinstance(error, UserError) or getattr(error, "errno", None):  # of the disk
+            raise
         raise UserError(f"{path} is damaged or incomplete ({type(error).__name__}: {error}); "
                         "download it again.") from None
 
@@ -345,7 +256,8 @@ PLACES_IMAGES = "data/vision/torralba/deeplearning/images256"
 # What opens a layout, the folders below --data where it may lie, the files of which it has one; {}
 # stands for train and val.
 LAYOUTS = (
-    (voc07, ["VOCdevkit/VOC2007", "VOC2007", ""], ["ImageSets/Main/"]),
+    (voc07, ["VOCdevkit/VOC2007", "VOC2007", ""], [
+        "ImageSets/Main/trainval.txt", "ImageSets/Main/test.txt"]),
     (functools.partial(text_list, "places205", PLACES, PLACES_IMAGES), [""], [PLACES]),
     (inaturalist2018, [""], ["{}2018.json"]),
     (functools.partial(text_list, "imagenet", LISTS, "{}"), [""], [LISTS]),
@@ -354,5 +266,4 @@ LAYOUTS = (
     (stl10, ["", "stl10_binary"], ["train_X.bin", "unlabeled_X.bin"]),
     (fashion_mnist, ["", "raw", "FashionMNIST/raw"], [
         f"{s}-images-idx3-ubyte{end}" for s in ("train", "t10k") for end in ("", ".gz")]),
-    (image_folders, [""], [""]),
 )

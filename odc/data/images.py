@@ -17,11 +17,11 @@ from PIL import Image, UnidentifiedImageError
 # Only these decoders are tried, whatever a file is called. Pillow has others that start programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MiB as 24-bit RGB
-DROPPED = "odc: transparency dropped"  # a key of `image.info`
-PAUSES = (0.1, 0.4)  # seconds before a file that could not be read is read again
+PAUSES = (0.1, 0.4)  # seconds before a file that a disk failed to give is read again
+PATIENT_PAUSES = (0.1, 0.4, 1.5, 3, 5)  # the same for a file that was read before in this run
 
 
-class BadImage(Exception):
+class UnreadableImage(Exception):
     """An image that cannot be read; the message is the reason."""
 
 
@@ -69,23 +69,27 @@ class ImageSet:
     labels: torch.Tensor | None = None  # int64 [N]
     classes: list | None = None  # their names
     targets: torch.Tensor | None = None  # for "voc07": int8 [N, classes], 0 is difficult, else +-1
-    background: str | None = None  # "white" or "black", see `read_image`
     taken: np.ndarray | None = None  # int64 [N], where these images lie in the set they are part of
-    # The loader writes {index: reason} of images that cannot be read, and the first image found
-    # whose transparency was dropped.
-    unreadable: dict = field(default_factory=dict)
-    transparent: int | None = None
+    left_out: dict = field(default_factory=dict)  # {name: reason} of images that cannot be read
 
     def __len__(self):
         return len(self.names) if self.pixels is None else len(self.pixels)
 
     def take(self, indices):
-        """The ImageSet of some of these images, without targets."""
+        """The ImageSet of some of these images."""
         return replace(
             self, names=self.names and Names(self.names[i] for i in indices),
             pixels=None if self.pixels is None else self.pixels[indices],
-            labels=None if self.labels is None else self.labels[indices], targets=None,
-            taken=np.asarray(indices), unreadable={}, transparent=None)
+            labels=None if self.labels is None else self.labels[indices],
+            targets=None if self.targets is None else self.targets[indices],
+            taken=np.asarray(indices))
+
+    def leave_out(self, unreadable):
+        """Remove the images with these names, {name: reason}, from this ImageSet."""
+        self.fingerprint  # cached now: it stays that of the set as it was opened
+        kept = self.take([i for i in range(len(self)) if self.name_of(i) not in unreadable])
+        self.names, self.labels, self.targets = kept.names, kept.labels, kept.targets
+        self.left_out = {**self.left_out, **unreadable}
 
     def typical_side(self):
         """The median of the shorter sides of 100 images, in pixels."""
@@ -105,58 +109,41 @@ class ImageSet:
 
     @functools.cached_property
     def fingerprint(self):
-        """16 hexadecimal digits that change with names, order and number, not with the root."""
-        content = [v for v in (self.labels, self.taken) if v is not None]
+        """16 hexadecimal digits that change with names, order, labels and number, not the root."""
+        content = [self.labels, self.targets, self.taken]
         if self.pixels is None:
-            content = [self.names.block, self.names.ends]
+            content += [self.names.block, self.names.ends]
         return digest(f"{self.name} {self.split} {len(self)}".encode(),
-                      *map(np.asarray, content)).hex()
+                      *(b"none" if v is None else np.asarray(v) for v in content)).hex()
 
-    @functools.cached_property
-    def labelled_fingerprint(self):
-        """16 hexadecimal digits that change with labels and targets, too."""
-        values = [b"none" if v is None else v.numpy() for v in (self.labels, self.targets)]
-        return digest(self.fingerprint.encode(), *values).hex()
+    def load(self, i, patient=False):
+        """Image i as an RGB `PIL.Image`. Raises UnreadableImage.
 
-    def content_stamp(self):
-        """63 bits that change with root, background, pixels in memory, and a file's size or time.
+        patient: wait some seconds for a file that cannot be read now, as it could be before.
         """
-        content = self.pixels
-        if content is None:
-            content = np.full((len(self), 2), -1, np.int64)
-            for i in range(len(self)):
-                with contextlib.suppress(OSError):  # not there: the loader will say so
-                    status = os.stat(os.path.join(self.root, self.names[i]))
-                    content[i] = status.st_size, status.st_mtime_ns
-        place = f"{self.background} {os.path.realpath(self.root)}"
-        stamp = digest(os.fsencode(place), np.ascontiguousarray(content))
-        return int.from_bytes(stamp, "little") >> 1
-
-    def load(self, i):
-        """Image i as an RGB `PIL.Image`. Raises BadImage."""
         if self.pixels is not None:
             return Image.fromarray(np.asarray(self.pixels[int(i)])).convert("RGB")
         path = os.path.join(self.root, self.name_of(i))
-        for pause in (*PAUSES, None):
+        for pause in (*(PATIENT_PAUSES if patient else PAUSES), None):
             try:
-                return read_image(path, self.background)
+                return read_image(path)
             except Exception as error:  # for broken files, decoders raise anything
                 # Errors of a disk or a network have a number, those of a decoder have none.
                 number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
                 if isinstance(error, UnidentifiedImageError):
                     reason = "not an image in a known format"
-                if number in (None, errno.ENOENT, errno.EACCES) or pause is None:
+                final = number in (None, errno.ENOENT, errno.EACCES) and not patient
+                if final or pause is None:
                     reason = reason or str(error).replace(repr(path), "it") or type(error).__name__
-                    raise BadImage(reason) from None
+                    raise UnreadableImage(reason) from None
                 time.sleep(pause)
 
 
-def read_image(path, background=None):
+def read_image(path):
     """The first frame of a file as an RGB `PIL.Image`, as torchvision reads it: EXIF is ignored.
 
-    Transparent images are laid on background, "white" or "black"; if it is None, transparency is
-    dropped, and `image.info[DROPPED]` is true. 16-bit gray is scaled to 8 bits, where Pillow alone
-    would clip it to white.
+    Transparent images lie on white, as viewers show them. 16-bit gray is scaled to 8 bits, where
+    Pillow alone would clip it to white.
     """
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for images that are merely odd
@@ -170,12 +157,7 @@ def read_image(path, background=None):
             image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
         if image.mode == "F":
             raise ValueError("pixels are floating-point numbers, of unknown range")
-        transparent = False
         if image.has_transparency_data:
-            layer = image.convert("RGBA")
-            transparent = layer.getchannel("A").getextrema()[0] < 255
-            if transparent and background:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, background), layer)
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        image.info[DROPPED] = transparent and not background
-        return image
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image if image.mode == "RGB" else image.convert("RGB")

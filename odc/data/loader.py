@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,21 +16,20 @@ from typing import NamedTuple
 import torch
 
 from odc.data import augmentation as augment
-from odc.data.images import DROPPED, BadImage, ImageSet, digest
-from odc.distributed import all_gather_uneven_rows, is_first, rank, shard, world_size
+from odc.data.images import ImageSet, UnreadableImage, digest
+from odc.distributed import rank, shard, world_size
 from odc.errors import UserError
 from odc.runtime.launch import SIGNALS, dead_worker, is_dead_worker
 
-TRIES = 100  # so many unreadable images in a row, drawn at random, are not bad luck
 
 
 class Batch(NamedTuple):
-    """B rows of this process."""
+    """B rows of this process, fewer where images are unreadable."""
 
     images: torch.Tensor  # uint8 [B, 3, S, S], cropped and flipped
-    draws: torch.Tensor  # float32 [B, 16], rows of augmentation.Draw; [B, 0] in an evaluation
+    draws: torch.Tensor  # float32 [B, 16], rows of augmentation.Draw; [0, 16] in an evaluation
     indices: torch.Tensor  # int64 [B], the image of each row
-    failed: torch.Tensor  # int64 [B], -1, or the unreadable image for which another one stands in
+    unreadable: dict  # {index: reason} of images that have no row
 
 
 def default_workers(in_memory):
@@ -40,32 +38,6 @@ def default_workers(in_memory):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def gather_unreadable(dataset):
-    """The images that any process has found unreadable so far, as sorted indices. A collective."""
-    own = torch.tensor(sorted(dataset.unreadable), dtype=torch.int64)
-    return sorted(set(all_gather_uneven_rows(own).tolist()))
-
-
-def readable(dataset):
-    """[N] bool: False for the images that any process has found unreadable. A collective."""
-    mask = torch.ones(len(dataset), dtype=torch.bool)
-    mask[gather_unreadable(dataset)] = False
-    return mask
-
-
-def check_unreadable(count, dataset, num_images=None):
-    """Raise UserError if more than 1% of the images cannot be read. A collective.
-
-    count: how many images cannot be read, of num_images (default: all), the same on all processes.
-    """
-    num_images = num_images or len(dataset)
-    if count > 0.01 * num_images:
-        known = gather_unreadable(dataset)
-        example = f", such as {dataset.name_of(known[0])!r}" if known else ""
-        raise UserError(f"{count} of {num_images} images in {dataset.root} cannot be read{example};"
-                        " this is more than 1%: repair or remove them.")
 
 
 def steps_per_epoch(num_images, batch_size):
@@ -78,7 +50,8 @@ def training_batches(dataset, augmentation, image_size, batch_size, seed, epoch,
     """This process's batches of one epoch of pre-training, from first_step on.
 
     The images are drawn with replacement, the same on all processes (the recipe's sampling). In
-    step t, process r has positions t*W*B + r*B up to t*W*B + (r+1)*B of the draw.
+    step t, process r has positions t*W*B + r*B up to t*W*B + (r+1)*B of the draw. All these images
+    have been read before: one that cannot be read now is a UserError.
     """
     global_batch = world_size() * batch_size
     steps = steps_per_epoch(len(dataset), batch_size)
@@ -109,36 +82,40 @@ def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, fi
     ends = [*range(0, steps * global_batch, global_batch), N]
     positions = [range(start, end)[shard(end - start)] for start, end in zip(ends, ends[1:])]
     return BatchLoader(_Batches(dataset, order, positions[first_step:], (seed, epoch), augmentation,
-                                image_size), workers, pin_memory)
+                                image_size), workers, pin_memory, unreadable_limit=0.01 * N / W)
 
 
-def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memory=False):
+def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memory=False,
+                       unreadable_limit=0):
     """Batches of the given rows in order, each once; the last one is as short as need be.
 
     rows: a slice, or int64 indices. transform: an RGB image -> uint8 [3, S, S].
-    An unreadable image keeps its row and index, but shows another image; `failed` tells.
+    unreadable_limit: how many images may be unreadable.
     """
     order = torch.arange(len(dataset))
     indices = order[rows]
     positions = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     return BatchLoader(_Batches(dataset, order, positions, transform=transform), workers,
-                       pin_memory)
+                       pin_memory, unreadable_limit)
 
 
 class BatchLoader(torch.utils.data.DataLoader):
     """An iterable over Batch, made by the functions above; `len()` is the number of steps.
 
-    Iterating raises UserError if a worker has died or nothing can be read.
+    Iterating raises UserError if a worker has died, or if more than unreadable_limit images of this
+    process cannot be read. If that is 0, every image has been read before, and a read is tried
+    again for some seconds.
     """
 
-    def __init__(self, batches, workers, pin_memory):
+    def __init__(self, batches, workers, pin_memory, unreadable_limit=0):
+        self.unreadable_limit, batches.patient = unreadable_limit, unreadable_limit == 0
         # Forked, workers share the names and pixels; started afresh, each would hold its own copy.
         context = "fork" if workers and sys.platform == "linux" else None
         super().__init__(batches, batch_size=None, num_workers=workers, pin_memory=pin_memory,
                          multiprocessing_context=context)
 
     def __iter__(self):
-        images = self.dataset.image_set
+        images, num_unreadable = self.dataset.image_set, 0
         # Workers inherit the blocked signals; the training process gets them, too, and decides.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if self.num_workers else ())
         try:
@@ -147,7 +124,7 @@ class BatchLoader(torch.utils.data.DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while True:
             try:
-                batch, reasons, transparent = next(batches)
+                batch = next(batches)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
@@ -155,21 +132,13 @@ class BatchLoader(torch.utils.data.DataLoader):
                 if isinstance(error, RuntimeError) and not is_dead_worker(error):
                     raise
                 raise dead_worker(error) from None
-            for index in sorted(reasons.keys() - images.unreadable.keys()):
-                images.unreadable[index] = reasons[index]
-                warnings.warn(f"the image {images.name_of(index)!r} cannot be read "
-                              f"({reasons[index]}); another one takes its place.", stacklevel=2)
-            if transparent is not None and images.transparent is None:
-                images.transparent = transparent
-                if is_first(f"transparent {images.root}"):
-                    print(f"{images.root} has transparent images, such as "
-                          f"{images.name_of(transparent)!r}: their transparency is dropped; "
-                          "--background white or black lays them on a colour.", flush=True)
-            if batch is None:
-                index, reason = reasons.popitem()
-                raise UserError(f"{TRIES} images in a row cannot be read, such as "
-                                f"{images.name_of(index)!r} in {images.root} ({reason}): check the "
-                                "disk and --data.")
+            num_unreadable += len(batch.unreadable)
+            if num_unreadable > self.unreadable_limit:
+                index, reason = next(iter(batch.unreadable.items()))
+                path = os.path.join(images.root, images.name_of(index))
+                more = f" and {num_unreadable - 1} others" if num_unreadable > 1 else ""
+                raise UserError(f"{path}{more} cannot be read ({reason}): restore it, and start the "
+                                "same command again.")
             yield batch
 
 
@@ -184,45 +153,31 @@ class _Batches(torch.utils.data.Dataset):
     augmentation: augment.Augmentation | None = None
     image_size: int | None = None
     transform: Callable | None = None  # for an evaluation, instead of the three above
+    patient: bool = False  # see `ImageSet.load`
 
     def __len__(self):
         return len(self.positions)
 
     def __getitem__(self, step):
-        """(Batch, {index: reason} of unreadable images, a transparent image or None).
-
-        The Batch is None if nothing can be read.
-        """
-        rows, reasons, transparent = [], {}, None
+        pixels, draws, indices, unreadable = [], [], [], {}
         for position in map(int, self.positions[step]):
-            wanted = int(self.order[position])
-            image, index = self.load(wanted, position, reasons)
-            if image is None:
-                return None, reasons, None
-            if image.info.get(DROPPED):
-                transparent = index
-            failed = -1 if index == wanted else wanted
-            if self.transform:
-                rows.append((self.transform(image), (), wanted, failed))
-            else:
-                generator = random.Random(_hash("item", self.seeds, position))
-                drawn = augment.draw(self.augmentation, generator, *image.size, self.image_size)
-                pixels = augment.crop_and_flip(image, drawn, self.image_size)
-                rows.append((pixels, drawn, index, failed))
-        pixels, *numbers = zip(*rows)
-        return Batch(torch.stack(pixels), *map(torch.tensor, numbers)), reasons, transparent
-
-    def load(self, index, position, reasons):
-        """An image and its index; instead of an unreadable one, another one drawn at random."""
-        others = None
-        for _ in range(TRIES):
+            index = int(self.order[position])
             try:
-                return self.image_set.load(index), index
-            except BadImage as error:
-                reasons[index] = str(error)
-            others = others or random.Random(_hash("another image", self.seeds, position))
-            index = int(others.random() * len(self.image_set))
-        return None, index
+                image = self.image_set.load(index, self.patient)
+            except UnreadableImage as error:
+                unreadable[index] = str(error)
+                continue
+            indices.append(index)
+            if self.transform:
+                pixels.append(self.transform(image))
+                continue
+            generator = random.Random(_hash("item", self.seeds, position))
+            draws.append(augment.draw_parameters(self.augmentation, generator, *image.size,
+                                                 self.image_size))
+            pixels.append(augment.crop_and_flip(image, draws[-1], self.image_size))
+        pixels = torch.stack(pixels) if pixels else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        draws = torch.tensor(draws) if draws else torch.empty(0, len(augment.Draw._fields))
+        return Batch(pixels, draws, torch.tensor(indices, dtype=torch.int64), unreadable)
 
 
 def _hash(*words):

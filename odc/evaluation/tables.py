@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from odc.distributed import is_main, print_main, raise_everywhere
 from odc.runtime.checkpoint import write_atomically
 
+RESULT_START = b'{\n  "script": "eval_'  # how every file of `write_json` begins
 FIVE_MAPS = ("Feature1", "Feature2", "Feature3", "Feature4", "Feature5")
 
 

@@ -1,5 +1,6 @@
 """The curves of a run: its log.jsonl as inline SVG charts."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -26,9 +27,10 @@ POINTS = 400  # a longer curve is drawn as the means of so many parts
 
 
 def read_log(path):
-    """The records of a log.jsonl, a list of dicts, without a last line that is still being written.
+    """The records of a log.jsonl, a list of {name: number}. Raises UserError if it is missing.
 
-    Raises UserError if there is no such file or it holds something else.
+    Values that are no numbers are left out, and so are lines that are no records: a log is a text
+    file that anyone may have edited, and its last line may be half written.
     """
     try:
         lines = Path(path).read_text("utf-8", errors="replace").splitlines()
@@ -36,20 +38,16 @@ def read_log(path):
         raise UserError(f"{path}: {error.strerror}; give the folder that train.py wrote, with its "
                         "log.jsonl.") from None
     records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            record["step"] + 0
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines) and records:
-                break
-            raise UserError(f"{path}: line {number} is not a record of train.py; give the folder "
-                            "that it wrote.") from None
-        records.append(record)
+    for line in lines:
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            record = {name: value for name, value in json.loads(line).items()
+                      if type(value) in (int, float) and abs(value) < 1e15}  # nor a NaN
+            if all(type(record.get(name)) is int for name in ("epoch", "step")):
+                records.append(record)
     return records
 
 
-def charts(records):
+def draw_charts(records):
     """An <svg> element for each of CHARTS that the records have values for, as one text."""
     drawn, until = [], max([1, *(record["step"] for record in records)])
     for heading, names in CHARTS.items():
@@ -57,18 +55,18 @@ def charts(records):
                   for name, legend in names.items()}
         series = {legend: thin(points) for legend, points in series.items() if points}
         if series:
-            drawn.append(chart(heading, series, until, heading == LOGARITHMIC))
+            drawn.append(draw_chart(heading, series, until, heading == LOGARITHMIC))
     return "\n".join(drawn)
 
 
-def chart(heading, series, until, logarithmic):
+def draw_chart(heading, series, until, logarithmic):
     """One <svg> element. series: {legend: [(step, value), ...]}. until: last step on the axis."""
     values = [value for points in series.values() for _, value in points]
     if logarithmic:  # what is below 1 counts as 1
         lowest, highest = (math.floor(math.log10(max(v, 1))) for v in (min(values), max(values)))
         marks = [10**k for k in range(lowest, highest + 2)]
     else:
-        marks = ticks(min(0, *values), max(values), 4)
+        marks = ticks(min(0, *values), max(0, *values), 4)
 
     def scale(value):
         return math.log10(max(value, 1)) if logarithmic else value
@@ -102,7 +100,7 @@ def chart(heading, series, until, logarithmic):
 
 def ticks(low, high, count):
     """About `count` round numbers, the first at or below low, the last at or above high."""
-    span = (high - low) or abs(high) or 1
+    span = high - low if high - low > 1e-12 else 1
     power = 10 ** math.floor(math.log10(span / count))
     step = next(m * power for m in (1, 2, 5, 10) if m * power * count >= span * 0.999)
     first = math.floor(low / step + 1e-9)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 
 import odc
 from odc.errors import UserError
@@ -36,6 +37,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+def path(text):
+    """An argparse type: a path, absolute and without ~. The words shapes and random stay words."""
+    return text if text in ("shapes", "random") else os.path.abspath(os.path.expanduser(text))
+
+
 def whole(minimum, maximum=2**31 - 1):
     """An argparse type: an int from minimum to maximum."""
     return _type(int, lambda x: minimum <= x <= maximum,
@@ -57,3 +63,25 @@ def _type(kind, is_allowed, what):
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
     return parse
+
+
+def check_output(option, file, start, inputs=()):
+    """Raise UserError for an output file that could not be written after the work, or that is not
+    this program's to overwrite.
+
+    start: bytes with which this output begins. A file that is there must be empty or begin alike,
+    and must not be one of the inputs.
+    """
+    problem, real = None, os.path.realpath(file)
+    if not os.access(os.path.dirname(real), os.W_OK):
+        problem = "its folder is missing or not writable"
+    elif os.path.exists(file) and not os.path.isfile(file):
+        problem = "it is no file"
+    elif os.path.exists(file):
+        with open(file, "rb") as there:
+            if there.read(len(start)) not in (b"", start):
+                problem = "this file is not a result of this program, and would be overwritten"
+    if real in map(os.path.realpath, inputs):
+        problem = "it is read, or written by another argument"
+    if problem:
+        raise UserError(f"{option} {file}: {problem}; choose another name.")

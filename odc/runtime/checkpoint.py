@@ -1,9 +1,9 @@
 """Files that are either whole or not there, and checkpoints made of them.
 
 A checkpoint of a run is a file with everything but the features memory, and a folder `memory`
-beside it, into which every process writes its own rows of the features. The rows of a save get new
-names. The file that names them is replaced last. So a kill at any moment leaves the old checkpoint
-or the new one, and no process ever holds more than its own rows.
+beside it, into which every process writes its own rows of the features. The saves write to the
+names a-*.pth and b-*.pth in turn, and the file that names them is replaced last. So a kill at any
+moment leaves the old checkpoint or the new one, and no process ever holds more than its own rows.
 
 All files are torch.save's zip archives, whose checksums are verified before anything is used, and
 which are read without running any code in them.
@@ -15,7 +15,6 @@ import os
 import secrets
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 
@@ -24,40 +23,61 @@ from odc.errors import UserError
 from odc.runtime import launch
 
 PROGRAM = "odc train 2"  # who wrote a checkpoint of a run, and the version of what is in it
+TOKEN = secrets.token_hex(8)  # in the names of this process's temporary files, which end with it
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, in_place=False):
     """Call write(file) with a binary file, and move it to path then: all of it or nothing.
 
-    Raises UserError if that fails; a file that was there is then untouched.
+    in_place: without a temporary file; for a path to which nothing refers yet. A link at path is
+    replaced, not followed. Raises UserError if it fails; a file that was there is then untouched.
     """
-    path = Path(os.path.realpath(path))  # of a link, what it points to
-    temporary = path.with_name(path.name + ".partial")
+    path = Path(path)
+    temporary = path if in_place else path.with_name(f"{path.name}.{TOKEN}.partial")
     try:
-        with open(temporary, "wb") as file:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # make the new name durable, where a file system can
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as error:
-        if launch.is_dead_worker(error):  # a signal handler of torch raises it anywhere
-            raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if temporary.is_file():
+                temporary.unlink()
+        if not isinstance(error, (OSError, RuntimeError)) or launch.is_dead_worker(error):
+            raise  # a signal handler of torch raises the last one anywhere
         # torch turns an OSError inside its writer into a RuntimeError.
         cause = error if isinstance(error, OSError) else (error.__context__ or error)
-        temporary.unlink(missing_ok=True)
-        kept = "; the file from before is kept" if path.exists() else ""
+        kept = "; the file from before is kept" if path.is_file() else ""
         reason = getattr(cause, "strerror", None) or cause
         raise UserError(f"{path}: could not be written ({reason}){kept}. Make room, or make the "
                         "folder writable, and start the same command again.") from None
+    with contextlib.suppress(OSError):  # make the new name durable, where a file system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
-def save(path, state):
+def write_dict(path, state, in_place=False):
     """Write a dict of tensors and plain values. Raises UserError if it cannot be written."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    write_atomically(path, lambda file: torch.save(state, file), in_place)
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Turn whatever a damaged or foreign file makes the block raise into a UserError with path."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or launch.is_dead_worker(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}). If it is missing, "
+                        "damaged or another program's file, restore it from a copy, or move it "
+                        "away to start anew.") from None
 
 
 def can_be_mapped(path):
@@ -65,89 +85,134 @@ def can_be_mapped(path):
     return os.fsencode(path).decode(errors="ignore") == os.fspath(path)
 
 
-def load(path):
-    """Read what `save` wrote. Tensors stay on disk, memory-mapped, until they are copied.
+def read_dict(path):
+    """Read what `write_dict` wrote. Tensors stay on disk, memory-mapped, until they are copied.
 
     Raises UserError for a file that is missing, truncated, damaged, or contains code.
     """
-    remedy = "restore it from a copy, or move it away to start anew."
-    try:
+    with reading(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no file")
         with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type for part in archive.infolist()):
+                raise ValueError("another program has compressed it")  # torch would not notice
             if archive.testzip() is not None:
-                raise UserError(f"{path}: is damaged, a checksum does not match; {remedy}")
+                raise ValueError("a checksum does not match")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing; {remedy}") from None
-    except (zipfile.BadZipFile, EOFError, RuntimeError, UnpicklingError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}). If it is truncated, "
-                        f"damaged or another program's file, {remedy}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no checkpoint; {remedy}")
+        if not isinstance(content, dict):
+            raise ValueError("it holds something else")
     return content
 
 
 def open_run(output):
-    """Make the folder of a run, a Path, and lock it against other runs.
+    """Make the folder of a run, a Path, and lock it against other runs. A collective.
 
     Returns its checkpoint, or None, and the lock, an open file, or None on processes other than 0.
-    The lock ends when that is closed or the process ends, however it ends. Raises UserError.
+    The lock ends when that is closed or the process ends, however it ends. Raises UserError,
+    before anything is written, unless the folder is new, empty, or a run's.
     """
-    lock = None
-    output.mkdir(parents=True, exist_ok=True)
-    if not os.access(output, os.W_OK):
-        raise UserError(f"--output {output}: the folder is not writable; choose another.")
-    if distributed.is_main():
-        lock = open(output / ".lock", "w")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"--output {output}: another run is writing there; choose another, or "
-                            "wait for its end.") from None
-        except OSError:  # a file system without locks
-            pass
-        for path in output.glob("*.partial"):  # of a program that was killed while it wrote
-            path.unlink()
-    path = output / "checkpoint.pth"
-    saved = load(path) if path.exists() else None
+    path, lock = output / "checkpoint.pth", output / ".lock"
+    with distributed.raise_everywhere():
+        for link in filter(Path.is_symlink, (lock, path, output / "memory", output / "log.jsonl")):
+            raise UserError(f"{link} is a link, which a run does not follow: remove it, or choose "
+                            "another --output.")
+        output.mkdir(parents=True, exist_ok=True)
+        # The lock's text marks a run that has no checkpoint yet.
+        text = lock.read_bytes() if lock.is_file() else b""
+        others = [name for name in os.listdir(output) if name != lock.name or text]
+        if _read_run(path) is None and others and not text.startswith(PROGRAM.encode()):
+            raise UserError(f"--output {output}: the folder holds other files and no run; choose "
+                            "a new or empty one.")
+        if not os.access(output, os.W_OK):
+            raise UserError(f"--output {output}: the folder is not writable; choose another.")
+    with distributed.raise_everywhere():
+        lock = _lock(output) if distributed.is_main() else None
+    with distributed.raise_everywhere():
+        return _read_run(path), lock
+
+
+def _read_run(path):
+    """The checkpoint of a run, or None if there is none yet."""
+    saved = read_dict(path) if path.exists() else None
     if saved is not None and saved.get("program") != PROGRAM:
         raise UserError(f"{path} is not a checkpoint of this version of train.py; choose another "
                         "--output.")
-    return saved, lock
+    return saved
 
 
-def save_run(path, state, features, num_rows):
+def _lock(output):
+    """Lock a run's folder; `.lock` holds the token of the process that has it."""
+    lock = open(output / ".lock", "a+", errors="replace")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"--output {output}: another run is writing there; choose another, or "
+                        "wait for its end.") from None
+    except OSError:  # a file system without locks
+        pass
+    lock.seek(0)
+    program, _, token = lock.read().strip().rpartition(" ")
+    for name in os.listdir(output):  # what a killed process had begun to write
+        if program == PROGRAM and name.endswith(f".{token}.partial"):
+            (output / name).unlink()
+    lock.truncate(0)
+    print(PROGRAM, TOKEN, file=lock, flush=True)
+    return lock
+
+
+def write_run(path, state, features, num_rows, before=()):
     """Write the checkpoint of a run: state by process 0, features [n, d] by all. A collective.
 
-    num_rows: N, of all processes together. Raises UserError if a process cannot write.
+    num_rows: N, of all processes together. before: the parts of the memory that the old checkpoint
+    lists; they are deleted. Returns the new ones, [(file name, first row, end)]. Raises UserError
+    if a process cannot write; the checkpoint from before is then as it was.
     """
-    folder = path.parent / "memory"
-    name = f"{int(distributed.broadcast(torch.tensor(secrets.randbits(62)))):016x}"
+    folder, turn = path.parent / "memory", "b" if before and before[0][0][0] == "a" else "a"
     shards = [distributed.shard(num_rows, r) for r in range(distributed.world_size())]
-    with distributed.raise_everywhere():
-        folder.mkdir(exist_ok=True)
-        save(folder / f"{name}-{distributed.rank()}.pth", {"features": features})
-    parts = [(f"{name}-{r}.pth", rows.start, rows.stop) for r, rows in enumerate(shards)]
-    with distributed.raise_everywhere():
-        if distributed.is_main():
-            if missing := [part for part, *_ in parts if not (folder / part).exists()]:
-                raise UserError(f"{folder} lacks {missing[0]}, which another process has written: "
-                                "--output must be a folder that all machines share.")
-            save(path, {**state, "memory_parts": parts})
-            for file in folder.glob("*.pth*"):  # of earlier saves, and what a killed one has left
-                if not file.name.startswith(name):
-                    file.unlink()
+    parts = [(f"{turn}-{r}.pth", rows.start, rows.stop) for r, rows in enumerate(shards)]
+    own = folder / parts[distributed.rank()][0]
+    try:
+        with distributed.raise_everywhere():
+            folder.mkdir(exist_ok=True)
+            write_dict(own, {"features": features}, in_place=True)
+        with distributed.raise_everywhere():
+            if distributed.is_main():
+                if missing := [part for part, *_ in parts if not (folder / part).exists()]:
+                    raise UserError(f"{folder} lacks {missing[0]}, which another process has "
+                                    "written: --output must be a folder that all machines share.")
+                write_dict(path, {**state, "memory_parts": parts})
+    except UserError:
+        own.unlink(missing_ok=True)
+        raise
+    for name, *_ in before if distributed.is_main() else ():
+        with contextlib.suppress(OSError):
+            (folder / Path(name).name).unlink()
+    return parts
 
 
-def load_rows(path, state, rows):
-    """Features [n, d] of some rows (a slice) from the checkpoint at path, which holds state."""
+def read_rows(path, state, rows):
+    """Features [n, d] of some rows (a slice) from the checkpoint at path, which holds state.
+
+    Raises UserError unless all are there, as float32 and of unit length.
+    """
     features = []
-    for name, start, stop in state["memory_parts"]:
-        first, last = max(start, rows.start), min(stop, rows.stop)
-        if first < last:
-            part = load(Path(path).parent / "memory" / name)["features"]
-            features.append(part[first - start : last - start])
-    return torch.cat(features) if features else torch.zeros(0, 1)
+    with reading(path):
+        for name, start, stop in state["memory_parts"]:
+            first, last = max(start, rows.start), min(stop, rows.stop)
+            part = path.parent / "memory" / Path(name).name
+            with reading(part):
+                if first < last:
+                    content = read_dict(part)["features"]
+                    features.append(content[first - start : last - start])
+                    lengths = features[-1].norm(dim=1)
+                    is_unit = (lengths - 1).abs().lt(1e-3) | lengths.eq(0)
+                    if len(content) != stop - start or content.dtype != torch.float32:
+                        raise ValueError("its rows are not those of the checkpoint")
+                    if not is_unit.all():
+                        raise ValueError("its rows are not of unit length")
+        if sum(map(len, features)) != rows.stop - rows.start:
+            raise ValueError("rows of the memory are missing")
+        return torch.cat(features) if features else torch.zeros(0, 1)
 
 
 def check_same_settings(where, before, now):

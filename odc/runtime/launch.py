@@ -1,5 +1,6 @@
 """How a program ends: signals that ask it to stop, mistakes as one sentence, and exit codes."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from odc.errors import Interrupted, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # these ask to stop
 
+_in_program = False  # True within run_program
 _signal_received = None  # the number of the first signal
 _signal_time = 0.0
 
@@ -28,8 +30,11 @@ def _on_signal(number, frame):
 
 
 def catch_signals():
-    """Let the first of SIGNALS ask this program to stop, and a second one stop it at once."""
-    for number in SIGNALS:
+    """Let the first of SIGNALS ask this program to stop, and a second one stop it at once.
+
+    Does nothing outside of `run_program`: a notebook that calls `main` keeps its own handlers.
+    """
+    for number in SIGNALS if _in_program else ():
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: keep it so
             signal.signal(number, _on_signal)
 
@@ -46,31 +51,31 @@ def check_signals():
 
 
 def is_dead_worker(error):
-    """True if torch raised this because a loader worker, or its pinning thread, is gone."""
-    return isinstance(error, RuntimeError) and (
-        "DataLoader worker" in str(error) or "Pin memory thread" in str(error))
+    """True if torch raised this as a loader worker is gone, or found no room in shared memory."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in (
+        "DataLoader worker", "Pin memory thread", "</torch_", "shared memory"))
 
 
 def dead_worker(error):
     """The UserError for a loader worker that was killed or could not do its work."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return UserError(f"a loader worker has died ({reason}); if memory or shared memory has run "
-                     "out, use fewer --workers or a smaller --batch-size.")
+    return UserError(f"a loader worker has died ({reason}); if memory, or shared memory in "
+                     "/dev/shm, has run out, use fewer --workers or a smaller --batch-size, or "
+                     "give a container more with --shm-size.")
 
 
 def _explain(error):
-    """(sentence, its technical cause, exit code) of an error, or None for a mistake of ours."""
-    text, no_memory = str(error), (torch.OutOfMemoryError, MemoryError)
+    """(sentence, exit code) of an error, or None for a mistake of ours."""
+    text = str(error)
     first_line = (text.strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, no_memory) or "DefaultCPUAllocator" in text:
-        return (f"there is too little memory ({first_line}); lower --batch-size or --image-size.",
-                "", 2)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
+        return f"there is too little memory ({first_line}); lower --batch-size or --image-size.", 2
     if is_dead_worker(error):
-        return str(dead_worker(error)), "", 2
+        return str(dead_worker(error)), 2
     if not isinstance(error, RuntimeError):
-        return text, "", 2
+        return text, 2
     if isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text:
-        return "another process has stopped, or cannot be reached", f" ({first_line})", 1
+        return f"another process has stopped, or cannot be reached ({first_line})", 1
     return None
 
 
@@ -82,24 +87,53 @@ def _kill_workers():
             child.kill()
 
 
+class _LastingStream:
+    """A stream that may fail: the terminal is gone, or nobody reads the pipe. log.jsonl has all."""
+
+    def __init__(self, stream):
+        self.stream = getattr(stream, "stream", stream)  # never one around another
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def _mend_streams():
+    """Let no stream that fails or is closed (`2>&-`) end the program."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # take its number, before a file of ours gets it
+            stream = open(os.devnull, "r" if name == "stdin" else "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
+        setattr(sys, name, stream if name == "stdin" else _LastingStream(stream))
+
+
 def run_program(main, *arguments):
-    """Call the main function of a program and exit.
+    """Call the main function of a program and end the process.
 
     Exit codes: 0 done; 2 a mistake of the user, printed as one sentence; 128 + n after signal n;
     1 if another process was lost, or, with a traceback, for a mistake of ours.
     """
-    code = 0
-    if hasattr(sys.stdout, "reconfigure"):  # not if it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
+    global _in_program, _signal_received
+    code, _in_program, _signal_received = 0, True, None
+    _mend_streams()
     try:
         main(*arguments)
     except (UserError, RuntimeError, OSError, MemoryError) as error:
-        explanation = _explain(error)
-        if explanation is None:
+        if (explanation := _explain(error)) is None:
             raise
-        sentence, cause, code = explanation
-        if distributed.is_first(f"said: {sentence}"):
-            print(f"error: {sentence}{cause}", file=sys.stderr, flush=True)
+        sentence, code = explanation
+        # Every process raises a UserError alike. Of the others, this process alone may know.
+        if distributed.is_main() or not isinstance(error, UserError):
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
         if distributed.world_size() > 1:
             # The others may be in any collective: leaving the group in good order could hang.
             sys.stdout.flush()
@@ -111,6 +145,7 @@ def run_program(main, *arguments):
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     finally:
+        _in_program = False
         _kill_workers()
     if dist.is_initialized():
         dist.destroy_process_group()

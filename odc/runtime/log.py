@@ -2,32 +2,46 @@
 
 import json
 import os
-import sys
 import textwrap
 from pathlib import Path
 
 from tqdm import tqdm
 
 from odc import distributed
+from odc.distributed import print_main
 from odc.errors import UserError
+
+
+def read_record(line):
+    """The dict of a line of log.jsonl, or None if it is no record: cut off, or someone else's."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if is_record else None
 
 
 class Log:
     """log.jsonl, one JSON object a line. Process 0 writes it; the others hold no file.
 
-    position: the length in bytes that the log had at the checkpoint from which the run continues.
-    What lies behind it was written by steps that will run again, and is cut off.
+    position: the number of records that the log had at the checkpoint from which the run continues.
+    What lies behind them was written by steps that will run again, and is cut off.
     tensorboard: write the same numbers for TensorBoard; first_step: the first of this start.
     """
 
     def __init__(self, path, position=0, tensorboard=False, first_step=0):
-        self.file = self.events = None
+        self.file, self.events, self.records = None, None, 0
         if distributed.is_main():
-            self.file = open(path, "r+b" if os.path.exists(path) else "w+b")
-            # A log that is shorter was moved or cut: continue behind its last whole line.
-            lines = self.file.read(position)
-            self.file.truncate(position if len(lines) == position else lines.rfind(b"\n") + 1)
-            self.file.seek(0, os.SEEK_END)
+            self.file = open(path, "a+b")
+            self.file.seek(0)
+            lines = []
+            while self.records < position and (line := self.file.readline()):
+                lines.append(line)
+                self.records += read_record(line) is not None
+            self.file.truncate(sum(map(len, lines)))
+            if lines and not lines[-1].endswith(b"\n"):  # someone has cut it
+                self.file.write(b"\n")
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # optional, slow to import
                 self.events = SummaryWriter(Path(path).parent / "tensorboard",
@@ -40,6 +54,7 @@ class Log:
                 try:
                     self.file.write((json.dumps(record) + "\n").encode())
                     self.file.flush()
+                    self.records += 1
                 except OSError as error:
                     raise UserError(f"{self.file.name}: could not be written ({error.strerror}); "
                                     "make room, and start the same command again.") from None
@@ -49,7 +64,7 @@ class Log:
                         self.events.add_scalar(name, value, record["step"])
                 self.events.flush()
 
-    def write_steps(self, progress, steps, cluster_sizes, lr, rate, bar):
+    def write_steps(self, progress, steps, cluster_sizes, lr, rate):
         """Write and show the means since the last line, and the clusters as they are.
 
         progress: train.py's, with the sums since then. steps: of an epoch. rate: images a second.
@@ -60,19 +75,16 @@ class Log:
                      empty=int((cluster_sizes == 0).sum()), smallest=int(cluster_sizes.min()),
                      largest=int(cluster_sizes.max()), splits=sums["splits"], lr=lr,
                      images_per_second=round(rate, 1))
-        self.write(epoch=progress.epoch + 1, step=progress.global_step, **shown,
-                   failed_images=len(progress.failed))
+        self.write(epoch=progress.epoch + 1, step=progress.global_step, **shown)
         shown = {name: f"{value:.4g}" for name, value in shown.items()}
-        bar.set_postfix(shown, refresh=False)
-        plain_line(f"epoch {progress.epoch + 1} step {progress.step}/{steps}: "
+        print_main(f"epoch {progress.epoch + 1} step {progress.step}/{steps}: "
                    + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
     def position(self):
-        """The length in bytes, all of it on disk; 0 on processes other than 0."""
-        if not self.file:
-            return 0
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+        """The number of records, all of them on disk; 0 on processes other than 0."""
+        if self.file:
+            os.fsync(self.file.fileno())
+        return self.records
 
 
 def progress_bar(total, description, unit="step", initial=0):
@@ -81,15 +93,8 @@ def progress_bar(total, description, unit="step", initial=0):
                 dynamic_ncols=True, disable=None if distributed.is_main() else True)
 
 
-def plain_line(text):
-    """Print a line on process 0 if there is no terminal, where a progress bar shows the same."""
-    if not sys.stderr.isatty():
-        distributed.print_main(text)
-
-
 def print_settings(settings):
     """Print the settings of a run as `name value` pairs, wrapped to 80 columns."""
     pairs = [f"{name} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
              for name, value in settings.items() if value is not None]
-    distributed.print_main(textwrap.fill("settings: " + ", ".join(pairs), 80,
-                                         subsequent_indent="  "))
+    print_main(textwrap.fill("settings: " + ", ".join(pairs), 80, subsequent_indent="  "))

@@ -1,11 +1,10 @@
-"""A memory step against its bound, against recounting, against N, and with splits.
+"""A memory step against its bare product, against N, and with splits.
 
     python -m tests.benchmarks.memory            ImageNet: N = 1,281,167, K = 10,000, B = 512
     python -m tests.benchmarks.memory --scale    N = 128 thousand against 12.8 million
     python -m tests.benchmarks.memory --splits   a step in which 20 clusters must be refilled
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -52,39 +51,13 @@ class Steps:
         self.memory.loss_weights()
 
 
-class Recounting:
-    """The plain way: all labels counted twice a step, all features averaged every tenth."""
-
-    def __init__(self, memory):
-        self.F, self.y, self.C = (
-            x.cpu().numpy().copy() for x in (memory.features, memory.labels, memory.centroids))
-        self.number, self.batches = 0, batches(len(self.y))
-
-    def __call__(self):
-        indices, z = (x.numpy() for x in next(self.batches))
-        self.number += 1
-        new = 0.5 * z / np.linalg.norm(z, axis=1, keepdims=True) + 0.5 * self.F[indices]
-        new /= np.linalg.norm(new, axis=1, keepdims=True)
-        self.F[indices] = new
-        self.y[indices] = (new @ self.C.T).argmax(axis=1)
-        if self.number % 10 == 0:
-            order = np.argsort(self.y, kind="stable")
-            labels, starts = np.unique(self.y[order], return_index=True)
-            for c, members in zip(labels, np.split(order, starts[1:])):
-                self.C[c] = self.F[members].mean(axis=0)
-        np.bincount(self.y, minlength=K)  # are there small clusters?
-        sizes = np.bincount(self.y, minlength=K)
-        weights = 1 / np.sqrt(np.maximum(sizes, 1))
-        weights / weights.sum()
-
-
 def imagenet(device):
     memory = make_memory(N, device)
     rows = F.normalize(torch.rand(B, d)).to(device)
     times = interleave({
         "memory step": Steps(memory),
+        "bare product": lambda: rows @ memory.centroids.T,
         "bare product and argmax": lambda: (rows @ memory.centroids.T).argmax(dim=1),
-        "recounting step (NumPy)": Recounting(memory),
     }, rounds=4, calls=20)
     table(f"N = {N:,}, K = {K:,}, d = {d}, B = {B}", times, "memory step", device=device)
 

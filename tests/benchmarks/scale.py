@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from odc import distributed
 from odc.data.images import Names
+from odc.kmeans import nearest_centroids
 from odc.memory import ODCMemory
-from odc.nearest import nearest_centroids
 from odc.runtime import checkpoint
 from tests.benchmarks.timing import make_parser
 
@@ -43,7 +43,7 @@ def pretend(world_size):
     distributed.world_size = lambda: world_size
     distributed.all_reduce = distributed.broadcast = lambda tensor: tensor
     distributed.any_process = bool
-    distributed._all_gather_objects = lambda value: [value]
+    distributed.all_gather_objects = lambda value: [value]
 
 
 def clock(function, rounds=1):
@@ -69,13 +69,11 @@ def measure(N, W, K, batch, device, d=256):
     row["step of the memories, ms"] = f"{1000 * clock(lambda: step(memory, N, z), 12):.0f}"
     row["update of the centroids, ms"] = f"{1000 * clock(memory.update_centroids, 3):.0f}"
     some = memory.features[:8192]
-    search = (
-        clock(lambda: nearest_centroids(some, memory.centroids)) * len(memory.features) / len(some)
-    )
-    row["k-means, 20 iterations, min"] = f"{21 * search / 60:.1f}"
+    search = clock(lambda: nearest_centroids(some, memory.centroids)) / len(some)
+    row["k-means, 20 iterations, min"] = f"{21 * search * len(memory.features) / 60:.1f}"
     with tempfile.TemporaryDirectory() as folder:
         save = clock(
-            lambda: checkpoint.save_run(
+            lambda: checkpoint.write_run(
                 Path(folder, "checkpoint.pth"), memory.state_dict(), memory.features, N
             )
         )
@@ -112,22 +110,9 @@ def main():
             print(f"{name}: {value}", flush=True)
         return
     for N, W, K, batch in SIZES:
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "tests.benchmarks.scale",
-                "--images",
-                str(N),
-                "--processes",
-                str(W),
-                "--clusters",
-                str(K),
-                "--batch",
-                str(batch),
-            ],
-            check=True,
-        )
+        command = (f"-m tests.benchmarks.scale --images {N} --processes {W} --clusters {K} "
+                   f"--batch {batch}")
+        subprocess.run([sys.executable, *command.split()], check=True)
         print(flush=True)
 
 

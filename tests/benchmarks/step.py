@@ -6,6 +6,7 @@
 Ours is train.train_epoch itself. The images are made up and lie in memory.
 """
 
+import argparse
 import random
 from unittest import mock
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 import train
 from odc import settings
-from odc.data.augmentation import Augmentation, augment_batch, draw
+from odc.data.augmentation import Augmentation, augment_batch, draw_parameters
 from odc.data.images import ImageSet
 from odc.data.loader import Batch
 from odc.memory import ODCMemory
@@ -22,94 +23,73 @@ from odc.model import ODC
 from tests.benchmarks.timing import interleave, make_parser, table
 
 
-class MadeUp:
-    """What a step needs: arguments, state, and batches of random pixels."""
-
-    def __init__(self, device, arch, size, batch, num_images, num_clusters, steps, amp="off"):
-        self.args, _ = settings.parse([
-            "--data", "made up", "--arch", arch, "--image-size", str(size), "--batch-size",
-            str(batch), "--num-clusters", str(num_clusters), "--checkpoint-interval", str(10**9),
-            "--log-interval", str(10**9)])
-        self.device, self.steps, self.batch = device, steps, batch
-        self.dataset = ImageSet("folder", "train", "made up", pixels=range(batch * steps))
-        torch.manual_seed(0)
-        network = ODC(arch, size <= 64, num_clusters=num_clusters)
-        network = network.to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-5)
-        memory = ODCMemory(num_images, 256, num_clusters, device=device)
-        memory.initialize(torch.rand(num_images, 256, device=device),
-                          torch.arange(num_images) % num_clusters)
-        scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-        self.state = train.State(network, optimizer, scaler, memory, train.Progress())
-        self.autocast = torch.autocast(
-            device.type, enabled=amp != "off",
-            dtype=torch.float16 if amp == "fp16" else torch.bfloat16)
-        generator = random.Random(0)
-        images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
-        draws = torch.tensor([draw(Augmentation(), generator, size, size, size)
-                              for _ in range(batch)])
-        if device.type == "cuda":
-            images = images.pin_memory()
-        self.parts = images, draws, torch.full((batch,), -1)
-
-    def batches(self, *_, **__):
-        images, draws, failed = self.parts
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(self.steps):
-            indices = torch.randint(len(self.state.memory.labels), (self.batch,),
-                                    generator=generator)
-            yield Batch(images, draws, indices, failed)
+def make_state(device, arch, size, num_images, num_clusters):
+    """train.State on made-up features."""
+    torch.manual_seed(0)
+    network = ODC(arch, size <= 64, num_clusters=num_clusters)
+    network = network.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-5)
+    memory = ODCMemory(num_images, 256, num_clusters, device=device)
+    memory.initialize(torch.rand(num_images, 256, device=device),
+                      torch.arange(num_images) % num_clusters)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    return train.State(network, optimizer, scaler, {}, None, memory)
 
 
-def odc_epoch(made_up, model):
-    """train.train_epoch on made-up batches."""
-    made_up.state.progress.step = 0
-    with mock.patch.object(train, "training_batches", made_up.batches):
-        train.train_epoch(made_up.args, made_up.state, model, made_up.dataset, None,
-                          made_up.autocast)
+def make_batches(device, size, batch, num_images, steps):
+    """Batches of one set of random pixels and draws, and of other images each."""
+    generator = random.Random(0)
+    images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
+    images = images.pin_memory() if device.type == "cuda" else images
+    draws = torch.tensor([draw_parameters(Augmentation(), generator, size, size, size)
+                          for _ in range(batch)])
+    return [Batch(images, draws, torch.randint(num_images, (batch,)), {})
+            for _ in range(steps)]
 
 
-def plain_epoch(made_up, model):
-    """The same number of steps of supervised training with fixed labels."""
-    state, device = made_up.state, made_up.device
-    model.train()
-    for batch in made_up.batches():
+def plain_epoch(state, batches, autocast):
+    """Steps of supervised training with fixed labels."""
+    model, device = state.network.train(), state.memory.labels.device
+    for batch in batches:
         labels = state.memory.labels[batch.indices.to(device, non_blocking=True)]
         images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
-        images = images.contiguous(memory_format=torch.channels_last)
-        with made_up.autocast:
-            _, logits = model(images)
+        with autocast:
+            _, logits = model(images.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels)
         state.optimizer.zero_grad()
-        state.scaler.scale(loss).backward()
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
+        loss.backward()
+        state.optimizer.step()
         if not torch.isfinite(loss):  # every training loop looks at its loss
             raise FloatingPointError
 
 
-def measure(made_up, rounds=8, compiled=False):
-    """{"ODC step", "plain supervised step": [seconds a step, one for each round]}."""
-    model = torch.compile(made_up.state.network) if compiled else made_up.state.network
-    times = interleave({"ODC step": lambda: odc_epoch(made_up, model),
-                        "plain supervised step": lambda: plain_epoch(made_up, model)}, rounds)
-    return {name: [seconds / made_up.steps for seconds in values]
-            for name, values in times.items()}
+def main(device):
+    arch, size, batch, N, K, steps = (
+        ("resnet50", 224, 512, 1_281_167, 10_000, 10) if device.type == "cuda" else
+        ("narrow", 32, 64, 5000, 60, 20))
+    args = settings.parse([
+        "--data", "made up", "--arch", arch, "--image-size", str(size), "--batch-size", str(batch),
+        "--num-clusters", str(K), "--checkpoint-interval", str(10**9)])
+    args = argparse.Namespace(**settings.RECIPE | {k: v for k, v in vars(args).items() if v})
+    dataset = ImageSet("folder", "train", "made up", pixels=range(batch * steps))
+    state = make_state(device, arch, size, N, K)
+    batches = make_batches(device, size, batch, N, steps)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
+    def odc_epoch():
+        state.progress.step = 0
+        with mock.patch.object(train, "training_batches", lambda *_, **__: batches), (
+                mock.patch.object(train, "LOG_INTERVAL", 10**9)):
+            train.train_epoch(args, state, state.network, dataset, None, autocast)
 
-def rates(times, batch):
-    """{name: images a second, as text} at the median."""
-    return {name: f"{batch / sorted(values)[len(values) // 2]:,.0f} images/s"
-            for name, values in times.items()}
+    times = interleave({"ODC step": odc_epoch, "plain supervised step":
+                        lambda: plain_epoch(state, batches, autocast)}, rounds=8)
+    times = {name: [seconds / steps for seconds in values] for name, values in times.items()}
+    rates = {name: f"{batch / sorted(values)[len(values) // 2]:,.0f} images/s"
+             for name, values in times.items()}
+    table(f"{arch}, {size} pixels, {'bf16' if device.type == 'cuda' else 'float32'}, B = {batch}, "
+          f"N = {N:,}, K = {K:,}", times, "ODC step", rates, device)
 
 
 if __name__ == "__main__":
-    device = make_parser(__doc__).parse_args().device
-    if device.type == "cuda":
-        made_up = MadeUp(device, "resnet50", 224, 512, 1_281_167, 10_000, steps=10, amp="bf16")
-        title = "resnet50, 224, bf16, B = 512, N = 1,281,167, K = 10,000"
-    else:
-        made_up = MadeUp(device, "narrow", 32, 64, 5000, 60, steps=20)
-        title = "narrow, 32, B = 64, N = 5,000, K = 60"
-    times = measure(made_up)
-    table(title, times, "ODC step", rates(times, made_up.batch), device)
+    main(make_parser(__doc__).parse_args().device)

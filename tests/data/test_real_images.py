@@ -5,64 +5,45 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from PIL import Image
 
+from tests.benchmarks.input import write_photographs
 from tests.processes import run_script
-from tests.test_train import log_of
+from tests.runs import log_of
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # apt-get install dataset-fashion-mnist
 
 
-@pytest.fixture
-def fashion(tmp_path):
-    """The 10,000 test images as a training set."""
-    if not FASHION.exists():
-        pytest.skip("apt-get install dataset-fashion-mnist")
-    for kind in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz"):
-        (tmp_path / f"train-{kind}").symlink_to(FASHION / f"t10k-{kind}")
-    return tmp_path
-
-
 @pytest.mark.slow
-def test_fashion_mnist(fashion, tmp_path):
+@pytest.mark.skipif(not FASHION.exists(), reason="apt-get install dataset-fashion-mnist")
+def test_fashion_mnist(tmp_path):
     """With the settings that follow from the data, clusters and features pass those of pixels.
 
-    The initial clusters are those of the pixels. The labels only measure.
+    The initial clusters are those of the pixels. The labels only measure. The 10,000 test images
+    are the training set.
     """
-    output = tmp_path / "out"
-    result = run_script("train.py", "--data", fashion, "--output", output, "--num-clusters", "100",
-                        "--epochs", "15", processes=2, timeout=1500)
+    for kind in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz"):
+        (tmp_path / f"train-{kind}").symlink_to(FASHION / f"t10k-{kind}")
+    result = run_script("train.py", "--data", tmp_path, "--output", tmp_path / "out", "--epochs",
+                        "15", "--num-clusters", "100", processes=2, timeout=1500)
     assert result.returncode == 0, result.stderr
-    agreement = [record for record in log_of(output) if "nmi" in record]
-    assert len(agreement) == 17  # before the first epoch, after each, and of the final clusters
+    agreement = [record for record in log_of(tmp_path / "out") if "nmi" in record]
     assert agreement[-1]["nmi"] > agreement[0]["nmi"]
     assert agreement[-1]["purity"] > agreement[0]["purity"]
-    accuracies = [record["knn_accuracy"] for record in log_of(output) if "knn_accuracy" in record]
+    accuracies = [record["knn_accuracy"] for record in log_of(tmp_path / "out")
+                  if "knn_accuracy" in record]
     assert accuracies[-1] > accuracies[0]  # the random network's
 
 
 @pytest.mark.slow
 def test_photographs(tmp_path):
     """resnet50 at 224 on crops of scikit-learn's two photographs."""
-    from sklearn.datasets import load_sample_images
-
-    data = tmp_path / "photographs"
-    data.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for number, pixels in enumerate(load_sample_images().images):
-        height, width, _ = pixels.shape
-        for crop in range(24):
-            top, left = (int(torch.randint(limit - 200, (), generator=generator))
-                         for limit in (height, width))
-            cut = Image.fromarray(pixels[top : top + 200, left : left + 200])
-            cut.save(data / f"{number}-{crop}.jpg", quality=90)
-    result = run_script("train.py", "--data", data, "--output", tmp_path / "out",
-                        "--arch", "resnet50", "--image-size", "224", "--epochs", "1",
-                        "--batch-size", "8", "--num-clusters", "4", "--min-cluster-size", "3",
-                        "--workers", "1", "--log-interval", "1", timeout=900)
+    (tmp_path / "photographs").mkdir()
+    write_photographs(tmp_path / "photographs", 48)
+    result = run_script("train.py", "--data", tmp_path / "photographs", "--output",
+                        tmp_path / "out", "--arch", "resnet50", "--image-size", "224", "--epochs",
+                        "1", "--batch-size", "8", "--num-clusters", "4", "--min-cluster-size", "3",
+                        "--workers", "1", timeout=900)
     assert result.returncode == 0, result.stderr
-    steps = [record["step"] for record in log_of(tmp_path / "out") if "loss" in record]
-    assert steps == [1, 2, 3, 4, 5, 6]
     state = torch.load(tmp_path / "out" / "backbone.pth", weights_only=True)
     missing, unexpected = torchvision.models.resnet50().load_state_dict(state, strict=False)
     assert sorted(missing) == ["fc.bias", "fc.weight"] and not unexpected

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from odc import distributed, products
+from odc import distributed
 from odc.data.datasets import open_dataset
 from odc.errors import Interrupted, UserError
 from odc.evaluation import knn
@@ -14,6 +14,12 @@ from odc.runtime import launch
 from tests.processes import run_processes
 
 KS = (1, 10, 20)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    monkeypatch.setattr(knn, "QUERIES", 32)
+    monkeypatch.setattr(knn, "ROWS", 100)
 
 
 def problem(num_queries=70, size=501, width=16, num_classes=7, seed=0):
@@ -27,7 +33,7 @@ def problem(num_queries=70, size=501, width=16, num_classes=7, seed=0):
     return queries, bank, labels
 
 
-def brute_force(queries, bank, labels, num_classes, ks, temperature):
+def brute_force(queries, bank, labels, num_classes, ks):
     """Wu et al., one query at a time: sort everything, let the first k vote, sort the classes."""
     predictions = {k: [] for k in ks}
     for query in queries:
@@ -36,48 +42,62 @@ def brute_force(queries, bank, labels, num_classes, ks, temperature):
         for k in ks:
             votes = [0.0] * num_classes
             for i in order[:k]:
-                votes[int(labels[i])] += float(torch.exp(similarity[i].double() / temperature))
+                votes[int(labels[i])] += float(torch.exp(similarity[i].double() / 0.07))
             ranked = sorted(range(num_classes), key=lambda c: (-votes[c], c))[:5]
             predictions[k].append([c if votes[c] > 0 else -1 for c in ranked])
     return {k: torch.tensor(rows) for k, rows in predictions.items()}
 
 
-def predict_shard(queries, bank, labels, num_classes, ks, temperature, block):
-    knn.TILES["cpu"] = block
+def whole_numbers(num_queries=70, size=501):
+    """Features with many ties, shorter than 1, whose products have no rounding."""
+    g = torch.Generator().manual_seed(0)
+    return (torch.randint(-2, 3, (n, 12), generator=g) / 8 for n in (num_queries, size))
+
+
+def oracle(queries, bank, k):
+    """The k nearest by similarities in float64, rounded to float32; the lower index first."""
+    similarities = (queries.double() @ bank.double().T).float()
+    similarities, indices = similarities.sort(dim=1, descending=True, stable=True)
+    return similarities[:, :k], indices[:, :k]
+
+
+def predict_shard(queries, bank, labels, num_classes, ks):
+    """Votes, and the neighbours among rows with many ties, in small tiles."""
+    knn.QUERIES, knn.ROWS = 32, 40
     rows = distributed.shard(len(bank))
-    return knn_predict(queries, bank[rows], labels[rows], num_classes, ks, temperature)
-
-
-@pytest.mark.parametrize("temperature", [0.07, 1.0])
-def test_equals_brute_force(temperature):
-    queries, bank, labels = problem()
-    expected = brute_force(queries, bank, labels, 7, KS, temperature)
-    found = knn_predict(queries, bank, labels, 7, KS, temperature)
-    for k in KS:
-        assert torch.equal(found[k], expected[k])
-
-
-def test_a_tiny_temperature_leaves_the_nearest_to_decide():
-    queries, bank, labels = problem()
-    found = knn_predict(queries, bank, labels, 7, KS, 1e-6)  # exp(1 / 1e-6) is no number
-    for k in KS:
-        assert torch.equal(found[k][:, 0], labels[(queries @ bank.T).argmax(1)])
+    ties, tied = whole_numbers()
+    return (knn_predict(queries, bank[rows], labels[rows], num_classes, ks),
+            nearest_neighbours(ties, tied[rows], torch.arange(len(bank))[rows], 30))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_any_number_of_processes_and_any_blocks(world_size):
+def test_votes_and_ties_on_any_number_of_processes(world_size):
     queries, bank, labels = problem()
-    bank[100:150] = bank[:50]  # equal rows, with other labels: the lower index counts
-    expected = brute_force(queries, bank, labels, 7, KS, 0.07)
-    arguments = (queries, bank, labels, 7, KS, 0.07, (40, 32))
-    for found in run_processes(predict_shard, world_size, *arguments):
-        for k in KS:
-            assert torch.equal(found[k], expected[k])
+    expected = brute_force(queries, bank, labels, 7, KS)
+    neighbours = oracle(*whole_numbers(), 30)
+    for votes, found in run_processes(predict_shard, world_size, queries, bank, labels, 7, KS):
+        assert all(torch.equal(votes[k], expected[k]) for k in KS)
+        assert torch.equal(found[1], neighbours[1])
+
+
+@pytest.mark.parametrize("k", [1, 20, 200, 501])
+def test_neighbours_are_those_of_a_search_in_double_precision(tiles, k):
+    queries, bank, _ = problem()
+    similarities, indices = nearest_neighbours(queries, bank, torch.arange(501), k)
+    expected, _ = oracle(queries, bank, k)
+    assert similarities.dtype == torch.float32
+    torch.testing.assert_close(similarities, expected, rtol=0, atol=1e-6)
+    own = (queries.double() @ bank.double().T).gather(1, indices)
+    torch.testing.assert_close(own, expected.double(), rtol=0, atol=1e-6)
+    assert all(len(row.unique()) == k for row in indices)
+    queries, bank = whole_numbers()
+    found = nearest_neighbours(queries, bank, torch.arange(501), k)
+    assert torch.equal(found[1], oracle(queries, bank, k)[1])
 
 
 def uneven_shards(sizes, signal_on=None):
     """Neighbours of three queries in a bank of rows that point ever less their way."""
-    knn.TILES["cpu"] = (8, 512)
+    knn.ROWS = 8
     if distributed.rank() == signal_on:
         launch._signal_received = 15
     size, rank = sum(sizes), distributed.rank()
@@ -90,24 +110,10 @@ def uneven_shards(sizes, signal_on=None):
         return "interrupted"
 
 
-@pytest.mark.parametrize("sizes", [(9, 8), (8, 9), (0, 9), (17, 0)])
-def test_shards_of_unlike_numbers_of_blocks(sizes):
-    assert run_processes(uneven_shards, 2, sizes, timeout=60) == [[[0, 1, 2, 3]] * 3] * 2
-
-
-def test_a_signal_on_one_process_stops_the_search_on_all():
-    assert run_processes(uneven_shards, 2, (20, 20), 1, timeout=60) == ["interrupted"] * 2
-
-
-def test_neighbours_are_sorted_and_ties_go_to_the_lowest_index(monkeypatch):
-    monkeypatch.setitem(knn.TILES, "cpu", (16, 512))
-    # Rows i and i + 4 are equal.
-    bank = F.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 1], [-1, 0]])).repeat(10, 1)
-    query = torch.tensor([[1.0, 0.0]])
-    similarities, indices = nearest_neighbours(query, bank, torch.arange(40), 25)
-    assert indices[0].tolist() == [*range(0, 40, 4), *range(2, 40, 4), 1, 5, 9, 13, 17]
-    assert similarities[0].tolist() == sorted(similarities[0].tolist(), reverse=True)
-    assert float(similarities[0, -1]) == 0.0
+@pytest.mark.parametrize("sizes, signal_on", [((9, 8), None), ((0, 9), None), ((20, 20), 1)])
+def test_shards_of_unlike_sizes_and_a_signal_on_one_process(sizes, signal_on):
+    expected = [[0, 1, 2, 3]] * 3 if signal_on is None else "interrupted"
+    assert run_processes(uneven_shards, 2, sizes, signal_on, timeout=120) == [expected] * 2
 
 
 def test_all_features_alike():
@@ -117,31 +123,20 @@ def test_all_features_alike():
 
 def test_classes_without_a_vote_are_not_predicted():
     labels = torch.tensor([3, 1, 2, 6])
-    predictions = knn_predict(torch.eye(4), torch.eye(4), labels, 8, (1, 2), temperature=1.0)
+    predictions = knn_predict(torch.eye(4), torch.eye(4), labels, 8, (1, 2))
     assert predictions[1].tolist() == [[c, -1, -1, -1, -1] for c in (3, 1, 2, 6)]
     assert predictions[2][0].tolist() == [3, 1, -1, -1, -1]
 
 
-def test_a_vote_may_be_smaller_than_float32_knows():
-    predictions = knn_predict(torch.eye(6)[:1], torch.eye(6), torch.arange(6), 6, (6,),
-                              temperature=0.005)
-    assert predictions[6].tolist() == [[0, 1, 2, 3, 4]]
-
-
-def test_fewer_classes_than_five_and_no_query():
+def test_fewer_classes_than_five():
     queries, bank, labels = problem(num_classes=3)
     assert knn_predict(queries, bank, labels, 3, (5,))[5].shape == (70, 3)
-    assert knn_predict(queries[:0], bank, labels, 3, (5,))[5].shape == (0, 3)
-
-
-def test_k_as_large_as_the_bank():
-    queries, bank, labels = problem(size=30)
-    expected = brute_force(queries, bank, labels, 7, (30,), 0.07)
-    assert torch.equal(knn_predict(queries, bank, labels, 7, (30,))[30], expected[30])
 
 
 def test_k_larger_than_the_bank():
     queries, bank, labels = problem(size=30)
+    expected = brute_force(queries, bank, labels, 7, (30,))
+    assert torch.equal(knn_predict(queries, bank, labels, 7, (30,))[30], expected[30])
     with pytest.raises(UserError, match="--k 31: the bank has 30"):
         knn_predict(queries, bank, labels, 7, (10, 31))
 
@@ -153,78 +148,18 @@ def test_features_that_are_not_finite():
         knn_predict(queries, bank, labels, 7, (5,))
 
 
-def oracle(queries, bank, k):
-    """The k nearest by similarities in float64, rounded to float32; the lower index first."""
-    similarities = (queries.double() @ bank.double().T).float()
-    similarities, indices = similarities.sort(dim=1, descending=True, stable=True)
-    return similarities[:, :k], indices[:, :k]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", ["spread", "close", "common part", "few values", "not unit"])
-def test_neighbours_are_those_of_a_search_in_double_precision(monkeypatch, dtype, kind):
-    """Whatever the precision of the coarse product, on features that are easy and hard for it."""
-    monkeypatch.setattr(products, "coarse_dtype", lambda device: dtype)
-    monkeypatch.setitem(knn.TILES, "cpu", (1000, 64))
-    generator = torch.Generator().manual_seed(0)
-    bank = torch.randn(4321, 48, generator=generator)
-    queries = torch.randn(150, 48, generator=generator)
-    if kind == "close":  # similarities that half precision cannot tell apart
-        bank, queries = bank * 1e-3 + bank[0], queries * 1e-3 + bank[0]
-    if kind == "common part":
-        bank, queries = bank.relu() + 3, queries.relu() + 3
-    if kind == "few values":  # many ties
-        bank, queries = (bank > 1).float() + 0.5, (queries > 1).float() + 0.5
-    if kind == "not unit":
-        bank, queries = 100 * bank, 100 * queries
-    elif kind != "few values":
-        bank, queries = F.normalize(bank), F.normalize(queries)
-    bank[2000:2200] = bank[:200]
-    for k in (1, 20, 200):
-        found = nearest_neighbours(queries, bank, torch.arange(len(bank)), k)
-        expected = oracle(queries, bank, k)
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-
-
-def test_an_easy_search_compares_few_pairs_in_double_precision(monkeypatch):
-    queries, bank, labels = problem(num_queries=300, size=20_000, width=64)
-    pairs, update = [], knn._update
-    monkeypatch.setattr(knn, "_update", lambda best, similarities, indices: (
-        pairs.append(int(similarities.isfinite().sum())), update(best, similarities, indices)))
-    nearest_neighbours(queries, bank, labels, 20)
-    assert sum(pairs) < 300 * 20_000 / 50
-
-
-def test_collapsed_features():
-    """Of a network whose features are all equal but for rounding, or all equal."""
-    generator = torch.Generator().manual_seed(0)
-    noise = 1e-7 * torch.rand(3000, 32, generator=generator)
-    for bank in (F.normalize(1 + noise), torch.ones(3000, 32) / 32**0.5):
-        found = nearest_neighbours(bank[:40], bank, torch.arange(3000), 50)
-        expected = oracle(bank[:40], bank, 50)
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_precision_that_a_program_allows_for_products_changes_nothing(monkeypatch, dtype):
-    monkeypatch.setattr(products, "coarse_dtype", lambda device: dtype)
-    queries, bank, labels = problem(num_queries=300, size=20_000, width=512)
-    expected = nearest_neighbours(queries, bank, labels, 20)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = nearest_neighbours(queries, bank, labels, 20)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-
-
-def test_held_out_images_have_the_background_of_the_training_images(tmp_path):
-    for split in ("train", "val"):
-        for label in ("a", "b"):
-            (tmp_path / split / label).mkdir(parents=True)
-            Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(tmp_path / split / label / "clear.png")
-    for background, value in (("white", 255), (None, 9)):
-        train = open_dataset(str(tmp_path), "train", background)
-        val = open_held_out(str(tmp_path), train)
-        assert val.split == "val" and val.load(0).getpixel((0, 0)) == (value,) * 3
+@pytest.mark.parametrize("val", [("a", "b"), ("a", "c"), None])
+def test_the_held_out_images(tmp_path, capsys, val):
+    for split, classes in (("train", ("a", "b")), ("val", val or ())):
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(11):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / split / name / f"{i:02}.png")
+    train = open_dataset(str(tmp_path), "train")
+    bank, queries = open_held_out(str(tmp_path), train)
+    if val == ("a", "b"):
+        assert bank is train and queries.split == "val" and not capsys.readouterr().out
+    else:
+        assert queries.labels.tolist() == [0, 0, 1] and len(bank) == 19
+        assert [queries.name_of(i) for i in range(3)] == [train.name_of(i) for i in (0, 10, 20)]
+        assert "every 10th training image" in capsys.readouterr().out

@@ -44,14 +44,6 @@ def test_published_rows_of_odc(table, method, row):
     assert tables.published_rows(None) is None
 
 
-def test_what_a_row_does_not_share_with_the_others_is_said(capsys):
-    """Another code base, another input: Places205 has an ODC row of each code base."""
-    tables.show("", tables.PLACES205_LINEAR.columns, {}, tables.PLACES205_LINEAR)
-    text = capsys.readouterr().out
-    for name in (OPENSELFSUP, MMSELFSUP, "DeepCluster (Sobel input)"):
-        assert f"| {name}, published " in text
-
-
 class Images(SimpleNamespace):
     def __len__(self):
         return self.count

@@ -2,15 +2,15 @@
 
 import json
 import os
+import re
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from odc.clusters import Clustering
 from odc.data.images import ImageSet, Names
-from odc.outputs import export, report
+from odc.outputs import page
 
 SIZES = [150, 70, 40, 30, 20, 12, 9, 5, 0, 1]  # of the clusters; one is empty
 ODD_NAMES = ["</script><script>document.title = 'taken'</script>.png", "it's \"quoted\" & more.png",
@@ -21,8 +21,7 @@ CLASSES = ["cat & dog", "<i>fish</i>", "Vögel"]
 
 def images():
     """An ImageSet without files, in which the first images of cluster 0 have odd names."""
-    labels = torch.tensor(SIZES).repeat_interleave(torch.tensor(SIZES))
-    N = int(labels.numel())
+    N = sum(SIZES)
     names = ODD_NAMES + [f"a/{i:03d}.png" for i in range(len(ODD_NAMES), N)]
     classes = torch.randint(3, (N,), generator=torch.Generator().manual_seed(2))
     return ImageSet("folder", "train", "nowhere", names=Names(names), labels=classes,
@@ -42,38 +41,33 @@ def clusters(noise=0.4):
     return Clustering(labels, similarity, centroids, features)
 
 
-def write_images(root, dataset):
-    """A file for each name of an ImageSet, and the set with this root."""
+def write_log(folder, *more):
+    """log.jsonl with a few records, and more lines after them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dict(epoch=1 + step // 3, step=step, loss=4 - step / 9))
+             for step in range(1, 9)]
+    (folder / "log.jsonl").write_text("\n".join([*lines, *more]) + "\n")
+
+
+def write_run(root):
+    """A run's folder with its page, images of one colour each: (folder, ImageSet, Clustering)."""
+    folder, dataset, made = root / "<b>run & co", images(), clusters()
     for i in range(len(dataset)):
-        path = root / dataset.name_of(i)
+        path = root / "images" / dataset.name_of(i)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (12, 12), (i % 256, 90, 255 - i % 256)).save(path, "PNG")
-    dataset.root = str(root)
-    return dataset
-
-
-def write_log(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    records = [dict(epoch=1 + step // 3, step=step, loss=4 - step / 9) for step in range(1, 9)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_clusters(folder, dataset, made, unreadable=()):
-    """The files of a run from which its page can be made again."""
-    for name in ("labels", "centroids", "features"):
-        export.save_array(folder / f"{name}.npy", getattr(made, name))
-    export.save_table(folder / "clusters.csv", dataset, made.labels, made.similarity, unreadable)
-
-
-def write_run(root, unreadable=()):
-    """A run's folder with its page, (folder, ImageSet, Clusters)."""
-    folder = root / "<b>run & co"
-    dataset, made = write_images(root / "images", images()), clusters()
+    dataset.root = str(root / "images")
     write_log(folder)
-    earlier = np.arange(len(made.labels)) % len(SIZES)
-    np.save(folder / "labels_epoch_1.npy", earlier[::-1])
-    np.save(folder / "labels_epoch_2.npy", earlier)
-    np.save(folder / "labels_epoch_3.npy", made.labels.numpy())  # of the last epoch: no growth
-    write_clusters(folder, dataset, made, unreadable)
-    report.save(folder, dataset, made, unreadable)
+    page.write_page(folder, dataset, made)
     return folder, dataset, made
+
+
+def data_of(folder):
+    """The data in a page."""
+    text = (folder / "report.html").read_text()
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def shown_name(dataset, i):
+    """The name of an image as a page has it."""
+    return dataset.name_of(i).encode("utf-8", "replace").decode()

@@ -1,278 +1,209 @@
-"""report.html in a real browser: what a person sees, clicks and types."""
+"""report.html: what it says of the clusters; tests/outputs/test_browser.py opens it in a browser.
+"""
 
-import json
+import base64
+import html
+import io
 import re
-import shutil
-import time
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
 
-from odc.outputs import report
+from odc.clusters import Clustering
+from odc.data.images import ImageSet, Names
+from odc.errors import UserError
+from odc.outputs import page
 from tests.outputs import made_up_run
-from tests.outputs.test_report import data_of
+from tests.outputs.made_up_run import data_of, shown_name
+from tests.outputs.test_curves import polylines, svgs
 
-webdriver = pytest.importorskip("selenium.webdriver")
-Keys = webdriver.Keys
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-                None)
-if not (CHROMIUM and shutil.which("chromedriver")):
-    pytest.skip("Chromium and its driver are not here (Debian: chromium, chromium-driver)",
-                allow_module_level=True)
+SIZES = made_up_run.SIZES
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return made_up_run.write_run(tmp_path_factory.mktemp("made up"))[0]
+def run(tmp_path_factory):
+    return made_up_run.write_run(tmp_path_factory.mktemp("made up"))
 
 
-@pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                     "--window-size=1280,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
+def test_captions():
+    clusters = Clustering(torch.tensor([0, 0, 2]), torch.ones(3), torch.zeros(4, 2), None)
+    described = page.describe(clusters, torch.tensor([0, 1, 1]))
+    caption = page.caption(described, 2, ["cat", "dog"])
+    assert caption == "1 image · tightness 1.00 · 100% dog"
+    assert page.caption(described, 0) == "2 images · tightness 1.00 · 50% class 0"
+    assert page.caption(page.describe(clusters), 0) == "2 images · tightness 1.00"
 
 
-class Page:
-    """A page in a browser, by the ids of its elements."""
-
-    def __init__(self, browser, path):
-        self.browser = browser
-        browser.get("about:blank")
-        browser.get(path.as_uri())
-
-    def all(self, selector):
-        return self.browser.find_elements("css selector", selector)
-
-    def one(self, selector):
-        [element] = self.all(selector)
-        return element
-
-    def texts(self, selector):
-        return self.browser.execute_script(
-            "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector)
-
-    def choose(self, select, value):
-        self.one(f"#{select} option[value='{value}']").click()
-
-    def press(self, *keys):
-        webdriver.ActionChains(self.browser).send_keys(*keys).perform()
-
-    def cards(self):
-        """The numbers of the clusters, in the order of their cards."""
-        return [int(text.split()[1]) for text in self.texts("#cards h3")]
-
-    def target(self):
-        """The number of the card that was jumped to, once it can be seen."""
-        for _ in range(50):
-            cards = self.all("article:target")
-            if cards and self.browser.execute_script(
-                    "const box = arguments[0].getBoundingClientRect();"
-                    "return box.top >= 0 && box.bottom <= innerHeight", cards[0]):
-                return int(cards[0].get_attribute("id").split("-")[1])
-            time.sleep(0.1)
-
-
-@pytest.fixture
-def page(browser, folder):
-    page = Page(browser, folder / "report.html")
-    yield page
-    assert [entry["message"] for entry in browser.get_log("browser")] == []  # no error of a script
-
-
-def test_a_page_of_curves_alone(browser, tmp_path):
-    made_up_run.write_log(tmp_path)
-    report.save(tmp_path)
-    page = Page(browser, tmp_path / "report.html")
-    assert len(page.all("#curves svg")) == 1 and page.all("main") == page.all("nav a") == []
-
-
-def test_every_cluster_has_a_card_that_describes_it(page, folder):
-    clusters = data_of(folder)["clusters"]
-    assert page.cards() == [cluster["id"] for cluster in clusters]
-    assert page.texts("#cards header + p") == [cluster["caption"] for cluster in clusters]
-    strips = [len(card.find_elements("css selector", ".image")) for card in page.all("article")]
-    assert strips == [min(12, cluster["size"]) for cluster in clusters]
-    assert page.one("h1").text == "<b>run & co" and page.browser.title == "<b>run & co"
-
-
-@pytest.mark.parametrize("key", ["size", "tightness", "purity", "growth"])
-def test_sorting(page, folder, key):
-    clusters = data_of(folder)["clusters"]
-    for sign in ("-", ""):
-        page.choose("sort", sign + key)
-        expected = sorted(clusters, key=lambda cluster: cluster[key], reverse=sign == "-")
-        assert page.cards() == [cluster["id"] for cluster in expected]
-
-
-def test_a_page_without_labels_and_copies_offers_what_it_has(browser, folder, tmp_path):
-    made_up_run.write_log(tmp_path)
-    dataset = made_up_run.images()
-    dataset.labels = None
-    report.save(tmp_path, dataset, made_up_run.clusters(), without_pictures="They have moved.")
-    page = Page(browser, tmp_path / "report.html")
-    values = [option.get_attribute("value") for option in page.all("#sort option, #colour option")]
-    assert values == ["-size", "size", "-tightness", "tightness", "size"]
-    assert page.texts("#notes p") == ["There are no pictures: They have moved."]
-    assert page.one("#far .image:first-child").text.endswith(".png")  # names instead of pictures
-    page.all("#cards .image")[0].click()
-    assert "similarity" in page.one("#facts").text and "undefined" not in page.one("#facts").text
-
-
-def test_paging_through_a_cluster(page, folder):
-    largest, paths = data_of(folder)["clusters"][0], data_of(folder)["images"]["path"]
-    page.all("article header button")[0].click()
-    seen = []
-    for start, end in ((1, 60), (61, 120), (121, 150)):
-        assert page.one("#range").text == f"{start}–{end} of 150"
-        titles = [image.get_attribute("title") for image in page.all("#page .image")]
-        assert page.one("#path").get_property("textContent") == titles[0]
-        seen += titles
-        if end < 150:
-            page.one("#next").click()
-    assert not page.one("#next").is_enabled() and page.one("#previous").is_enabled()
-    first = largest["first"]
-    assert seen == paths[first : first + 150]
-    page.one("#previous").click()
-    assert page.one("#range").text == "61–120 of 150"
-    page.all("#page .image")[7].click()
-    assert page.one("#path").get_property("textContent") == seen[67]
-    similarity = data_of(folder)["images"]["similarity"][first + 67]
-    assert page.one("#facts").text.startswith(f"similarity {similarity:.3f} · cluster ")
-    page.one("dialog form button").click()
-    assert not page.one("#viewer").is_displayed()
-
-
-def test_the_keyboard_alone(page, folder):
-    paths = data_of(folder)["images"]["path"]
-    first = data_of(folder)["clusters"][1]["first"]
-    button = page.all("article header button")[1]
-    page.browser.execute_script("arguments[0].focus()", button)
-    page.press(Keys.ENTER)
-    for keys, place in (([Keys.ARROW_RIGHT] * 3, 3), ([Keys.ARROW_LEFT], 2), ([Keys.PAGE_DOWN], 62),
-                        ([Keys.PAGE_DOWN], 69), ([Keys.PAGE_UP] * 2, 0)):
-        page.press(*keys)
-        assert page.one("#path").get_property("textContent") == paths[first + place]
-        chosen = page.browser.switch_to.active_element
-        assert chosen.get_attribute("title") == paths[first + place]
-        assert chosen.get_attribute("aria-current") == "true"
-    page.press(Keys.ESCAPE)
-    assert not page.one("#viewer").is_displayed()
-    page.browser.execute_script("document.querySelector('#map a').focus()")
-    page.press(Keys.ENTER)
-    assert page.target() == data_of(folder)["clusters"][0]["id"]
-
-
-def test_a_click_on_the_map(page, folder):
-    for cluster in data_of(folder)["clusters"][:4]:
-        node = page.one(f"#map [href='#cluster-{cluster['id']}']")
-        assert cluster["caption"] in node.get_attribute("title")
-        node.click()
-        assert page.target() == cluster["id"]
-
-
-def test_the_colours_of_the_map(page, folder):
-    clusters = data_of(folder)["clusters"]
-
-    def colours():
-        return page.browser.execute_script(
-            "return [...document.querySelectorAll('#map a')].map(a => a.style.borderColor)")
-
-    by_class = colours()
-    for a, color_a in zip(clusters, by_class):
-        for b, color_b in zip(clusters, by_class):
-            assert (color_a == color_b) == (a["main"] == b["main"])
-    used = {made_up_run.CLASSES[cluster["main"]] for cluster in clusters}
-    assert set(page.texts("#legend span")) == used
-    page.choose("colour", "size")
-    assert len(set(colours())) == len({cluster["size"] for cluster in clusters})
-    assert page.texts("#legend span") == []
-
-
-def test_a_click_on_a_near_cluster(page, folder):
-    cluster = data_of(folder)["clusters"][2]
-    links = page.one(f"#cluster-{cluster['id']}").find_elements("css selector", ".strip a")
-    assert [int(link.text) for link in links] == cluster["near"]
-    links[0].click()
-    assert page.target() == cluster["near"][0]
-
-
-def test_search(page, folder):
-    paths = data_of(folder)["images"]["path"]
-    page.one("#search").send_keys("A/04")
-    expected = [path for path in paths if "a/04" in path]
-    assert [node.get_attribute("title") for node in page.all("#found .image")] == expected
-    assert page.one("#count").text.startswith(f"{len(expected)} found")
-    page.all("#found .image")[3].click()
-    assert page.one("#path").text == expected[3]
-    page.one("#facts a").click()  # to the cluster of that image
-    cluster = data_of(folder)["images"]["cluster"][paths.index(expected[3])]
-    assert page.target() == cluster
-    page.one("#search").clear()
-    page.one("#search").send_keys("nothing is called this")
-    assert page.one("#count").text.startswith("0 found") and page.all("#found .image") == []
-
-
-@pytest.mark.parametrize("name", made_up_run.ODD_NAMES)
-def test_odd_names_are_text(page, name):
-    name = re.sub("[\udc80-\udcff]", "?", name)  # what is not UTF-8
-    page.one("#search").send_keys(name[:9])
-    found = page.all("#found .image")
-    assert name in [node.get_attribute("title") for node in found]
-    next(node for node in found if node.get_attribute("title") == name).click()
-    assert page.one("#path").get_property("textContent") == name
-    assert page.browser.title == "<b>run & co"
-    assert page.all("img") == page.all("i") == page.all("b") == []
-
-
-def test_lists_of_near_duplicates_and_outliers(page, folder):
+def test_clusters_of_the_page(run):
+    folder, dataset, clusters = run
     data = data_of(folder)
-    assert page.texts("#pairs p") == [f"{pair['similarity']:.4f}" for pair in data["pairs"]]
-    page.all("#pairs .image")[5].click()
-    path = data["images"]["path"][data["pairs"][2]["images"][1]]
-    assert page.one("#path").text == path and page.one("#range").text == "1–2 of 2"
-    page.press(Keys.ESCAPE)
-    page.all("#far .image")[1].click()
-    assert page.one("#path").text == data["images"]["path"][data["outliers"][1]]
+    assert [cluster["size"] for cluster in data["clusters"]] == sorted(filter(None, SIZES))[::-1]
+    for cluster in data["clusters"]:
+        members = (clusters.labels == cluster["id"]).nonzero()[:, 0]
+        shown = slice(cluster["first"], cluster["first"] + cluster["count"])
+        order = sorted(members.tolist(), key=lambda i: -clusters.similarity[i])  # stable
+        assert data["images"]["path"][shown] == [shown_name(dataset, i) for i in order]
+        assert data["images"]["similarity"][shown] == pytest.approx(
+            clusters.similarity[order].tolist(), abs=1e-5)
+        assert data["images"]["label"][shown] == dataset.labels[order].tolist()
+        assert set(data["images"]["cluster"][shown]) == {cluster["id"]}
+        tightness = float(clusters.similarity[members].mean())
+        assert cluster["tightness"] == pytest.approx(tightness, abs=1e-4)
+        counts = dataset.labels[members].bincount(minlength=3)
+        assert cluster["purity"] == pytest.approx(int(counts.max()) / len(members))
+        assert cluster["main"] == int(counts.argmax())  # the first of several
+        assert cluster["caption"].startswith(f"{len(members)} image")
+    assert data["classes"] == made_up_run.CLASSES and data["notes"] == []
+    text = (folder / "report.html").read_text()
+    assert f"epoch 3, step 8 · {len(dataset)} images in 9 clusters" in text
 
 
-def test_no_request_leaves_the_page(browser, folder):
-    browser.get_log("performance")
-    page = Page(browser, folder / "report.html")
-    page.all("article header button")[0].click()
-    page.browser.execute_script("window.scrollTo(0, 1e6)")
-    time.sleep(0.5)
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = {event["params"]["request"]["url"] for event in events
-            if event["method"] == "Network.requestWillBeSent"}
-    assert (folder / "report.html").as_uri() in urls
-    assert {url.split(":")[0] for url in urls} <= {"about", "data", "file"}
-    assert {url for url in urls if url.startswith("file")} == {(folder / "report.html").as_uri()}
+def test_nearest_clusters_and_the_map(run):
+    centroids = run[2].centroids
+    clusters = data_of(run[0])["clusters"]
+    present = [cluster["id"] for cluster in clusters]
+    for cluster in clusters:
+        scores = {k: float(centroids[k] @ centroids[cluster["id"]]) for k in present}
+        del scores[cluster["id"]]
+        best = sorted(scores.values(), reverse=True)[: page.NEAR]
+        assert [scores[k] for k in cluster["near"]] == pytest.approx(best, abs=1e-6)
+    places = np.array([cluster["place"] for cluster in clusters])
+    expected = PCA(2).fit_transform(centroids[present].numpy())
+    expected /= np.abs(expected).max()
+    assert np.abs(places) == pytest.approx(np.abs(expected), abs=2e-3)
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_telephones_and_dark_mode(browser, folder, width, scheme):
-    metrics = dict(width=width, height=844, deviceScaleFactor=2, mobile=width < 600)
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(
-        features=[dict(name="prefers-color-scheme", value=scheme)]))
-    try:
-        page = Page(browser, folder / "report.html")
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        colours = browser.execute_script(
-            "const style = getComputedStyle(document.body); return [style.color, style.background]")
-        ink, paper = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
-        assert (ink < 150 and paper > 700) if scheme == "light" else (ink > 650 and paper < 100)
-        page.all("article header button")[0].click()
-        box = page.one("#viewer").rect
-        assert box["x"] >= 0 and box["x"] + box["width"] <= width
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=[]))
+def test_near_duplicates_and_outliers(run):
+    _, dataset, clusters = run
+    data = data_of(run[0])
+    number = {shown_name(dataset, i): i for i in range(len(dataset))}
+    images = [number[path] for path in data["images"]["path"]]
+    scores = clusters.features @ clusters.features.T
+    scores[clusters.labels[:, None] != clusters.labels] = -1
+    scores.fill_diagonal_(-1)
+    found = [[images[n] for n in pair["images"]] for pair in data["pairs"]]
+    shown = [pair["similarity"] for pair in data["pairs"]]
+    assert shown == pytest.approx([float(scores[i, j]) for i, j in found], abs=1e-4)
+    best, nearest = scores.max(1)
+    for score, pair in zip(shown, found):  # the best one that is left, of an image and its nearest
+        assert score == pytest.approx(float(best.max()), abs=1e-4)
+        best[torch.isin(torch.arange(len(best)), torch.tensor(pair))] = -1
+        best[torch.isin(nearest, torch.tensor(pair))] = -1
+    assert len(found) == page.PAIRS
+    furthest = clusters.similarity.sort().values[: page.OUTLIERS]
+    assert [float(clusters.similarity[images[n]]) for n in data["outliers"]] == furthest.tolist()
+
+
+def test_pairs_of_large_clusters_and_of_many_copies(monkeypatch):
+    """Copies are found among the images that are about equally similar to the centroid."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(5000, 16, generator=generator))
+    copies = {(0, 4999), (1100, 3), (2000, 2001)}
+    for i, j in copies:
+        features[j] = features[i]
+    features[10:30] = features[10]  # would be 190 pairs
+    monkeypatch.setattr(page, "PAIRS", 14)
+    order = (features @ features[40]).argsort(descending=True, stable=True).numpy()
+    pairs = page.near_duplicates(features.numpy(), [order, np.arange(0)])
+    pairs = [{i, j} for score, i, j in pairs if score > 0.9999]
+    assert all(set(pair) in pairs for pair in copies)
+    images = [i for pair in pairs for i in pair]
+    assert len(images) == len(set(images)) and set(images) & set(range(10, 30))
+
+
+def test_a_large_run_shows_a_sample_of_each_cluster_and_says_so(run, tmp_path, monkeypatch):
+    _, dataset, clusters = run
+    made_up_run.write_log(tmp_path)
+    monkeypatch.setattr(page, "IMAGES", 200)
+    page.write_page(tmp_path, dataset, clusters)
+    data = data_of(tmp_path)
+    counts = {cluster["size"]: cluster["count"] for cluster in data["clusters"]}
+    assert counts == {size: min(size, 200 // 9) for size in SIZES if size}
+    assert f"{sum(counts.values())} of {len(dataset)} images" in data["notes"][0]
+
+
+@pytest.mark.parametrize("size", [1, 12, 13, 31, 1000])
+def test_samples(size):
+    images = list(range(size))
+    for count in (4, 5, 11, 12, 13, 30):
+        drawn = page.sample(images, count)
+        assert len(drawn) == min(count, size) and drawn == sorted(set(drawn))
+        assert drawn[0] == 0 and drawn[-1] == size - 1
+
+
+def tiles(folder):
+    """The pictures of a page in their order: the mean colour of the middle of each, float [n, 3].
+    """
+    found = []
+    for code in re.findall(r"\.sheet\d+ \{.*?base64,(.*?)\)", (folder / "report.html").read_text()):
+        sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(code))).convert("RGB"), float)
+        side = len(sheet) // 16
+        grid = sheet.reshape(16, side, 16, side, 3)[:, 4:-4, :, 4:-4]
+        found.append(grid.mean((1, 3)).reshape(256, 3))
+    return np.concatenate(found)
+
+
+def test_every_picture_is_in_its_tile(run):
+    folder, dataset, _ = run
+    paths = data_of(folder)["images"]["path"]
+    assert len(paths) > 256
+    index = {shown_name(dataset, i): i for i in range(len(dataset))}
+    expected = [(i % 256, 90, 255 - i % 256) for i in map(index.get, paths)]
+    assert tiles(folder)[: len(paths)] == pytest.approx(np.array(expected), abs=12)
+
+
+def test_the_page_stands_alone_and_is_safe(run):
+    text = (run[0] / "report.html").read_text()
+    before, data = text.split('id="data">')
+    data, after = data.split("</script>", 1)
+    assert "<" not in data and text.count("</script>") == 2
+    code = before.replace('http-equiv="Content-Security-Policy"', "") + after
+    assert not re.search("http|src=|document.title|@import|url\\((?!data:)", code)
+    assert "default-src 'none'" in before and "unsafe-inline'; script" not in before
+    assert f"<h1>{html.escape('<b>run & co')}</h1>" in text
+    assert "{{title}}" not in text and "{{data}}.png" in text
+
+
+def test_images_in_memory_and_sets_without_labels(tmp_path):
+    made_up_run.write_log(tmp_path)
+    pixels = np.full((len(made_up_run.images()), 8, 8), 77, np.uint8)
+    dataset = ImageSet("cifar10", "train", "nowhere", pixels=pixels)
+    page.write_page(tmp_path, dataset, made_up_run.clusters())
+    data = data_of(tmp_path)
+    assert "purity" not in data["clusters"][0] and data["classes"] == []
+    assert "0" in data["images"]["path"]
+    assert tiles(tmp_path)[20] == pytest.approx([77, 77, 77], abs=3)
+    dataset.labels = torch.arange(len(dataset)) % 2  # and no names of classes
+    assert page.contents(dataset, made_up_run.clusters())[0]["classes"] == ["class 0", "class 1"]
+
+
+def test_one_cluster_of_one_image_and_an_image_that_is_gone(tmp_path):
+    made_up_run.write_log(tmp_path)
+    clusters = Clustering(torch.tensor([3]), torch.tensor([0.5]), torch.eye(8), torch.eye(8)[:1])
+    dataset = ImageSet("a", "train", "", pixels=np.zeros((1, 9, 9, 3), np.uint8))
+    page.write_page(tmp_path, dataset, clusters)
+    [cluster] = data_of(tmp_path)["clusters"]
+    assert cluster["near"] == [] and cluster["place"] == [0, 0]
+    gone = ImageSet("folder", "train", str(tmp_path), names=Names(["gone.png"]))
+    with pytest.raises(UserError, match="gone.png"):
+        page.write_page(tmp_path, gone, clusters)
+
+
+def test_a_page_of_curves_alone(tmp_path):
+    made_up_run.write_log(tmp_path)
+    page.write_page(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert list(svgs(text)) == ["Loss"] and "epoch 3, step 8" in text and data_of(tmp_path) == {}
+    (tmp_path / "log.jsonl").write_text("")
+    page.write_page(tmp_path)
+    assert "no step yet" in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_of_a_finished_run(finished):
+    charts = svgs((finished / "report.html").read_text())
+    assert {"Loss", "Clusters against classes", "Cluster sizes"} <= charts.keys()
+    assert len(polylines(charts["Loss"])[0]) == 20
+    assert sum(cluster["size"] for cluster in data_of(finished)["clusters"]) == 150

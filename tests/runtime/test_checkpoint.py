@@ -4,8 +4,7 @@ import errno
 import os
 import pickle
 import random
-import resource
-import signal
+import zipfile
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ def saved(tmp_path):
     path = tmp_path / "checkpoint.pth"
     state = {"weights": torch.arange(5000.0).view(50, 100), "epoch": 3,
              "settings": {"lr": 0.06, "steps": [1, 2]}}
-    checkpoint.save(path, state)
+    checkpoint.write_dict(path, state)
     return path, state
 
 
@@ -32,7 +31,7 @@ def is_equal(loaded, state):
 
 def test_round_trip_and_plain_torch_load(saved):
     path, state = saved
-    for loaded in (checkpoint.load(path), torch.load(path, weights_only=True)):
+    for loaded in (checkpoint.read_dict(path), torch.load(path, weights_only=True)):
         assert is_equal(loaded, state)
 
 
@@ -42,7 +41,41 @@ def test_truncated_anywhere(saved):
     for length in [0, 1, 7, 8, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 20)]:
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match="cannot be read"):
-            checkpoint.load(path)
+            checkpoint.read_dict(path)
+
+
+def recompressed(path):
+    """The same archive as another program packs it: torch would map the packed bytes as numbers."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+
+
+def bad_directory(path):
+    """A directory that claims a stored entry to be packed: zlib.error from the standard library."""
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02")
+    content[at + 10] = 8
+    path.write_bytes(content)
+
+
+def in_itself(path):
+    loop = {}
+    loop["loop"] = loop
+    torch.save([loop] * 300, path)
+
+
+@pytest.mark.parametrize("make", [
+    recompressed, bad_directory, in_itself, lambda path: (path.unlink(), os.mkfifo(path)),
+    lambda path: (path.unlink(), path.mkdir()), lambda path: path.unlink(),
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"PK\x03\x04 not for long")])
+def test_another_programs_file(saved, make):
+    path, _ = saved
+    make(path)
+    with pytest.raises(UserError, match=f"{path}: cannot be read.*another program"):
+        checkpoint.read_dict(path)
 
 
 def test_a_flipped_byte_anywhere(saved):
@@ -53,7 +86,7 @@ def test_a_flipped_byte_anywhere(saved):
     for place in [0, len(whole) - 1, *random.Random(1).sample(range(len(whole)), 200)]:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
         try:
-            assert is_equal(checkpoint.load(path), state), place
+            assert is_equal(checkpoint.read_dict(path), state), place
         except UserError:
             refused += 1
     assert refused > 150
@@ -67,51 +100,42 @@ class Evil:
 def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "checkpoint.pth"
-    checkpoint.save(path, {"weights": Evil()})
+    checkpoint.write_dict(path, {"weights": Evil()})
     with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.load(path)
+        checkpoint.read_dict(path)
     path.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.load(path)
+        checkpoint.read_dict(path)
     assert not (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip file", b"PK\x03\x04 but not for long"])
-def test_another_programs_file(tmp_path, content):
-    path = tmp_path / "checkpoint.pth"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="another program"):
-        checkpoint.load(path)
-
-
-def test_a_full_disk_keeps_the_checkpoint_from_before(saved):
-    """A limit on the size of files is the full disk of a test: the write fails in the middle."""
-    path, state = saved
-    before = path.read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-        with pytest.raises(UserError, match="could not be written.*from before is kept") as error:
-            checkpoint.save(path, state)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert os.strerror(errno.EFBIG) in str(error.value)
-    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
-
-
-def test_a_failing_sync_keeps_the_checkpoint_from_before(saved, monkeypatch):
+@pytest.mark.parametrize("error, raised", [
+    (OSError(errno.EIO, os.strerror(errno.EIO)), UserError), (KeyboardInterrupt(), BaseException),
+    (ValueError("a mistake of ours"), ValueError)])
+def test_failing_saves_leave_the_file_from_before_and_no_other(saved, monkeypatch, error, raised):
     path, state = saved
 
     def fail(descriptor):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise error
 
     monkeypatch.setattr(os, "fsync", fail)
     before = path.read_bytes()
-    with pytest.raises(UserError, match="Input/output error"):
-        checkpoint.save(path, state)
+    for _ in range(4):
+        with pytest.raises(raised):
+            checkpoint.write_dict(path, state)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_two_programs_with_one_output(saved):
+    """Each has temporary names of its own; the last one to end wins."""
+    path, state = saved
+
+    def write(file):
+        assert run_processes(checkpoint.save, 1, path, state) == [None]
+        file.write(b"of the first")
+
+    checkpoint.write_atomically(path, write)
+    assert path.read_bytes() == b"of the first" and os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.ones(3), {}, {"epoch": 3}])
@@ -122,88 +146,143 @@ def test_files_that_hold_no_checkpoint_of_a_run(tmp_path, content):
     assert (tmp_path / "checkpoint.pth").exists()
 
 
-def test_other_files_beside_the_rows_stay(tmp_path):
-    (tmp_path / "memory" / ".ipynb_checkpoints").mkdir(parents=True)
-    for epoch in (1, 2):
-        save_my_rows(tmp_path, epoch)
-    assert len(list((tmp_path / "memory").iterdir())) == 2
-
-
-def test_a_link_stays_a_link(tmp_path):
+def test_a_link_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "file").write_text("of someone")
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    checkpoint.save(tmp_path / "link", {"epoch": 3})
-    assert (tmp_path / "link").is_symlink() and checkpoint.load(tmp_path / "file") == {"epoch": 3}
+    checkpoint.write_dict(tmp_path / "link", {"epoch": 3})
+    assert (tmp_path / "file").read_text() == "of someone"
+    assert checkpoint.read_dict(tmp_path / "link") == {"epoch": 3}
 
 
 def test_a_name_that_is_not_utf8(tmp_path):
     path = tmp_path / os.fsdecode(b"name\xe9.pth")
-    checkpoint.save(path, {"epoch": 3})
-    assert checkpoint.load(path) == {"epoch": 3}
+    checkpoint.write_dict(path, {"epoch": 3})
+    assert checkpoint.read_dict(path) == {"epoch": 3}
 
 
-def test_leftovers_are_removed(tmp_path):
-    (tmp_path / "checkpoint.pth.partial").write_bytes(b"half")
-    (tmp_path / "mine.txt").write_text("stays")
+# --- folders of runs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["film.mkv.partial", "memory/teacher.pth", "log.jsonl", ".lock"])
+def test_a_folder_of_someone_else_is_refused_and_stays(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("of someone")
+    with pytest.raises(UserError, match="holds other files"):
+        checkpoint.open_run(tmp_path)
+    assert file.read_text() == "of someone"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+@pytest.mark.parametrize("name", [".lock", "memory", "checkpoint.pth", "log.jsonl"])
+def test_links_out_of_the_folder(tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{output / name} is a link"):
+        checkpoint.open_run(output)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_a_killed_process_has_left(tmp_path, monkeypatch):
+    """It goes, also before the first checkpoint; everything else stays."""
+    checkpoint.open_run(tmp_path)[1].close()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: os._exit(9))
+        if (child := os.fork()) == 0:
+            checkpoint.write_dict(tmp_path / "backbone.pth", {"epoch": 3})
+        os.waitpid(child, 0)
+    (tmp_path / "log.jsonl").write_text("{}")
+    (tmp_path / "film.mkv.partial").write_text("of someone")
+    assert len(os.listdir(tmp_path)) == 4
     assert checkpoint.open_run(tmp_path)[0] is None
-    assert sorted(os.listdir(tmp_path)) == [".lock", "mine.txt"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "film.mkv.partial", "log.jsonl"]
 
 
 # --- the rows of several processes ---------------------------------------------------------------
 
-FEATURES = torch.arange(70.0).view(10, 7)
+FEATURES = torch.nn.functional.normalize(torch.randn(10, 7, generator=torch.manual_seed(0)))
 
 
 def save_my_rows(folder, epoch):
     path = folder / "checkpoint.pth"
     rows = distributed.shard(10)
-    checkpoint.save_run(path, {"epoch": epoch}, FEATURES[rows] + epoch, 10)
-    return checkpoint.load_rows(path, checkpoint.load(path), rows).tolist()
+    checkpoint.write_run(path, {"epoch": epoch}, FEATURES[rows].roll(epoch, 1), 10)
+    return checkpoint.read_rows(path, checkpoint.read_dict(path), rows).tolist()
 
 
 def load_all(folder):
     path = folder / "checkpoint.pth"
-    state = checkpoint.load(path)
-    return checkpoint.load_rows(path, state, slice(0, 10)) - state["epoch"]
+    state = checkpoint.read_dict(path)
+    return checkpoint.read_rows(path, state, slice(0, 10)).roll(-state["epoch"], 1)
 
 
 @pytest.mark.parametrize("W", [1, 3])
 def test_rows_are_read_back_whoever_wrote_them(tmp_path, W):
     for epoch in (1, 2):
         parts = run_processes(save_my_rows, W, tmp_path, epoch)
-        assert sum(parts, []) == (FEATURES + epoch).tolist()
+        assert sum(parts, []) == FEATURES.roll(epoch, 1).tolist()
     assert torch.equal(load_all(tmp_path), FEATURES)
     path = tmp_path / "checkpoint.pth"
-    some = checkpoint.load_rows(path, checkpoint.load(path), slice(2, 9))
-    assert torch.equal(some, FEATURES[2:9] + 2)
+    some = checkpoint.read_rows(path, checkpoint.read_dict(path), slice(2, 9))
+    assert torch.equal(some, FEATURES[2:9].roll(2, 1))
     assert len(os.listdir(tmp_path / "memory")) == W  # those of the save before are gone
 
 
 @pytest.mark.parametrize("fails_at", ["rows", "state"])
 def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch, fails_at):
     save_my_rows(tmp_path, 1)
-    save = checkpoint.save
+    before = sorted(tmp_path.rglob("*"))
+    original = torch.save
 
-    def fail(path, state):
-        if (path.parent.name == "memory") == (fails_at == "rows"):
+    def fail(content, file):
+        original(content, file)
+        if ("features" in content) == (fails_at == "rows"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(path, state)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
-        patch.setattr(checkpoint, "save", fail)
-        save_my_rows(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        for _ in range(4):
+            with pytest.raises(UserError, match="No space left"):
+                save_my_rows(tmp_path, 2)
+    assert sorted(tmp_path.rglob("*")) == before
     assert torch.equal(load_all(tmp_path), FEATURES)
-    save_my_rows(tmp_path, 3)
-    assert len(os.listdir(tmp_path / "memory")) == 1
+
+
+def test_only_names_of_the_old_checkpoint_are_deleted(tmp_path):
+    (tmp_path / "memory" / "of someone").mkdir(parents=True)
+    (tmp_path / "memory" / "teacher.pth").write_text("of someone")
+    (tmp_path / "thesis.pth").write_text("of someone")
+    for epoch in (1, 2, 3):
+        save_my_rows(tmp_path, epoch)
+    assert len(os.listdir(tmp_path / "memory")) == 3
+    state = checkpoint.read_dict(tmp_path / "checkpoint.pth")
+    checkpoint.write_dict(tmp_path / "checkpoint.pth", {
+        **state, "memory_parts": [("../thesis.pth", 0, 10)]})  # made up by someone
+    save_my_rows(tmp_path, 4)
+    assert (tmp_path / "thesis.pth").exists() and (tmp_path / "memory" / "teacher.pth").exists()
+
+
+@pytest.mark.parametrize("features", [
+    FEATURES[:9], FEATURES.clone().index_fill_(0, torch.tensor([4]), torch.nan), 2 * FEATURES,
+    (255 * FEATURES).byte(), FEATURES[:, 0], "no tensor"])
+def test_rows_are_not_believed(tmp_path, features):
+    save_my_rows(tmp_path, 0)
+    (part,) = (tmp_path / "memory").iterdir()
+    checkpoint.write_dict(part, {"features": features})
+    with pytest.raises(UserError, match=f"{part}: cannot be read"):
+        load_all(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove"])
 def test_damaged_or_missing_rows(tmp_path, damage):
-    save_my_rows(tmp_path, 1)
+    save_my_rows(tmp_path, 0)
     (part,) = (tmp_path / "memory").iterdir()
     whole = part.read_bytes()
-    at = whole.index(FEATURES[:2].add(1).numpy().tobytes())
+    at = whole.index(FEATURES[:2].numpy().tobytes())
     part.unlink()
     if damage == "flip":
         part.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
-    with pytest.raises(UserError, match=f"{part}: is (damaged|missing)"):
+    with pytest.raises(UserError, match=f"{part}: cannot be read.*damaged"):
         load_all(tmp_path)

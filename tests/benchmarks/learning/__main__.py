@@ -21,7 +21,7 @@ Numbers are the mean and the standard deviation over the seeds.
 
 Every finished row is a line of OUTPUT/rows.jsonl and is not made again, so a benchmark that was
 stopped goes on with the row at which it was. Several may run at once with the same --output, of
-other --data or --only; equal time needs the rows of ODC and of equal steps.
+other --data or --only.
 """
 
 import argparse
@@ -52,15 +52,13 @@ DATA = ("fashion", "glyphs", "photographs")
 NUM_CLUSTERS = 100
 METHODS = {  # in the order of the table
     "pixels": "pixels", "pca": "PCA of pixels", "random": "random network", "odc": "ODC",
-    "online": "ODC, never re-clustered", "alternating": "alternating, equal steps",
-    "alternating-time": "alternating, equal time",
+    "online": "ODC, never re-clustered", "alternating": "alternating",
     "simsiam": "SimSiam", "swav": "SwAV", "labels": "with labels (ceiling)",
 }
 # How ODC's rows differ from train.py's own choice, which re-clusters and moves labels in each step.
 ODC_WAYS = {
     "odc": [], "online": ["--recluster-interval", "0"],
     "alternating": ["--offline-epochs", "1000000"],
-    "alternating-time": ["--offline-epochs", "1000000"],
 }
 PEERS = {"simsiam": methods.SimSiam, "swav": methods.SwAV, "labels": methods.Labels}
 COLUMNS = {  # name: (heading, factor, digits)
@@ -130,34 +128,15 @@ def run_train(folder, arguments):
     return backbone, torch.from_numpy(np.load(folder / "labels.npy")), initial
 
 
-def epochs_of_equal_time(rows, key, epochs, device):
-    """Epochs for alternating clusters that take as long as online ones; None without both rows.
-
-    By the time of the processors or, if a GPU works, by the clock.
-    """
-    measure = "minutes" if device.type == "cuda" else "processor_minutes"
-    found = [rows.read(**{**key, "method": method}) for method in ("online", "alternating")]
-    if not all(found):
-        return None
-    online, alternating = (row[0][measure] for row in found)
-    return max(1, round(epochs * online / alternating))
-
-
-def make_row(method, key, rows, output, arguments, device):
-    """One method with one seed: its scores, or None if there is nothing to measure."""
-    args, given = settings.parse(arguments)
+def make_row(method, key, output, arguments, device):
+    """One method with one seed: its scores."""
+    args = settings.parse(arguments)
     train, val = (open_dataset(args.data, split) for split in ("train", "val"))
-    settings.follow_data(args, given, train, None, device)  # as train.py does
-    row, clusters, epochs, began = {}, None, args.epochs, clock(device)
+    settings.resolve_defaults(args, train, None, device)  # as train.py does
+    row, clusters, began = {}, None, clock(device)
     if method in ODC_WAYS:
-        more = ODC_WAYS[method]
-        if method == "alternating-time":
-            epochs = epochs_of_equal_time(rows, key, args.epochs, device)
-            if epochs in (None, args.epochs):
-                return None
-            more = [*more, "--epochs", str(epochs)]
         folder = output / "-".join(map(str, key.values())) / method
-        backbone, clusters, initial = run_train(folder, [*arguments, *more])
+        backbone, clusters, initial = run_train(folder, [*arguments, *ODC_WAYS[method]])
         row = {f"initial_{name}": initial[name] for name in ("nmi", "purity")}
     elif method in PEERS:
         backbone = methods.train(PEERS[method], args, train, device)
@@ -165,7 +144,7 @@ def make_row(method, key, rows, output, arguments, device):
         backbone = methods.first_network(args)
     if method in PEERS or clusters is not None:
         minutes, processor_minutes = ((clock(device) - began) / 60).tolist()
-        row |= dict(epochs=epochs, minutes=minutes, processor_minutes=processor_minutes)
+        row |= dict(epochs=args.epochs, minutes=minutes, processor_minutes=processor_minutes)
 
     if method in ("pixels", "pca"):
         features = [scores.pixels(images, args.image_size).to(device) for images in (train, val)]
@@ -179,8 +158,7 @@ def make_row(method, key, rows, output, arguments, device):
                     for images in (train, val)]
         to_cluster = features[0]
     if clusters is None:
-        clusters, _ = kmeans(F.normalize(to_cluster), args.num_clusters, args.kmeans_iterations,
-                             args.seed)
+        clusters, _ = kmeans(F.normalize(to_cluster), args.num_clusters, seed=args.seed)
     return row | scores.all_scores(*features, train, val, clusters.cpu()) | dict(
         num_train=len(train), num_val=len(val), num_classes=len(train.classes),
         num_clusters=args.num_clusters, arch=args.arch, image_size=args.image_size,
@@ -260,11 +238,10 @@ def main(arguments=None):
                     N = len(open_dataset(str(folder), "train"))
                     more += ["--epochs", str(max(1, round(args.images / N)))]
                 more += [*shlex.split(args.train_arguments), "--seed", str(seed), "--workers",
-                         str(args.workers), "--device", args.device, "--knn-interval", "0"]
-                row = make_row(method, key, rows, args.output, more, torch.device(args.device))
-                if row:
-                    rows.add(dict(key, method=method, given=given, **row))
-                    print(f"{name}, seed {seed}: {line(METHODS[method], [row])}", flush=True)
+                         str(args.workers), "--device", args.device]
+                row = make_row(method, key, args.output, more, torch.device(args.device))
+                rows.add(dict(key, method=method, given=given, **row))
+                print(f"{name}, seed {seed}: {line(METHODS[method], [row])}", flush=True)
         if found := rows.read(data=name):
             print_table(name, found)
 

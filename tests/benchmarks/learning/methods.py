@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from odc.data.augmentation import Augmentation, augment_batch, crop_and_flip, draw
+from odc.data.augmentation import Augmentation, augment_batch, crop_and_flip, draw_parameters
 from odc.data.loader import steps_per_epoch
 from odc.model import ODC, use_small_stem
 
@@ -108,7 +108,7 @@ class Views(torch.utils.data.Dataset):
         indices = [generator.randrange(len(self.images)) for _ in range(self.batch_size)]
         opened = [self.images.load(index) for index in indices]
         for image in opened * self.num_views:
-            drawn = draw(self.augmentation, generator, *image.size, self.image_size)
+            drawn = draw_parameters(self.augmentation, generator, *image.size, self.image_size)
             rows.append((crop_and_flip(image, drawn, self.image_size), torch.tensor(drawn)))
         pixels, draws = map(torch.stack, zip(*rows))
         return pixels, draws, self.images.labels[indices]
@@ -117,8 +117,7 @@ class Views(torch.utils.data.Dataset):
 def first_network(args):
     """The backbone as train.py starts with it. args: train.py's."""
     torch.manual_seed(args.seed)
-    return ODC(args.arch, use_small_stem(args.image_size), dim=args.feature_dim,
-               num_clusters=args.num_clusters).backbone
+    return ODC(args.arch, use_small_stem(args.image_size), num_clusters=args.num_clusters).backbone
 
 
 def train(method, args, images, device):

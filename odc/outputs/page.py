@@ -1,0 +1,217 @@
+"""report.html: the page of a run, one file that needs nothing beside itself.
+
+It shows the curves of log.jsonl and, once there are clusters, all of them: a map, a card for each
+cluster, near-duplicates and outliers. Python writes the numbers as JSON and the thumbnails as
+sprite sheets; page.template.html beside this file lays them out.
+
+A log and file names are other people's text. What comes from the log is a number, all other text
+is escaped, and the page's policy lets the browser run the template's script alone.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from odc.data.augmentation import evaluation_transform
+from odc.data.loader import evaluation_batches
+from odc.outputs import curves
+from odc.runtime.checkpoint import write_atomically
+
+IMAGES = 10_000  # a page shows all images up to so many, above that a sample of each cluster
+CENTRAL, EDGE = 8, 4  # images that a card shows, from both ends of its cluster
+NEAR, PAIRS, OUTLIERS = 5, 24, 48  # neighbours of a cluster, near-duplicate pairs, outliers
+TILES = 16  # images in a row and in a column of a sprite sheet
+
+
+def write_page(folder, dataset=None, clustering=None, workers=0):
+    """Write report.html into the folder of a run; process 0 only. Raises UserError.
+
+    dataset, clustering: an ImageSet and its Clustering with the features of all images; without
+    both the page has curves alone.
+    """
+    records = curves.read_log(folder / "log.jsonl")
+    summary, data, sheets = "no step yet", {}, ""
+    if records:
+        summary = f"epoch {records[-1]['epoch']}, step {records[-1]['step']:,}"
+    if clustering is not None:
+        data, shown = contents(dataset, clustering)
+        summary += f" · {len(dataset):,} images in {len(data['clusters']):,} clusters"
+        sheets = sprite_sheets(dataset, shown, workers)
+    template = Path(__file__).with_name("page.template.html").read_text(encoding="utf-8")
+    script = re.search("<script>(.*?)</script>", template, re.DOTALL)[1]
+    parts = dict(title=html.escape(folder.resolve().name), summary=summary, sheets=sheets,
+                 script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+                 curves=curves.draw_charts(records), data=json.dumps(data).replace("<", "\\u003c"))
+    page = re.sub(r"\{\{(\w+)\}\}", lambda marker: parts[marker[1]], template)
+    write_atomically(folder / "report.html",
+                     lambda file: file.write(page.encode("utf-8", errors="replace")))
+
+
+def contents(dataset, clustering):
+    """(what the page says, a dict for JSON; the images that it shows, a list of indices)."""
+    described = describe(clustering, dataset.labels)
+    records, shown = cluster_records(dataset, clustering, described)
+    notes = []
+    if len(shown) < len(dataset):
+        notes.append(f"This page shows {len(shown):,} of {len(dataset):,} images: of each cluster "
+                     "the central ones, those at its edge, and some between.")
+    pairs = near_duplicates(clustering.features, described.members)
+    outliers = clustering.similarity.argsort(stable=True)[:OUTLIERS].tolist()
+    shown += sorted({*outliers, *(i for _, *pair in pairs for i in pair)}.difference(shown))
+    position = {image: n for n, image in enumerate(shown)}
+    labels, classes = [], []
+    if dataset.labels is not None:
+        labels = dataset.labels[shown].tolist()
+        classes = dataset.classes or [f"class {k}" for k in range(int(dataset.labels.max()) + 1)]
+    data = dict(
+        clusters=records, notes=notes, classes=classes, outliers=[position[i] for i in outliers],
+        pairs=[dict(similarity=score, images=[position[i], position[j]]) for score, i, j in pairs],
+        images=dict(path=[dataset.name_of(i).encode("utf-8", "replace").decode() for i in shown],
+                    label=labels, cluster=clustering.labels[shown].tolist(),
+                    similarity=[round(s, 4) for s in clustering.similarity[shown].tolist()]))
+    return data, shown
+
+
+# --- clusters ------------------------------------------------------------------------------------
+
+@dataclass
+class Description:
+    """What there is to say of K clusters."""
+
+    members: list  # K int64 arrays of images, the most similar to the centroid first
+    sizes: torch.Tensor  # int64 [K]
+    tightness: torch.Tensor  # [K], mean similarity of the images, 0 for an empty cluster
+    purity: torch.Tensor | None = None  # [K], share of the most frequent class; None without labels
+    main_class: torch.Tensor | None = None  # [K], that class
+
+
+def describe(clustering, classes=None):
+    """The Description of `odc.clusters.Clustering`. classes: int64 [N] or None."""
+    K = len(clustering.centroids)
+    # As clusters.csv has the similarities: equal there, images keep their order.
+    similarity = clustering.similarity.double().round(decimals=4)
+    order = np.lexsort((-similarity.numpy(), clustering.labels.numpy()))
+    labels = clustering.labels[order]
+    sizes = labels.bincount(minlength=K)
+    tightness = labels.bincount(similarity[order], K) / sizes.clamp(min=1)
+    members = np.split(order, sizes.cumsum(0)[:-1])
+    if classes is None:
+        return Description(members, sizes, tightness)
+    num_classes = int(classes.max()) + 1
+    # Only the pairs that exist: a table of all clusters and classes may be large.
+    pairs, counts = (labels * num_classes + classes[order]).unique(return_counts=True)
+    cluster, of_class = pairs // num_classes, pairs % num_classes
+    most = torch.zeros_like(sizes).scatter_reduce(0, cluster, counts, "amax")
+    wins = counts == most[cluster]
+    main_class = torch.zeros_like(sizes).scatter_reduce(
+        0, cluster[wins], of_class[wins], "amin", include_self=False)
+    return Description(members, sizes, tightness, most / sizes.clamp(min=1), main_class)
+
+
+def cluster_records(dataset, clustering, described):
+    """A dict for each cluster with images, the largest first, and all images that they show."""
+    order = described.sizes.argsort(descending=True, stable=True).tolist()
+    present = [k for k in order if described.sizes[k]]
+    per_cluster = len(dataset) if len(dataset) <= IMAGES else max(4, IMAGES // len(present))
+    records, shown = [], []
+    for k, near, place in zip(present, *neighbours_and_map(clustering.centroids[present])):
+        images = sample(described.members[k].tolist(), per_cluster)
+        record = dict(id=k, size=int(described.sizes[k]), first=len(shown), count=len(images),
+                      tightness=round(float(described.tightness[k]), 4), place=place,
+                      near=[present[n] for n in near],
+                      caption=caption(described, k, dataset.classes))
+        if described.purity is not None:
+            record.update(purity=float(described.purity[k]), main=int(described.main_class[k]))
+        records.append(record)
+        shown += images
+    return records, shown
+
+
+def caption(described, cluster, classes=None):
+    """What there is to say of a cluster, as text. classes: their names, or None."""
+    size, tightness = int(described.sizes[cluster]), float(described.tightness[cluster])
+    words = [f"{size:,} image{'s' if size != 1 else ''}", f"tightness {tightness:.2f}"]
+    if described.purity is not None:
+        main_class = int(described.main_class[cluster])
+        name = classes[main_class] if classes else f"class {main_class}"
+        words.append(f"{float(described.purity[cluster]):.0%} {name[:40]}")
+    return " · ".join(words)
+
+
+def sample(images, count):
+    """`count` of a cluster's images in their order: both ends, and evenly spaced ones between."""
+    if len(images) <= count:
+        return images
+    central, edge = min(CENTRAL, count - count // 3), min(EDGE, count // 3)
+    between = np.linspace(central, len(images) - edge - 1, count - central - edge).astype(int)
+    return images[:central] + [images[n] for n in between] + images[len(images) - edge :]
+
+
+def neighbours_and_map(centroids):
+    """For each centroid [K, d] the most similar others, and its place on the two principal
+    components, scaled to -1..1: two lists of K lists."""
+    unit = F.normalize(centroids)
+    nearest = torch.cat([(part @ unit.T).topk(min(NEAR + 1, len(unit))).indices
+                         for part in unit.split(1024)])
+    near = [[other for other in row if other != n][:NEAR] for n, row in enumerate(nearest.tolist())]
+    centred = unit - unit.mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False)[2][:2]
+    places = F.pad(centred @ axes.T, (0, 2 - len(axes)))
+    places = places / places.abs().max().clamp(min=1e-9)
+    return near, [[round(x, 3), round(y, 3)] for x, y in places.tolist()]
+
+
+# --- near-duplicates, and pictures ---------------------------------------------------------------
+
+def near_duplicates(features, members):
+    """Pairs of very similar images of one cluster, [(similarity, i, j)], the best first.
+
+    features: unit rows [N, d]. members: for each cluster its images, ordered by similarity to the
+    centroid. Copies are about equally similar to it, so each image is compared with the 2,048 of
+    its block alone. An image is in one pair at most: many copies do not fill the list.
+    """
+    pairs = []
+    for images in members:
+        for start in range(0, len(images), 2048):
+            block = images[start : start + 2048]
+            rows = torch.as_tensor(features[block])
+            best, column = (rows @ rows.T).fill_diagonal_(-1).max(1)  # -1: an image and itself
+            pairs += zip(best.tolist(), block.tolist(), block[column.numpy()].tolist())
+        pairs = sorted(pairs, reverse=True)[: 50 * PAIRS]
+    found, seen = [], set()
+    for score, i, j in pairs:
+        if score > 0 and len(found) < PAIRS and seen.isdisjoint((i, j)):
+            found.append((score, i, j))
+            seen.update((i, j))
+    return found
+
+
+def sprite_sheets(dataset, shown, workers=0):
+    """CSS rules .sheet0, .sheet1, ...: the thumbnails of images, TILES x TILES in a picture.
+
+    Raises UserError if an image cannot be read any more.
+    """
+    side = 96 if len(shown) <= IMAGES / 4 else 64 if len(shown) <= IMAGES * 1.1 else 32
+    batches = evaluation_batches(dataset, torch.tensor(shown), evaluation_transform(side),
+                                 TILES**2, workers)
+    rules = []
+    for n, batch in enumerate(batches):
+        tiles = torch.zeros(TILES**2, 3, side, side, dtype=torch.uint8)
+        tiles[: len(batch.images)] = batch.images
+        sheet = tiles.view(TILES, TILES, 3, side, side).permute(0, 3, 1, 4, 2)  # rows of tiles
+        file = io.BytesIO()
+        Image.fromarray(sheet.reshape(TILES * side, TILES * side, 3).numpy()).save(
+            file, "WEBP", quality=70)
+        code = base64.b64encode(file.getvalue()).decode()
+        rules.append(f".sheet{n} {{ background-image: url(data:image/webp;base64,{code}) }}")
+    return "\n".join(rules)

@@ -1,0 +1,81 @@
+"""The files of a finished run that programs read: backbone, arrays and table.
+
+Only process 0 writes, and every file is whole or not there.
+"""
+
+import numpy as np
+import torch
+
+from odc.runtime.checkpoint import write_atomically
+
+
+def write_results_files(folder, backbone, image_size, dataset, clustering):
+    """All of them but features.npy. clustering: `odc.clusters.Clustering` of the dataset."""
+    write_backbone(folder / "backbone.pth", backbone, image_size)
+    write_array(folder / "labels.npy", clustering.labels)
+    write_array(folder / "centroids.npy", clustering.centroids)
+    write_table(folder / "clusters.csv", dataset, clustering.labels, clustering.similarity)
+
+
+def write_backbone(path, backbone, image_size):
+    """A state dict with torchvision's names and no `fc`; its `_metadata` keeps the image size."""
+    state = backbone.state_dict()
+    state._metadata[""]["image_size"] = image_size
+    for name, value in state.items():
+        state[name] = value.detach().cpu().contiguous()
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def write_array(path, array):
+    """A tensor on the CPU, or an array, as .npy."""
+    write_atomically(path, lambda file: np.save(file, np.asarray(array)))
+
+
+def write_table(path, dataset, labels, similarity, neighbours=None, listed=None):
+    """A CSV file with a line for each image: path (or index), cluster, similarity to its centroid.
+
+    neighbours: (ImageSet, its images [N, n], similarity [N, n]) for 2 n more columns, or None.
+    listed: the Names of all images in the order of the lines, if some have left the dataset as
+    they cannot be read. Their other columns are empty.
+    """
+    train, images, scores = neighbours or (None, torch.empty(len(dataset), 0), None)
+    columns = ["path", "cluster", "similarity"]
+    for n in range(images.shape[1]):
+        columns += [f"neighbour_{n + 1}", f"similarity_{n + 1}"]
+
+    def row(i):
+        yield dataset.name_of(i)
+        yield int(labels[i])
+        yield f"{float(similarity[i]):.4f}"
+        for n in range(images.shape[1]):
+            yield train.name_of(images[i, n])
+            yield f"{float(scores[i, n]):.4f}"
+
+    def rows():
+        yield columns
+        left_out, i = set(dataset.left_out if listed else ()), 0
+        for name in listed or map(dataset.name_of, range(len(dataset))):
+            if name in left_out:
+                yield [name] + [""] * (len(columns) - 1)
+            else:
+                yield row(i)
+                i += 1
+
+    def write(file):
+        for values in rows():
+            line = ",".join(map(quote, values)) + "\n"
+            file.write(line.encode("utf-8", errors="surrogateescape"))
+
+    write_atomically(path, write)
+
+
+def write_unreadable(path, left_out):
+    """A line for each image that was left out, {name: reason}: both, with a tab between."""
+    text = "".join(f"{name}\t{reason}\n" for name, reason in sorted(left_out.items()))
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", errors="surrogateescape")))
+
+
+def quote(value):
+    """A field of a CSV file. Python's own writer leaves a carriage return bare before 3.13."""
+    text = str(value)
+    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text

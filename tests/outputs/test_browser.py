@@ -1,0 +1,297 @@
+"""report.html in a real browser: what a person sees, clicks and types."""
+
+import http.server
+import json
+import re
+import shutil
+import threading
+import time
+
+import pytest
+
+from odc.outputs import page as pages
+from tests.outputs import made_up_run
+from tests.outputs.made_up_run import data_of
+
+webdriver = pytest.importorskip("selenium.webdriver")
+Keys = webdriver.Keys
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                None)
+if not (CHROMIUM and shutil.which("chromedriver")):
+    pytest.skip("Chromium and its driver are not here (Debian: chromium, chromium-driver)",
+                allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return made_up_run.write_run(tmp_path_factory.mktemp("made up"))[0]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                     "--window-size=1280,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """A page in a browser, by the ids of its elements."""
+
+    def __init__(self, browser, folder):
+        self.browser = browser
+        browser.get("about:blank")
+        browser.get((folder / "report.html").as_uri())
+
+    def all(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def one(self, selector):
+        [element] = self.all(selector)
+        return element
+
+    def texts(self, selector, what="textContent"):
+        return self.browser.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].map(e => e[arguments[1]])",
+            selector, what)
+
+    def path(self):
+        """The name of the image that is chosen in the viewer."""
+        return self.one("#path").get_property("textContent")
+
+    def press(self, *keys):
+        webdriver.ActionChains(self.browser).send_keys(*keys).perform()
+
+    def target(self):
+        """The number of the card that was jumped to, once it can be seen."""
+        for _ in range(100):
+            cards = self.all("article:target")
+            if cards and self.browser.execute_script(
+                    "const box = arguments[0].getBoundingClientRect();"
+                    "return box.top >= 0 && box.bottom <= innerHeight", cards[0]):
+                return int(cards[0].get_attribute("id").split("-")[1])
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def page(browser, folder):
+    page = Page(browser, folder)
+    yield page
+    assert [entry["message"] for entry in browser.get_log("browser")] == []  # no error of a script
+
+
+def test_every_cluster_has_a_card_that_describes_it(page, folder):
+    clusters = data_of(folder)["clusters"]
+    assert page.texts("#cards header + p") == [cluster["caption"] for cluster in clusters]
+    strips = page.browser.execute_script("return [...document.querySelectorAll('article')]"
+                                         ".map(e => e.querySelectorAll('.image').length)")
+    assert strips == [min(12, cluster["size"]) for cluster in clusters]
+    assert page.one("h1").text == "<b>run & co" and page.browser.title == "<b>run & co"
+    for key in ("size", "tightness", "purity"):
+        for sign in ("-", ""):
+            page.one(f"#sort [value='{sign}{key}']").click()
+            expected = sorted(clusters, key=lambda cluster: cluster[key], reverse=sign == "-")
+            assert page.texts("#cards article", "id") == [
+                f"cluster-{cluster['id']}" for cluster in expected]
+
+
+def test_pages_without_labels_and_without_clusters(browser, folder, tmp_path):
+    made_up_run.write_log(tmp_path)
+    pages.write_page(tmp_path)
+    page = Page(browser, tmp_path)
+    assert len(page.all("#curves svg")) == 1 and page.all("main") == page.all("nav a") == []
+    dataset = made_up_run.images()
+    dataset.labels, dataset.root = None, str(folder.parent / "images")
+    pages.write_page(tmp_path, dataset, made_up_run.clusters())
+    page = Page(browser, tmp_path)
+    values = [option.get_attribute("value") for option in page.all("#sort option, #colour option")]
+    assert values == ["-size", "size", "-tightness", "tightness", "size"]
+    page.all("#cards .image")[0].click()
+    assert "similarity" in page.one("#facts").text and "undefined" not in page.one("#facts").text
+
+
+def test_paging_through_a_cluster(page, folder):
+    data = data_of(folder)
+    first = data["clusters"][0]["first"]
+    page.all("article header button")[0].click()
+    seen = []
+    for start, end in ((1, 60), (61, 120), (121, 150)):
+        assert page.one("#range").text == f"{start}–{end} of 150"
+        seen += page.texts("#page .image", "title")
+        assert page.path() == seen[start - 1]
+        if end < 150:
+            page.one("#next").click()
+    assert not page.one("#next").is_enabled() and page.one("#previous").is_enabled()
+    assert seen == data["images"]["path"][first : first + 150]
+    page.one("#previous").click()
+    assert page.one("#range").text == "61–120 of 150"
+    page.all("#page .image")[7].click()
+    similarity = data["images"]["similarity"][first + 67]
+    assert page.path() == seen[67]
+    assert page.one("#facts").text.startswith(f"similarity {similarity:.3f} · cluster ")
+    page.one("dialog form button").click()
+    assert not page.one("#viewer").is_displayed()
+
+
+def test_the_keyboard_alone(page, folder):
+    paths = data_of(folder)["images"]["path"]
+    first = data_of(folder)["clusters"][1]["first"]
+    button = page.all("article header button")[1]
+    page.browser.execute_script("arguments[0].focus()", button)
+    page.press(Keys.ENTER)
+    for keys, place in (([Keys.ARROW_RIGHT] * 3, 3), ([Keys.ARROW_LEFT], 2), ([Keys.PAGE_DOWN], 62),
+                        ([Keys.PAGE_DOWN], 69), ([Keys.PAGE_UP] * 2, 0)):
+        page.press(*keys)
+        assert page.path() == paths[first + place]
+        chosen = page.browser.switch_to.active_element
+        assert chosen.get_attribute("title") == paths[first + place]
+        assert chosen.get_attribute("aria-current") == "true"
+    page.press(Keys.ESCAPE)
+    assert not page.one("#viewer").is_displayed()
+    page.browser.execute_script("document.querySelector('#map a').focus()")
+    page.press(Keys.ENTER)
+    assert page.target() == data_of(folder)["clusters"][0]["id"]
+
+
+def test_the_map_and_the_near_clusters(page, folder):
+    clusters = data_of(folder)["clusters"]
+
+    def colours():
+        return page.browser.execute_script(
+            "return [...document.querySelectorAll('#map a')].map(a => a.style.borderColor)")
+
+    used = {cluster["main"] for cluster in clusters}
+    pairs = zip(colours(), [cluster["main"] for cluster in clusters], strict=True)
+    assert len(set(pairs)) == len(set(colours())) == len(used)
+    assert set(page.texts("#legend span")) == {made_up_run.CLASSES[k] for k in used}
+    page.one("#colour [value='size']").click()
+    assert len(set(colours())) == len({cluster["size"] for cluster in clusters})
+    assert page.texts("#legend span") == []
+    for cluster in clusters[:3]:
+        node = page.one(f"#map [href='#cluster-{cluster['id']}']")
+        assert cluster["caption"] in node.get_attribute("title")
+        node.click()
+        assert page.target() == cluster["id"]
+    links = page.one(f"#cluster-{cluster['id']}").find_elements("css selector", ".strip a")
+    assert [int(link.text) for link in links] == cluster["near"]
+    links[0].click()
+    assert page.target() == cluster["near"][0]
+
+
+def test_search_and_odd_names(page, folder):
+    paths = data_of(folder)["images"]["path"]
+    page.one("#search").send_keys("A/04")
+    expected = [path for path in paths if "a/04" in path]
+    assert page.texts("#found .image", "title") == expected
+    assert page.one("#count").text.startswith(f"{len(expected)} found")
+    page.all("#found .image")[3].click()
+    assert page.path() == expected[3]
+    page.one("#facts a").click()  # to the cluster of that image
+    cluster = data_of(folder)["images"]["cluster"][paths.index(expected[3])]
+    assert page.target() == cluster
+    for name in made_up_run.ODD_NAMES:
+        name = re.sub("[\udc80-\udcff]", "?", name)  # what is not UTF-8
+        page.one("#search").clear()
+        page.one("#search").send_keys(name[:9])
+        page.all("#found .image")[page.texts("#found .image", "title").index(name)].click()
+        assert page.path() == name
+        page.press(Keys.ESCAPE)
+    assert page.browser.title == "<b>run & co" and page.all("img, i, b") == []
+    page.one("#search").clear()
+    page.one("#search").send_keys("nothing is called this")
+    assert page.one("#count").text.startswith("0 found") and page.all("#found .image") == []
+
+
+def test_lists_of_near_duplicates_and_outliers(page, folder):
+    data = data_of(folder)
+    assert page.texts("#pairs p") == [f"{pair['similarity']:.4f}" for pair in data["pairs"]]
+    page.all("#pairs .image")[5].click()
+    path = data["images"]["path"][data["pairs"][2]["images"][1]]
+    assert page.path() == path and page.one("#range").text == "1–2 of 2"
+    page.press(Keys.ESCAPE)
+    page.all("#far .image")[1].click()
+    assert page.path() == data["images"]["path"][data["outliers"][1]]
+
+
+# --- what it must not do -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    """(its address, the list of paths that a browser asked it for)."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}", asked
+        listening.shutdown()
+
+
+def attacks(address):
+    """Markup of which each piece makes a request or changes the title of the page."""
+    return [f"<img src='{address}/img' onerror=\"document.title = 'taken'\">",
+            "<svg onload=\"document.title = 'taken'\"></svg>",
+            "<script>document.title = 'taken'</script>",
+            f"<script src='{address}/script'></script>", f"<iframe src='{address}/frame'></iframe>",
+            f"<style>@import '{address}/style'; h1 {{ background: url({address}/url) }}</style>",
+            f"<link rel=stylesheet href='{address}/link'>"]
+
+
+def test_a_log_cannot_run_a_script_or_make_a_request(browser, server, tmp_path):
+    address, asked = server
+    markup = [*attacks(address), f"<meta http-equiv=refresh content='0; {address}/refresh'>"]
+    made_up_run.write_log(tmp_path, *(
+        json.dumps({"epoch": 9, "step": 9, "loss": 1} | {field: text})
+        for text in markup for field in ("epoch", "step", "loss", text)))
+    pages.write_page(tmp_path)
+    page = Page(browser, tmp_path)
+    time.sleep(0.3)
+    assert page.browser.title == tmp_path.name and asked == []
+    assert len(page.all("#curves svg")) == 1 and page.all("img, iframe, link") == []
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_the_policy_stops_what_might_slip_through(browser, server, tmp_path, guarded):
+    """Markup that somehow came into the page does nothing; without the policy it would."""
+    address, asked = server
+    made_up_run.write_log(tmp_path)
+    pages.write_page(tmp_path)
+    path = tmp_path / "report.html"
+    text = path.read_text().replace("</h1>", "</h1>" + "".join(attacks(address)))
+    if not guarded:
+        text = text.replace("Content-Security-Policy", "x")
+    path.write_text(text)
+    page = Page(browser, tmp_path)
+    time.sleep(0.3)
+    assert (page.browser.title != "taken" and asked == []) == guarded
+    assert page.all("main") == []  # the page's own script ran
+    browser.get_log("browser")
+
+
+@pytest.mark.parametrize("width, scheme", [(390, "light"), (1280, "dark")])
+def test_telephones_and_dark_mode(browser, folder, width, scheme):
+    """The last test, as the browser stays like that."""
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(
+        width=width, height=844, deviceScaleFactor=2, mobile=width < 600))
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(
+        features=[dict(name="prefers-color-scheme", value=scheme)]))
+    page = Page(browser, folder)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    colours = browser.execute_script(
+        "const style = getComputedStyle(document.body); return [style.color, style.background]")
+    ink, paper = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
+    assert (ink < 150 and paper > 700) if scheme == "light" else (ink > 650 and paper < 100)
+    page.all("article header button")[0].click()
+    box = page.one("#viewer").rect
+    assert box["x"] >= 0 and box["x"] + box["width"] <= width
