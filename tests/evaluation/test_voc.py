@@ -1,6 +1,8 @@
 """The VOC2007 SVM protocols against scikit-learn, and both tables' numbers by hand."""
 
+import json
 import os
+import sys
 import warnings
 import zipfile
 
@@ -9,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
+import eval_svm
 from odc.errors import UserError
 from odc.evaluation import svm, voc
 from tests.processes import run_processes
@@ -310,3 +314,23 @@ def test_features_that_are_not_finite():
     train[3, 4] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         voc.full_svm(train, train_targets, test, test_targets)
+
+
+def test_a_class_with_too_few_images_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    generator = np.random.default_rng(0)
+    for split, counts in (("train", (9, 9, 2)), ("val", (4, 4, 2))):
+        for label, count in zip(("a", "b", "rare"), counts):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 90, (32, 32, 3)) + 100 * (label == "b")
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / label / f"{i}.png")
+    monkeypatch.setattr(sys, "argv", ["eval_svm.py", *map(str, (
+        "--weights", "random", "--arch", "narrow", "--data", tmp_path, "--image-size", 32,
+        "--workers", 0, "--device", "cpu", "--output", tmp_path / "out.json"))])
+    eval_svm.main()
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert "and a val image of the class: rare\n" in capsys.readouterr().out
+    assert list(results["full"]["feature1"]["classes"]) == ["a", "b"]
+    assert results["results"]["SVM"] > 70 and results["train_images_used"] == 20
+    with pytest.raises(UserError, match="No class can be judged"):
+        eval_svm.classes_to_judge(torch.ones(9, 1), torch.ones(3, 1), ["all"])
