@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,15 +15,13 @@ from PIL import Image
 
 import eval_knn
 import odc
-from eval_linear import checkpoint_path
 from odc import distributed
 from odc.data.datasets import VOC_CLASSES
 from odc.errors import UserError
 from odc.evaluation import frozen_backbone
 from odc.model import ODC, ResNet
 from odc.outputs import results
-from odc.runtime import checkpoint, launch
-from odc.runtime.arguments import Parser
+from odc.runtime import checkpoint
 from tests.layouts import put_inaturalist
 from tests.processes import ForkedScript, run_processes
 
@@ -95,8 +92,6 @@ def results_of(path):
     content.pop("processes")
     return content
 
-
-# --- each script once ----------------------------------------------------------------------------
 
 SMALL = ("--image-size", 32, "--workers", 0, "--device", "cpu")
 
@@ -179,9 +174,6 @@ def test_unreadable_images_are_left_out(tmp_path, weights, call, script, more):
     assert one == other and one["val_images"] == 119
 
 
-# --- the size of the images ----------------------------------------------------------------------
-
-
 def prepared(*arguments):
     return frozen_backbone.prepare(eval_knn.make_parser().parse_args(
         list(map(str, ("--device", "cpu", "--workers", 0, *arguments)))))
@@ -207,9 +199,6 @@ def test_the_image_size_comes_with_the_weights(tmp_path, weights):
     assert prepared("--weights", tmp_path / "other.pth", "--data", data).image_size == 224
 
 
-# --- mistakes ------------------------------------------------------------------------------------
-
-
 def test_mistakes_of_all_scripts(tmp_path, weights):
     def mistake(*arguments):
         with pytest.raises(UserError) as error:
@@ -224,14 +213,11 @@ def test_mistakes_of_all_scripts(tmp_path, weights):
     assert "does not exist" in mistake("--weights", weights, "--data", tmp_path / "absent")
     assert "resnet50" in mistake(*good, "--arch", "resnet50")
     assert "writable" in mistake(*good, "--output", tmp_path / "no" / "a.json")
-    os.mkfifo(tmp_path / "pipe")
-    for place in (tmp_path, ".", "/", tmp_path / "pipe"):
-        assert "it is no file" in mistake(*good, "--output", place)
+    assert "it is no file" in mistake(*good, "--output", tmp_path)
     put_inaturalist(tmp_path / "plants")
     path = tmp_path / "plants" / "val2018.json"
     path.write_text(path.read_text().replace("plant 1", "tree"))
-    message = mistake("--weights", weights, "--data", tmp_path / "plants")
-    assert "must have the same classes in one order" in message
+    assert "same classes in one order" in mistake(*good, "--data", tmp_path / "plants")
     for split in ("train", "val"):
         for i in range(2):
             put_image(f"{tmp_path}/other/{split}/{i}.png", i, np.random.default_rng(i))
@@ -256,67 +242,32 @@ def test_an_output_that_is_an_input_is_refused(tmp_path, weights, call):
         call("eval_knn", *arguments[:4], *SMALL, "--k", 1, "--output", tmp_path / "a.json")
 
 
-def test_paths_are_absolute_and_without_tilde(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    args = eval_knn.make_parser().parse_args(["--weights=~/w.pth", "--data", "x", "--output", "."])
-    assert args.weights == str(tmp_path / "w.pth") and args.data == str(tmp_path / "x")
-    assert args.output == str(tmp_path)
-    args = eval_knn.make_parser().parse_args(["--weights", "random", "--data", "shapes"])
-    assert (args.weights, args.data) == ("random", "shapes")
-
-
-def mistakes_of_ranks(choices):
-    """What `prepare` raises, for each list with the arguments of rank 0 and of rank 1."""
+def answers_of_ranks(choices):
+    """What `prepare` says, for each list with the arguments of rank 0 and of rank 1."""
     messages = []
     for arguments in choices:
-        with pytest.raises(UserError) as error:
-            prepared(*arguments[distributed.rank()])
-        messages.append(str(error.value))
+        parser = eval_knn.make_parser()
+        parser.add_argument("--low-shot-targets")  # of eval_svm.py
+        args = parser.parse_args(list(map(str, arguments[distributed.rank()])))
+        try:
+            messages.append(frozen_backbone.prepare(args).image_size)
+        except UserError as error:
+            messages.append(str(error))
     return messages
 
 
 def test_processes_with_different_arguments_or_weights(tmp_path, weights):
-    """They would end in a number that is nobody's, or wait for each other for ever."""
+    """They would end in a number that is nobody's, or wait for each other. Paths may differ."""
     state = torch.load(weights, weights_only=True)
     torch.save({**state, "conv1.weight": state["conv1.weight"] * 2}, tmp_path / "other.pth")
+    shutil.copy(weights, tmp_path / "same.pth")
     good = ["--data", put_imagenet(tmp_path / "data"), *SMALL, "--weights", weights]
     others = (["--weights", tmp_path / "other.pth"], ["--batch-size", 30], ["--seed", 1],
-              ["--output", tmp_path / "o.json"])
-    for messages in run_processes(mistakes_of_ranks, 2, [(good, good + more) for more in others]):
-        assert all("The processes have different arguments or weights" in m for m in messages)
-
-
-def targets_anywhere(arguments):
-    """`prepare` of eval_svm.py's arguments, where each machine has the targets elsewhere."""
-    parser = Parser("")
-    frozen_backbone.add_arguments(parser)
-    parser.add_argument("--low-shot-targets")
-    args = parser.parse_args([*map(str, arguments), "--low-shot-targets", str(distributed.rank())])
-    return frozen_backbone.prepare(args).image_size
-
-
-def test_paths_may_differ_between_machines(tmp_path, weights):
-    data = put_imagenet(tmp_path / "data")
-    arguments = ("--data", data, *SMALL, "--weights", weights)
-    assert run_processes(targets_anywhere, 2, arguments) == [32, 32]
-
-
-def test_results_of_two_names_with_dots_do_not_share_a_checkpoint():
-    paths = [checkpoint_path(SimpleNamespace(output=f"out/{name}")).name
-             for name in ("lr0.01", "lr0.05", "a.json")]
-    assert paths == ["lr0.01.checkpoint.pth", "lr0.05.checkpoint.pth", "a.checkpoint.pth"]
-
-
-def test_unfit_weights_are_one_sentence_and_exit_code_2(tmp_path, call, monkeypatch, capsys):
-    torch.save({"patch_embed.proj.weight": torch.ones(3, 3, 4, 4)}, tmp_path / "vit.pth")
-    monkeypatch.setattr(sys, "argv", ["eval_knn", "--weights", str(tmp_path / "vit.pth"), "--data",
-                                      "shapes", "--device", "cpu"])
-    with pytest.raises(SystemExit) as stopped:
-        launch.run_program(eval_knn.main)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(error.splitlines()) == 1
-    assert error.startswith("error: ") and "Vision" in error
+              ["--output", tmp_path / "o.json"],
+              ["--weights", tmp_path / "same.pth", "--low-shot-targets", "a", "--workers", 1])
+    for answers in run_processes(answers_of_ranks, 2, [(good, good + more) for more in others]):
+        assert answers.pop() == 32
+        assert all("The processes have different arguments or weights" in a for a in answers)
 
 
 @pytest.mark.parametrize("script", ["eval_knn", "eval_linear", "eval_svm"])
