@@ -273,8 +273,7 @@ def main(arguments=None):
         restore(state, saved)
     progress = state.progress
     with distributed.raise_everywhere():
-        log = Log(output / "log.jsonl", saved["log_position"] if saved else 0, args.tensorboard,
-                  progress.global_step + 1)
+        log = Log(output / "log.jsonl", saved["log_position"] if saved else 0, args.tensorboard)
     if not saved:
         cluster_before_training(args, state, dataset, device, autocast)
         with distributed.raise_everywhere():
