@@ -37,7 +37,7 @@ def open_dataset(data, split="train", exclude=()):
                         classes=list(shapes.FORMS))
     root = os.path.expanduser(data)
     if not os.path.isdir(root):
-        raise UserError(f"{data} is not a folder: --data takes one, or the word shapes.")
+        raise UserError(f"{data} does not exist or is no folder: --data takes one, or shapes.")
     layout, folder = next(
         ((layout, os.path.join(root, place)) for layout, places, marks in LAYOUTS
          for place in places if any(os.path.isfile(os.path.join(root, place, m)) for m in marks)),

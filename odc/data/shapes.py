@@ -11,8 +11,7 @@ import torch.nn.functional as F
 SIZE = 32  # pixels, both edges
 SPLITS = {"train": (5000, 0), "val": (1000, 1)}  # images, seed
 
-# The distance [n, 1024] of points x, y [n, 1024] from the edge of each form, negative inside. It
-# lies in the unit circle. dots [n, 7, 2]: where the scattered dots are.
+# The distance of points x, y [n, 1024] from the edge of a form in the unit circle, < 0 inside.
 FORMS = {
     "disc": lambda x, y, dots: torch.hypot(x, y) - 0.85,
     "square": lambda x, y, dots: _box(x, y, 0.76, 0.76),
@@ -43,22 +42,20 @@ def draw_shapes(count, seed):
     dx, dy = at.repeat(SIZE) - centre[:, :1], at.repeat_interleave(SIZE) - centre[:, 1:]
     x, y = (dx * cos + dy * sin) / radius, (dy * cos - dx * sin) / radius  # the form's own frame
 
-    distance = torch.empty(count, SIZE * SIZE)
     angles = torch.arange(6) * math.pi / 3
-    dots = torch.cat([torch.zeros(1, 2), 0.68 * torch.stack([angles.cos(), angles.sin()], 1)])
-    dots = dots + uniform(-0.5, 0.5, 7, 2) / 3
+    ring = 0.68 * torch.stack([angles.cos(), angles.sin()], 1)
+    dots = torch.cat([torch.zeros(1, 2), ring]) + uniform(-0.5, 0.5, 7, 2) / 3
+    distance = torch.empty_like(x)
     for label, form in enumerate(FORMS.values()):
         rows = labels == label
         distance[rows] = form(x[rows], y[rows], dots[rows])
     inside = (0.5 - distance * radius).clamp(0, 1).view(count, 1, SIZE, SIZE)  # smooth edges
-
     ground = _colour(uniform(0, 1), uniform(0, 1), uniform(0.02, 0.15))
     ground = ground + uniform(0.01, 0.06, 1, 1, 1) * F.interpolate(
         torch.randn(count, 1, 8, 8, generator=generator), size=(SIZE, SIZE), mode="bilinear")
-    stripes = uniform(2, 9, 1) * (x * uniform(-1, 1, 1) + y * uniform(-1, 1, 1))
-    stripes = torch.sin(stripes + uniform(0, 6.3, 1))
+    waves = uniform(2, 9, 1) * (x * uniform(-1, 1, 1) + y * uniform(-1, 1, 1)) + uniform(0, 6.3, 1)
     slope = x * uniform(-0.15, 0.15, 1) + y * uniform(-0.15, 0.15, 1)
-    light = 1 + (slope + uniform(0, 0.12, 1) * stripes).view(count, 1, SIZE, SIZE)
+    light = 1 + (slope + uniform(0, 0.12, 1) * torch.sin(waves)).view(count, 1, SIZE, SIZE)
     form = _colour(uniform(0, 1), uniform(0, 0.5), uniform(0.75, 1)) * light
     noise = torch.randn(count, 3, SIZE, SIZE, generator=generator)
     images = ground + (form - ground) * inside + 0.015 * noise

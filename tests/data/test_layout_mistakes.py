@@ -96,4 +96,4 @@ def test_damaged_files(tmp_path, monkeypatch, put, path, content, split, sentenc
 def test_path_that_is_not_a_folder(tmp_path):
     put_image(tmp_path / "a.jpg")
     for name in ("nowhere", "a.jpg"):
-        expect(f"{name} is not a folder: --data takes one", tmp_path / name, "train")
+        expect(f"{name} does not exist or is no folder", tmp_path / name, "train")
