@@ -56,8 +56,8 @@ def cluster_images(network, dataset, memory, image_size, workers=0):
                                    min_size=memory.min_cluster_size)
     labels = distributed.all_gather_uneven_rows(own_labels)
     if empty := K - len(labels.unique()):
-        distributed.print_main(f"{empty:,} of {K:,} clusters are empty: the others are too small to "
-                               "split, or hold copies of one image.")
+        distributed.print_main(f"{empty:,} of {K:,} clusters are empty: the others are too small "
+                               "to split, or hold copies of one image.")
     similarity = cosine_to_centroid(features, centroids, own_labels)
     similarity = distributed.all_gather_uneven_rows(similarity)
     return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck)
