@@ -1,5 +1,4 @@
-"""Clusters of new images, by the network and the final clusters of a run: as a table, as folders,
-as vectors, and with the training images that each image resembles.
+"""Clusters of new images, by the network and the final clusters of a run, and what they resemble.
 
     python -m odc.assign --checkpoint out/checkpoint.pth --data FOLDER --output clusters.csv
 """
@@ -59,8 +58,7 @@ def load_run(path, device):
         backbone.load_state_dict(state["backbone"])
         neck.load_state_dict(state["final_clusters"]["neck"])
         values = [*backbone.state_dict().values(), *neck.state_dict().values(), centroids]
-        sizes = state["settings"]["num_clusters"], FEATURE_DIM
-        if centroids.shape != sizes or not all(value.isfinite().all() for value in values):
+        if centroids.shape[1:] != (FEATURE_DIM,) or not all(v.isfinite().all() for v in values):
             raise ValueError("sizes that do not fit, or values that are not finite")
     backbone.to(device, memory_format=torch.channels_last).eval()
     neck.to(device).eval()
@@ -115,8 +113,8 @@ def main(arguments=None):
         check_output("--output", args.output, b"path,cluster,similarity", inputs)
         if args.features:
             check_output("--features", args.features, b"\x93NUMPY", [*inputs, args.output])
-        if args.folders and (os.path.lexists(args.folders) or Path(
-                args.folders).resolve().is_relative_to(Path(args.data).resolve())):
+        if args.folders and (os.path.lexists(args.folders)
+                             or Path(args.folders).is_relative_to(args.data)):
             raise UserError(f"--folders {args.folders}: choose a new folder, outside --data.")
         state, network, centroids = load_run(args.checkpoint, device)
         settings = state["settings"]

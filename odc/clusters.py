@@ -1,10 +1,9 @@
 """Clusters of the unaugmented images, by the current network: the ones that a user gets.
 
-The samples memory serves the training. Its features come from augmented images, with dropout, by
-the weights of many different steps, and the neck's batch norm statistics lag behind (momentum
-0.001). So all images pass through the network once more, without augmentation. K-means continues
-on these features, from the memory's clusters. `odc.assign` compares new images with the centroids
-that it finds.
+The memory's features come from augmented images, with dropout, by the weights of many steps, and
+the neck's batch norm statistics lag behind (momentum 0.001). So all images pass through the network
+once more. K-means continues on these features, from the memory's clusters. `odc.assign` compares
+new images with the centroids that it finds.
 """
 
 import copy
@@ -35,9 +34,9 @@ class Clustering:
 def cluster_images(network, dataset, memory, image_size, workers=0):
     """Cluster the unaugmented images by the current network.
 
-    memory: an ODCMemory; k-means starts from its clusters. Small clusters are dissolved and
-    refilled as in training. Returns a Clustering. Raises UserError if an image, which could be read
-    before, cannot be read now. A collective.
+    memory: an ODCMemory; k-means starts from its clusters. Clusters smaller than its
+    min_cluster_size give way to halves of wide ones, while there are any.
+    Returns a Clustering. Raises UserError if an image cannot be read any more. A collective.
     """
     device, K = memory.labels.device, len(memory.centroids)
     backbone, neck = network.backbone.eval(), copy.deepcopy(network.neck).eval()
@@ -46,7 +45,6 @@ def cluster_images(network, dataset, memory, image_size, workers=0):
                      workers=workers, unreadable_share=0)  # [n, C]
     estimate_statistics(neck, pooled, len(dataset))
     features = torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])  # [n, d]
-    del pooled
     sums = ClusterSums(K, features.shape[1], len(dataset), device)
     sums.add(features, memory.labels[memory.rows])
     start = sums.means(memory.labels.bincount(minlength=K))  # [K, d]
@@ -58,8 +56,8 @@ def cluster_images(network, dataset, memory, image_size, workers=0):
                                    min_size=memory.min_cluster_size)
     labels = distributed.all_gather_uneven_rows(own_labels)
     if empty := K - len(labels.unique()):
-        distributed.print_main(f"{empty:,} of {K:,} clusters are empty: no group of at least "
-                               f"{2 * memory.min_cluster_size} different images was left to split.")
+        distributed.print_main(f"{empty:,} of {K:,} clusters are empty: the others are too small "
+                               "to split, or hold copies of one image.")
     similarity = cosine_to_centroid(features, centroids, own_labels)
     similarity = distributed.all_gather_uneven_rows(similarity)
     return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck)

@@ -85,21 +85,36 @@ def test_assign_agrees_with_the_table_and_uses_every_cluster(tmp_path, monkeypat
     assert set(again.values()) == set(range(12))
 
 
-@pytest.mark.parametrize("different, copies", [(200, 201), (0, 60)])
-def test_copies_of_an_image_are_in_one_cluster(tmp_path, capsys, different, copies):
-    """As many as make several clusters of the memory, or all images."""
+def test_copies_of_an_image_are_in_one_cluster(tmp_path):
+    """200 images and 201 copies of one, in the run's table and in that of odc.assign."""
     images, run = tmp_path / "images", tmp_path / "run"
     images.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 255, (different + 1, 4, 4, 3), dtype=np.uint8)
-    for i in range(different + copies):
-        image = Image.fromarray(pixels[min(i, different)]).resize((36, 36))
-        image.save(images / f"{(7 * i) % (different + copies):03d}-{i >= different}.png")
+    pixels = np.random.default_rng(0).integers(0, 255, (201, 4, 4, 3), dtype=np.uint8)
+    for i in range(401):
+        image = Image.fromarray(pixels[min(i, 200)]).resize((36, 36))
+        image.save(images / f"{7 * i % 401:03d}-{i >= 200}.png")
     assert run_main("--data", images, "--output", run, *SMALL, "--epochs", "2") == 0
     written = table(run / "clusters.csv")
     assert written == assign_again(run, images)
     assert len({cluster for path, cluster in written.items() if "True" in path}) == 1
-    used = len(set(written.values()))
-    assert (f"{8 - used} of 8 clusters are empty" in capsys.readouterr().out) == (used < 8)
+
+
+@pytest.mark.parametrize("different", [60, 9])
+def test_a_group_without_spread_is_not_split(folder, monkeypatch, capsys, different):
+    """Copies that lie in four clusters of the memory, with features that differ by rounding."""
+    generator = torch.Generator().manual_seed(0)
+    pooled = torch.rand(150, 128, generator=generator)
+    pooled[different:] = pooled[-1] * (1 + 1e-6 * torch.randn(150 - different, 1,
+                                                              generator=generator))
+    monkeypatch.setattr(clusters, "extract", lambda *_, **__: pooled.clone())
+    memory = ODCMemory(150, 32, 8, min_cluster_size=5)
+    memory.labels.copy_(torch.arange(150) % 4 + 4 * (torch.arange(150) >= different))
+    network = small_network()
+    found = clusters.cluster_images(network, open_dataset(str(folder)), memory, 32)
+    assert len(found.labels[different:].unique()) == 1
+    empty = 8 - len(found.labels.unique())
+    assert (f"{empty} of 8 clusters are empty" in capsys.readouterr().out) == (different < 60)
+    assert torch.equal(found.labels, nearest_centroids(found.features, found.centroids))
 
 
 def test_export_only_makes_the_clusters_of_a_run_that_was_stopped(folder, tmp_path, capsys):

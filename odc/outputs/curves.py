@@ -75,11 +75,9 @@ def draw_chart(heading, series, until):
     parts += [f'<text x="{x(step):.1f}" y="{HEIGHT - 4}" text-anchor="middle">{short(step)}</text>'
               for step in ticks(0, until, 5) if step <= until]
     for n, points in enumerate(series.values()):
-        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-        parts.append(f'<polyline class="curve{n}" points="{path}"/>')
-        if len(points) <= 40:
-            parts += [f'<circle class="curve{n}" r="2.4" cx="{x(step):.1f}" cy="{y(value):.1f}"/>'
-                      for step, value in points]
+        places = [f"{x(step):.1f},{y(value):.1f}" for step, value in points]
+        places *= 2 if len(places) == 1 else 1  # a browser draws a line of no length, not a point
+        parts.append(f'<polyline class="curve{n}" points="{" ".join(places)}"/>')
     return "\n".join([*parts, "</svg>"])
 
 
@@ -95,6 +93,7 @@ def ticks(low, high, count):
 
 def short(number):
     """A number as an axis shows it: 0.25, 800, 20k, 1.1M."""
-    size, letter = next(unit for unit in ((1e6, "M"), (1e3, "k"), (1, ""))
-                        if number >= 0.9995 * unit[0] or unit[0] == 1)
-    return f"{number / size:.3g}{letter}"
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"

@@ -10,7 +10,7 @@ from odc.runtime.checkpoint import write_atomically
 
 
 def write_results_files(folder, backbone, image_size, dataset, clustering):
-    """All of them but features.npy. clustering: `odc.clusters.Clustering` of the dataset."""
+    """All but features.npy. clustering: the dataset's `odc.clusters.Clustering`."""
     write_backbone(folder / "backbone.pth", backbone, image_size)
     write_array(folder / "labels.npy", clustering.labels)
     write_array(folder / "centroids.npy", clustering.centroids)
@@ -35,8 +35,7 @@ def write_table(path, dataset, labels, similarity, neighbours=None, listed=None)
     """A CSV file with a line for each image: path (or index), cluster, similarity to its centroid.
 
     neighbours: (ImageSet, its images [N, n], similarity [N, n]) for 2 n more columns, or None.
-    listed: the Names of all images in the order of the lines, if some have left the dataset as
-    they cannot be read. Their other columns are empty.
+    listed: the names of all lines, if unreadable images have left the dataset; theirs are empty.
     """
     train, images, scores = neighbours or (None, *torch.empty(2, len(dataset), 0))
     columns = ["path", "cluster", "similarity"]

@@ -152,7 +152,8 @@ def test_any_name_survives_the_table(tmp_path_factory, names, data):
 
 
 def test_training_images_elsewhere(finished, folder, tmp_path):
-    path = copy_run(finished, tmp_path / "run", lambda state: state["settings"].update(data=str(folder / "class1")))
+    path = copy_run(finished, tmp_path / "run",
+                    lambda state: state["settings"].update(data=str(folder / "class1")))
     arguments = (path, folder / "class0", tmp_path / "new.csv", "--neighbours", 1)
     with pytest.raises(UserError, match="class1 holds other images.*--train-data"):
         run_assign(*arguments)

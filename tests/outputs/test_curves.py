@@ -55,7 +55,7 @@ def test_all_metrics_of_a_log_are_drawn_and_their_last_values_named():
         "Hungarian 0.375"], ["NMI 0.75"], ["silhouette -0.1"], ["k-NN 0.9"],
         ["images 1k"], ["images 20"], ["splits 2"]]
     heights = axis(charts["Silhouette of the clusters"])  # a negative value
-    [[(_, y)]] = polylines(charts["Silhouette of the clusters"])
+    [[(_, y), _]] = polylines(charts["Silhouette of the clusters"])
     assert y == pytest.approx(heights["-0.1"], abs=0.2)
 
 

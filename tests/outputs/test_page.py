@@ -47,7 +47,7 @@ def test_clusters_of_the_page(run):
         assert cluster["purity"] == pytest.approx(int(counts.max()) / len(members))
         assert cluster["main"] == int(counts.argmax())  # the first of several
         assert cluster["caption"] == (
-            f"{len(members)} image{'' if len(members) == 1 else 's'} · tightness {tightness:.2f} · "
+            f"{len(members)} image{'s' * (len(members) > 1)} · tightness {tightness:.2f} · "
             f"{cluster['purity']:.0%} {made_up_run.CLASSES[cluster['main']]}")
     assert data["classes"] == made_up_run.CLASSES and data["notes"] == []
     text = (folder / "report.html").read_text()
