@@ -34,11 +34,11 @@ def put_files(root, *names):
             put_text(root / name, [])
 
 
-def put_imagenet_lists(root, labels=True):
+def put_imagenet_lists(root):
     lists = {"train": ["n02/b c.JPEG", "n01/a.JPEG", "n03/d.JPEG"], "val": ["v1.JPEG", "v2.JPEG"]}
     for split, files in lists.items():
         put_files(root / split, *files)
-        lines = [f"{name} {2 * i}" if labels else name for i, name in enumerate(files)]
+        lines = [f"{name} {2 * i}" for i, name in enumerate(files)]
         put_text(root / "meta" / f"{split}.txt", [*lines, ""])
 
 
@@ -61,35 +61,37 @@ def put_inaturalist(root):
         put_text(root / f"{split}2018.json", [json.dumps(content)])
 
 
+def voc_target(i, k):
+    """1, 0 or -1 of image i and class k."""
+    return 1 if (i + k) % 3 == 0 else 0 if (i + k) % 5 == 0 else -1
+
+
 def put_voc(root):
     base = root / "VOCdevkit/VOC2007"
     for stem, ids in (("trainval", ["000005", "000007", "000009"]), ("test", ["000001", "000002"])):
         put_files(base / "JPEGImages", *(f"{name}.jpg" for name in ids))
         put_text(base / "ImageSets/Main" / f"{stem}.txt", ids)
         for k, label in enumerate(VOC_CLASSES):
-            put_text(base / "ImageSets/Main" / f"{label}_{stem}.txt", [
-                f"{name} {' 1' if (i + k) % 3 == 0 else ' 0' if (i + k) % 5 == 0 else '-1'}"
-                for i, name in enumerate(ids)])
+            put_text(base / "ImageSets/Main" / f"{label}_{stem}.txt",
+                     [f"{name} {voc_target(i, k):2}" for i, name in enumerate(ids)])
 
 
 def made_up(count, *shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
-def put_cifar10(root, folder="cifar-10-batches-py", key="labels",
-                meta=("batches.meta", "label_names"),
-                files=(*(f"data_batch_{k}" for k in range(1, 6)), "test_batch")):
-    (root / folder).mkdir(parents=True)
-    for k, name in enumerate(files):
+def put_cifar10(root, reader=CIFAR10, key="labels"):
+    folder = root / reader.base_folder
+    folder.mkdir(parents=True)
+    for k, (name, _) in enumerate(reader.train_list + reader.test_list):
         content = {"data": made_up(4, 3072, seed=k), key: [(i + k) % 10 for i in range(4)]}
-        (root / folder / name).write_bytes(pickle.dumps(content))
-    names = {meta[1]: [f"class {k}" for k in range(100 if key == "fine_labels" else 10)]}
-    (root / folder / meta[0]).write_bytes(pickle.dumps(names))
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = {reader.meta["key"]: [f"class {k}" for k in range(100)]}
+    (folder / reader.meta["filename"]).write_bytes(pickle.dumps(names))
 
 
 def put_cifar100(root):
-    put_cifar10(root, "cifar-100-python", "fine_labels", ("meta", "fine_label_names"),
-                ["train", "test"])
+    put_cifar10(root, CIFAR100, "fine_labels")
 
 
 def trust_cifar(monkeypatch, root):
@@ -122,7 +124,6 @@ def put_fashion_mnist(folder, zipped=True):
         for kind, array in (("images-idx3", made_up(count, 28, 28, seed=count)),
                             ("labels-idx1", np.array(values, np.uint8))):
             header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            content, path = header + array.tobytes(), folder / f"{stem}-{kind}-ubyte"
-            if zipped:
-                content, path = gzip.compress(content), path.with_name(f"{path.name}.gz")
-            path.write_bytes(content)
+            with (gzip.open if zipped else open)(
+                    f"{folder}/{stem}-{kind}-ubyte{'.gz' if zipped else ''}", "wb") as file:
+                file.write(header + array.tobytes())

@@ -1,8 +1,7 @@
 """Images/s a core of what a loader worker does: 500 x 375 JPEGs to 224 x 224 crops.
 
-Ours: read, draw all random numbers, crop, resize, flip. The peer: torchvision's transforms do the
-whole recipe in the worker, as the usual pipelines do. Also the part of ours that runs on the
-device: on one core, or on the card of --device.
+The peer: torchvision's transforms do the whole recipe in the worker, as usual. Also the half of
+ours that runs on the device: on one core, or on the card of --device.
 """
 
 import os
@@ -66,20 +65,16 @@ def main():
         def device_half(size):
             augment.augment_batch(batches[size].images.to(device), batches[size].draws)
 
-        ours_name, peer_name = "worker, 500x375 JPEGs to 224", "torchvision's whole recipe"
         functions = {
-            ours_name: (lambda: worker(224), IMAGES), peer_name: (peer, IMAGES),
+            "worker, 500x375 JPEGs to 224": (lambda: worker(224), IMAGES),
+            "torchvision's whole recipe": (peer, IMAGES),
             "device half, 224": (lambda: device_half(224), IMAGES),
             "worker, shapes at 32": (lambda: worker(32), 512),
             "device half, 32": (lambda: device_half(32), 512)}
         times = timing.interleave({name: f for name, (f, _) in functions.items()}, rounds=9)
-    print(f"\nInput on one core; {timing.machine(device)}\n")
-    print("| | images/s, median | images/s, best |\n|---|---|---|")
-    for name, seconds in times.items():
-        count = functions[name][1]
-        print(f"| {name} | {count / statistics.median(seconds):.0f} | {count / min(seconds):.0f} |")
-    ratio = statistics.median(times[peer_name]) / statistics.median(times[ours_name])
-    print(f"\nThe worker is {ratio:.2f} times as fast as torchvision's recipe.")
+    speeds = {name: f"{functions[name][1] / statistics.median(seconds):.0f} images/s"
+              for name, seconds in times.items()}
+    timing.table("Input on one core", times, next(iter(times)), speeds, device)
 
 
 if __name__ == "__main__":

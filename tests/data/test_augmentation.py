@@ -1,14 +1,13 @@
 """The augmentations, parameter by parameter, against torchvision given the same parameters."""
 
-import math
 import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ks_2samp
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from odc.data import augmentation as augment
@@ -71,12 +70,8 @@ def test_fixed_scale_crop_is_places205s_recipe(photograph):
 
 
 def same_distribution(ours, theirs):
-    """Two-sample Kolmogorov-Smirnov: chance alone gives False once in 10,000 times."""
-    ours, theirs = np.sort(np.asarray(ours, float)), np.sort(np.asarray(theirs, float))
-    grid = np.concatenate([ours, theirs])
-    gap = np.abs(np.searchsorted(ours, grid, side="right") / len(ours)
-                 - np.searchsorted(theirs, grid, side="right") / len(theirs)).max()
-    return gap < 2.23 * math.sqrt((len(ours) + len(theirs)) / (len(ours) * len(theirs)))
+    """Chance alone gives False once in 10,000 times."""
+    return ks_2samp(np.array(ours, float), np.array(theirs, float)).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("width, height, scale", [
@@ -141,14 +136,14 @@ def test_rotation_is_pillows(photograph, size):
     angles = [0.0, 2.0, -2.0, 0.7, -1.3, 1.9, 0.05, 10.0, 45.0, -90.0, 179.0, 1e-3]
     rows = torch.tensor([NOTHING._replace(angle=angle) for angle in angles])
     for image, angle, mine in zip(images, angles, augment.augment_batch(images, rows)):
-        expected = TF.rotate(TF.to_pil_image(image), angle, InterpolationMode.NEAREST)
-        expected = augment.normalise(TF.pil_to_tensor(expected)[None])[0]
+        expected = TF.pil_to_tensor(TF.rotate(TF.to_pil_image(image), angle))
+        expected = augment.normalise(expected[None])[0]
         assert ((mine - expected).abs().amax(0) > 0.01).float().mean() < 0.002, angle
 
 
 def in_turn(image, p, order):
     """The simple form: one image, one operation after the other, torchvision on float tensors."""
-    image = TF.pil_to_tensor(TF.rotate(TF.to_pil_image(image), p.angle, InterpolationMode.NEAREST)) / 255
+    image = TF.pil_to_tensor(TF.rotate(TF.to_pil_image(image), p.angle)) / 255
     for operation in order:
         image = getattr(TF, f"adjust_{operation}")(image, getattr(p, operation))
     if p.grayscale:
@@ -165,7 +160,6 @@ def test_whole_recipe_in_a_batch(photograph, order, size):
     rows[0] = rows[0]._replace(order=order, hue=0.5, saturation=0)
     rows[1] = rows[1]._replace(grayscale=1)
     rows[2] = rows[2]._replace(angle=0, brightness=1, contrast=1, saturation=2, hue=-0.5)
-    rows = [Draw(*row) for row in torch.tensor(rows).tolist()]
     expected = torch.stack([in_turn(image, row, ORDERS[order]) for image, row in zip(images, rows)])
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         ours = augment.augment_batch(images.to(device), torch.tensor(rows)).cpu()
