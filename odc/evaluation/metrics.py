@@ -15,12 +15,14 @@ def agreement(clusters, classes):
                     "accuracy {:.1%}").format(*values.values())
 
 
-def contingency(clusters, classes):
-    """Counts [K, classes] float64: the images of each class in each cluster."""
+def _pairs(clusters, classes):
+    """The pairs of cluster and class that exist: clusters [n], classes [n], images [n] float64.
+
+    There are at most N. A table of all pairs would be too large for the K x K of two epochs.
+    """
     num_classes = int(classes.max()) + 1
-    counts = clusters * num_classes + classes
-    counts = counts.bincount(minlength=(int(clusters.max()) + 1) * num_classes)
-    return counts.view(-1, num_classes).double()
+    keys, counts = (clusters * num_classes + classes).unique(return_counts=True)
+    return keys // num_classes, keys % num_classes, counts.double()
 
 
 def nmi(clusters, classes):
@@ -28,20 +30,18 @@ def nmi(clusters, classes):
 
     The mean of the two entropies normalises it. One cluster and one class agree fully.
     """
-    joint = contingency(clusters, classes) / len(clusters)
-    p_cluster, p_class = joint.sum(1), joint.sum(0)
-    information = torch.special.xlogy(joint, joint).sum()
+    joint, p_cluster, p_class = (counts.double() / len(clusters) for counts in (
+        _pairs(clusters, classes)[2], clusters.bincount(), classes.bincount()))
     entropies = torch.special.entr(p_cluster).sum() + torch.special.entr(p_class).sum()
-    information += entropies
+    information = entropies - torch.special.entr(joint).sum()
     return float(2 * information / entropies) if entropies > 0 else 1.0
 
 
 def adjusted_rand_index(clusters, classes):
     """Agreement over all pairs of images, 0 for chance and 1 for equal labelings (Hubert 1985)."""
-    counts = contingency(clusters, classes)
-    both, same_cluster, same_class, pairs = (
-        float((n * (n - 1) / 2).sum())
-        for n in (counts, counts.sum(1), counts.sum(0), counts.sum()))
+    N = torch.tensor([len(clusters)])
+    both, same_cluster, same_class, pairs = (float((n.double() * (n - 1) / 2).sum()) for n in (
+        _pairs(clusters, classes)[2], clusters.bincount(), classes.bincount(), N))
     chance = same_cluster * same_class / max(pairs, 1)
     highest = (same_cluster + same_class) / 2
     return (both - chance) / (highest - chance) if highest != chance else 1.0
@@ -52,7 +52,9 @@ def purity(clusters, classes):
 
     This is the many-to-one accuracy, to report where there are more clusters than classes.
     """
-    return float(contingency(clusters, classes).amax(1).sum()) / len(clusters)
+    cluster, _, counts = _pairs(clusters, classes)
+    largest = counts.new_zeros(int(cluster.max()) + 1).scatter_reduce(0, cluster, counts, "amax")
+    return float(largest.sum()) / len(clusters)
 
 
 def hungarian_accuracy(clusters, classes):
@@ -60,7 +62,9 @@ def hungarian_accuracy(clusters, classes):
 
     Clusters or classes that are left over when the other side runs out count as wrong.
     """
-    counts = contingency(clusters, classes).numpy()
+    cluster, label, images = (part.numpy() for part in _pairs(clusters, classes))
+    counts = np.zeros((cluster.max() + 1, label.max() + 1))
+    counts[cluster, label] = images
     return _best_assignment(counts if len(counts) <= counts.shape[1] else counts.T) / len(clusters)
 
 

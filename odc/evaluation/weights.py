@@ -5,11 +5,12 @@ in torchvision's names, and take it only if every parameter is there with its sh
 by torch's restricted unpickler. It calls nothing that a file names, but for what rebuilds tensors.
 """
 
+import os
 import pickle
 import re
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 import torch
 from torch.serialization import safe_globals
@@ -27,19 +28,20 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRUNK = re.compile(r"(conv|bn|layer|norm|stem)\d*\.")
 # timm's names of networks with all tensors of a ResNet and other pooling, which has no tensors.
 OTHER_POOLING = re.compile(r"resnet(?:aa|blur)\d+")
+ATTENTION = re.compile(r"attn|pos_embed|patch_embed|cls_token|class_token|conv_proj")
 # (blocks of each stage, expansion of the blocks, width of the stem) -> name
 STRUCTURES = {(blocks, block.expansion, width): name
               for name, (block, blocks, width) in ARCHS.items()}
 
 
-def load_backbone(weights, arch=None, image_size=224, seed=0):
+def load_backbone(weights, arch=None, image_size=224, seed=0, option="--weights"):
     """The backbone of a weights file, or for "random" one with seeded random convolutions.
 
     arch: a key of ARCHS; by default as recognised in the file, or resnet50 for "random".
     image_size: decides the stem of a random network. A file's stem is recognised.
     Returns (ResNet in eval mode on the CPU, one line about what was matched and what was not).
-    Raises UserError for a file that is missing, damaged, wants to run code, or is not wholly a
-    ResNet of `arch`.
+    Raises UserError, naming the option, for a file that is missing, damaged, wants to run code, or
+    is not wholly a ResNet of `arch`.
     """
     if arch is not None and arch not in ARCHS:
         raise UserError(f"--arch {arch}: choose one of {', '.join(ARCHS)}.")
@@ -48,14 +50,46 @@ def load_backbone(weights, arch=None, image_size=224, seed=0):
             torch.manual_seed(seed)
             backbone = ResNet(arch or "resnet50", use_small_stem(image_size))
         return backbone.eval(), f"{_describe(backbone)}, random weights from seed {seed}"
-    content, passed_over = _read(weights)
-    states = sorted(_state_dicts(content), key=lambda item: (
-        [*CONTAINERS, item[0]].index(item[0]), _is_copy(item[0])))
-    states = [(where, _torchvision_names(state)) for where, state in states]
+    try:
+        return _find_backbone(weights, arch, *_read(weights))
+    except UserError as error:
+        raise UserError(f"{option} {weights}: {error}") from None
+    except Exception as error:  # whatever a damaged or foreign file makes zipfile or torch raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"reading it would run {refused[1]}, which is refused"
+        raise UserError(f"{option} {weights}: cannot be read ({reason[:200]}); it is missing, "
+                        "truncated, damaged, or not a weights file: give one with a network's "
+                        "state_dict().") from None
+
+
+def load_pretrained(backbone, weights, image_size):
+    """Load a weights file into a backbone, as a start for training; returns one line about it.
+
+    Raises UserError as `load_backbone`, and if the file's stem is for images of another size.
+    """
+    loaded, description = load_backbone(weights, backbone.arch, image_size, option="--pretrained")
+    if loaded.small_stem != backbone.small_stem:
+        side = "up to" if loaded.small_stem else "more than"
+        raise UserError(f"--pretrained {weights}: its stem is for images of {side} 64 pixels and "
+                        f"--image-size is {image_size}; change it, or take other weights.")
+    backbone.load_state_dict(loaded.state_dict())
+    return description
+
+
+def _find_backbone(path, arch, content, passed_over):
+    """What `load_backbone` returns, from what `_read` does. Raises UserError without the path."""
+    objects = list(_objects(content))
+    dicts = [(where, found) for where, found in objects
+             if where is not None and isinstance(found, dict)]
+    dicts.sort(key=lambda item: ([*CONTAINERS, item[0]].index(item[0]), _is_copy(item[0])))
+    states = [(where, _torchvision_names({key: value for key, value in found.items()
+                                          if isinstance(key, str) and torch.is_tensor(value)}))
+              for where, found in dicts]
     places = [(where, state, prefix, _structure(state, prefix))
               for where, state in states for prefix in _prefixes(state)]
     if not places:
-        raise UserError(_no_resnet(weights, states, passed_over))
+        raise UserError(_no_resnet(states, passed_over))
     # The first place of this architecture decides, even if it is damaged and a copy is not.
     wanted = [structure for structure, name in STRUCTURES.items() if arch in (None, name)]
     where, state, prefix, structure = next((p for p in places if p[-1] in wanted), places[0])
@@ -64,7 +98,7 @@ def load_backbone(weights, arch=None, image_size=224, seed=0):
            if key.startswith(prefix)}
     channels, *kernel = own["conv1.weight"].shape[1:]
     if channels != 3:
-        raise UserError(f"{weights}: its first convolution takes {channels} channels"
+        raise UserError(f"its first convolution takes {channels} channels"
                         f"{' (of a Sobel filter, perhaps)' if channels == 2 else ''}, and "
                         "images here have 3; this network cannot be evaluated.")
     arch = arch or STRUCTURES.get(structure)
@@ -76,34 +110,20 @@ def load_backbone(weights, arch=None, image_size=224, seed=0):
         backbone = ResNet(arch, small_stem=kernel == [3, 3])
         matched, problems = _match(own, backbone.state_dict())
     if problems:
-        raise UserError(
-            f"{weights}: its weights are not a whole {arch or 'known ResNet'}: "
-            f"{_some(problems, '; ')} ({len(matched)} tensors matched under '{place}'); give the "
-            "right file or --arch.")
+        raise UserError(f"its weights are not a whole {arch or 'known ResNet'}: "
+                        f"{_some(problems, '; ')} ({len(matched)} tensors matched under "
+                        f"'{place}'); give the right file or --arch.")
     backbone.load_state_dict(matched, strict=False)
     left_over = [key for key in state
                  if not key.startswith(prefix) or key.removeprefix(prefix) not in matched]
-    text = (f"{_describe(backbone)} from {weights}: {len(matched)} tensors matched under "
+    text = (f"{_describe(backbone)} from {path}: {len(matched)} tensors matched under "
             f"'{place}', 0 missing, {len(left_over)} left over")
     text += f" ({_some(left_over)})" if left_over else ""
     text += f"; passed over: objects of {_some(passed_over)}" if passed_over else ""
-    if named := next(filter(None, map(OTHER_POOLING.search, [weights, *_strings(content)])), None):
+    strings = [path, *(value for _, value in objects if isinstance(value, str))]
+    if named := next(filter(None, map(OTHER_POOLING.search, strings)), None):
         text += f"; it names {named[0]}, whose pooling this backbone lacks: features will differ"
     return backbone.eval(), text
-
-
-def load_pretrained(backbone, weights, image_size):
-    """Load a weights file into a backbone, as a start for training; returns one line about it.
-
-    Raises UserError as `load_backbone`, and if the file's stem is for images of another size.
-    """
-    loaded, description = load_backbone(weights, backbone.arch, image_size)
-    if loaded.small_stem != backbone.small_stem:
-        side = "up to" if loaded.small_stem else "more than"
-        raise UserError(f"--weights {weights}: its stem is for images of {side} 64 pixels and "
-                        f"--image-size is {image_size}; change it, or take other weights.")
-    backbone.load_state_dict(loaded.state_dict())
-    return description
 
 
 def _describe(backbone):
@@ -146,11 +166,22 @@ REFUSALS = (
 )
 
 
-def _load(path, is_zip):
-    """The content of a file, and the names that it has objects of, which are passed over.
+def _read(path):
+    """The content of a file, memory-mapped if it can be, and the names of objects in it.
 
-    Unknown names are found one by one. Each gets a stand-in, and the file is read again.
+    Objects of unknown names are passed over. The names are found one by one: each gets a stand-in,
+    and the file is read again. Raises anything.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is a directory or a device")
+    with open(path, "rb") as file:
+        mapped = file.read(4) == b"PK\x03\x04"
+    if mapped:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum does not match")
+            if any(part.compress_type for part in archive.infolist()):
+                raise ValueError("it is compressed: a TorchScript program, or packed anew")
     kinds = {}
     while True:
         stand_ins = [(type(f"<{name}>", (kind,), {}), name) for name, kind in kinds.items()]
@@ -158,7 +189,7 @@ def _load(path, is_zip):
             with safe_globals(stand_ins), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True,
-                                     mmap=is_zip and str(path).isascii())
+                                     mmap=mapped and str(path).isascii())
             return content, list(kinds)
         except pickle.UnpicklingError as error:
             kind, name = next(((kind, match[1]) for kind, refusal in REFUSALS
@@ -169,57 +200,29 @@ def _load(path, is_zip):
             kinds[name] = kind
 
 
-def _read(path):
-    """As `_load`, with tensors memory-mapped where the format allows it. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise UserError(f"--weights {path}: {error.strerror}; give a weights file or the word "
-                        "random.") from error
-    is_zip = start == b"PK\x03\x04"
-    try:  # every part of torch.save's archive must be there with its checksum
-        whole = start and (not is_zip or zipfile.ZipFile(path).testzip() is None)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is truncated or damaged; copy or download it again.")
-    try:
-        return _load(path, is_zip)
-    except Exception as error:  # torch.load has no error class of its own
-        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(f"{path} is refused: reading it would run {refused[1]}, and weights "
-                            "need no code; save the network's state_dict() alone.") from error
-        if "TorchScript" in str(error):
-            raise UserError(f"{path} is a TorchScript program, which is refused; save its "
-                            "state_dict().") from error
-        raise UserError(f"{path} is not a weights file that torch.save wrote, or it is "
-                        "damaged.") from error
-
-
 # --- finding the backbone ------------------------------------------------------------------------
 
 
-def _state_dicts(content, where="", depth=0):
-    """(name, {key: tensor}) of every dict of tensors in a file."""
-    if isinstance(content, dict):
-        tensors = {key: value for key, value in content.items()
-                   if isinstance(key, str) and torch.is_tensor(value)}
-        if tensors:
-            yield where, tensors
-        for key, value in content.items() if depth < 4 else ():
-            yield from _state_dicts(value, f"{where}/{key}" if where else str(key), depth + 1)
+def _objects(content):
+    """(name, object) of all that is in a file, what is nearest to the top first.
 
-
-def _strings(content, depth=0):
-    """All strings in a file, as far as they are not keys."""
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, _Object):
-        yield from _strings(vars(content).get("state"), depth)
-    elif depth < 4 and isinstance(content, (dict, list, tuple)):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from _strings(value, depth + 1)
+    The name is that of nested dicts, and None for what is in a list or another object. An object
+    that is in many places, or in itself, comes once with a name and once without.
+    """
+    queue, seen = deque([("", content)]), set()
+    while queue:
+        where, found = queue.popleft()
+        if (id(found), where is None) in seen:
+            continue
+        seen.add((id(found), where is None))
+        yield where, found
+        if isinstance(found, dict):
+            queue.extend((where if where is None else f"{where}/{key}" if where else str(key),
+                          value) for key, value in found.items())
+        elif isinstance(found, (list, tuple)):
+            queue.extend((None, value) for value in found)
+        elif isinstance(found, _Object):
+            queue.append((None, vars(found).get("state")))
 
 
 # Hugging Face's names of a ResNet's parts, and CIFAR ResNets' of the shortcut, in torchvision's.
@@ -284,11 +287,9 @@ def _match(own, wanted):
             problems.append(f"{key} is missing")
         elif own[key].shape != value.shape:
             problems.append(f"{key} has shape {tuple(own[key].shape)}, not {tuple(value.shape)}")
-        elif own[key].dtype not in FLOATS and not counter:
-            problems.append(f"{key} has type {str(own[key].dtype).removeprefix('torch.')}, not a "
-                            "float of 16 to 64 bits")
-        elif own[key].layout != torch.strided or own[key].is_meta:
-            problems.append(f"{key} holds no plain numbers")
+        elif ((own[key].dtype not in FLOATS and not counter) or own[key].is_meta
+              or own[key].layout != torch.strided):
+            problems.append(f"{key} ({own[key].dtype}) holds no plain floats of 16 to 64 bits")
         elif own[key].is_floating_point() and not own[key].isfinite().all():
             problems.append(f"{key} is not finite")
         elif key.endswith("running_var") and (own[key] < 0).any():
@@ -299,18 +300,15 @@ def _match(own, wanted):
     return matched, problems
 
 
-def _no_resnet(path, states, passed_over):
+def _no_resnet(states, passed_over):
     """What a file without a ResNet holds, in one sentence."""
     keys = [key for _, state in states for key in state]
     if not keys:
         objects = f", but objects of {_some(passed_over)}" if passed_over else ""
-        return (f"{path} holds no state dict (a dict of named tensors){objects}; save the "
-                "network's state_dict().")
-    for kind, names in (
-            ("Vision Transformer", r"patch_embed|cls_token|class_token|class_embedding|conv_proj"),
-            ("network with attention", r"attn|pos_embed")):
-        if named := [key for key in keys if re.search(names, key)]:
-            return (f"{path} holds a {kind} ({_some(named)}); only ResNets can be evaluated: "
-                    f"{', '.join(ARCHS)}.")
-    return (f"{path} holds no ResNet in torchvision's names, conv1.weight, layer1.0.conv1.weight, "
-            f"... with any prefix; its keys are {_some(keys)}.")
+        return (f"it holds no state dict (a dict of named tensors){objects}; save the network's "
+                "state_dict().")
+    if named := list(filter(ATTENTION.search, keys)):
+        return (f"it holds a network with attention, such as a Vision Transformer ({_some(named)});"
+                f" only ResNets can be evaluated: {', '.join(ARCHS)}.")
+    return ("it holds no ResNet in torchvision's names, conv1.weight, layer1.0.conv1.weight, ... "
+            f"with any prefix; its keys are {_some(keys)}.")

@@ -1,7 +1,5 @@
 """Clustering metrics against scikit-learn and SciPy."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from odc.evaluation import metrics
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
 def test_against_scikit_learn(size, num_clusters, num_classes, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -48,16 +46,24 @@ def test_one_cluster_for_all():
     assert metrics.nmi(one, one) == metrics.adjusted_rand_index(one, one) == 1
 
 
-def test_a_thousand_clusters_and_classes_take_seconds():
+def test_many_clusters_and_classes():
     """Labels by chance are hard: most assignments are about equally good."""
     generator = torch.Generator().manual_seed(0)
-    clusters, classes = torch.randint(1000, (2, 50_000), generator=generator)
-    start = time.process_time()
-    accuracy = metrics.hungarian_accuracy(clusters, classes)
-    assert time.process_time() - start < 20  # about 3
+    clusters, classes = torch.randint(300, (2, 5_000), generator=generator)
     counts = contingency_matrix(clusters, classes)
     best = counts[linear_sum_assignment(counts, maximize=True)].sum()
-    assert accuracy == pytest.approx(best / 50_000)
+    assert metrics.hungarian_accuracy(clusters, classes) == pytest.approx(best / 5_000)
+
+
+def test_a_million_clusters_need_no_table_of_all_pairs():
+    """Such a table would have 10^12 cells."""
+    clusters = torch.randint(10**6, (2000,), generator=torch.Generator().manual_seed(0))
+    classes = clusters.flip(0)
+    assert metrics.nmi(clusters, classes) == pytest.approx(
+        normalized_mutual_info_score(classes, clusters), abs=1e-12)
+    assert metrics.adjusted_rand_index(clusters, classes) == pytest.approx(
+        adjusted_rand_score(classes, clusters), abs=1e-12)
+    assert 0.99 < metrics.purity(clusters, classes) <= 1
 
 
 def test_silhouette():
