@@ -9,7 +9,6 @@ for their class with weight exp(s / 0.07).
 """
 
 from odc import distributed
-from odc.distributed import print_main
 from odc.errors import UserError
 from odc.evaluation import frozen_backbone, tables
 from odc.evaluation.knn import knn_predict, pooled
@@ -32,30 +31,23 @@ def main():
     network = frozen_backbone.prepare(args, one_class=True)
     train, val = network.train, network.val
     if args.k and max(args.k) > len(train):
-        raise UserError(f"--k {max(args.k)}: the bank has only {len(train)} images, in "
-                        f"{train.root}; choose less.")
+        raise UserError(f"--k {max(args.k)}: {train.root} has only {len(train)} images to vote.")
 
-    def features(dataset, name):
-        """[n, d], of this process's images."""
-        return extract(lambda images: pooled(network.maps(images)), dataset, network.transform,
-                       network.backbone.out_channels[-1], network.device, args.batch_size,
-                       network.workers, name=name)
-
-    bank = features(train, "bank")
+    bank, queries = (extract(
+        lambda images: pooled(network.maps(images)), dataset, network.transform,
+        network.backbone.out_channels[-1], network.device, args.batch_size, network.workers,
+        name=dataset.split) for dataset in (train, val))
+    queries = distributed.all_gather_uneven_rows(queries)
     labels = train.labels[distributed.shard(len(train))]
-    queries = distributed.all_gather_uneven_rows(features(val, "queries"))
     ks = args.k or [k for k in (10, 20, 100, 200) if k <= len(train)] or [1]
-    print_main(f"voting: {len(val):,} queries, k = {', '.join(map(str, ks))}")
     predictions = knn_predict(queries, bank, labels, len(train.classes), sorted(set(ks)))
     results = {}
     for k in ks:
-        hits = (predictions[k].cpu() == val.labels[:, None]).double()
-        results[f"k={k}"] = dict(top1=100 * float(hits[:, 0].mean()),
-                                 top5=100 * float(hits.sum(1).mean()))
+        hits = (predictions[k].cpu() == val.labels[:, None]).double().mean(0)
+        results[f"k={k}"] = dict(top1=100 * float(hits[0]), top5=100 * float(hits.sum()))
 
-    published = None
-    if tables.IMAGENET_KNN.is_comparable(train, val, network.backbone, network.image_size):
-        published = tables.IMAGENET_KNN
+    published = tables.IMAGENET_KNN if tables.IMAGENET_KNN.is_comparable(
+        train, val, network.backbone, network.image_size) else None
     rows = {f"{network.label(args)}, top-{n}": {k: r[f"top{n}"] for k, r in results.items()}
             for n in (1, 5)}
     tables.write_json(args.output, dict(

@@ -2,14 +2,11 @@
 
     python eval_linear.py --weights out/backbone.pth --data shapes
     torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data /path/to/imagenet
-    python eval_linear.py --weights out/backbone.pth --data shapes --protocol finetune \\
-        --train-share 0.01
 
 The linear classifiers of all maps train together on one forward pass. A protocol
 (odc/evaluation/linear.py) sets everything. The batch is split over the processes, and their
-gradients are summed. On GPUs their batch norm shares its statistics, so the number of processes
-makes no difference. On CPUs each process normalises by its own part of the batch, and the running
-statistics of process 0 are judged and saved.
+gradients are summed. On GPUs their batch norm shares its statistics. On CPUs each process
+normalises by its own part of the batch, and the statistics of process 0 are judged and saved.
 """
 
 from dataclasses import asdict
@@ -23,9 +20,9 @@ from odc.data.augmentation import LINEAR_AUGMENTATIONS, augment_batch
 from odc.data.datasets import check_same_images
 from odc.data.loader import epoch_batches
 from odc.distributed import print_main
-from odc.errors import Interrupted, UserError
+from odc.errors import UserError
 from odc.evaluation import frozen_backbone, linear, tables
-from odc.features import extract
+from odc.features import extract, weights_fingerprint
 from odc.runtime import checkpoint, launch
 from odc.runtime.arguments import Parser, number, path, whole
 from odc.runtime.log import print_settings, progress_bar
@@ -42,36 +39,32 @@ def make_parser():
                "list names, a path a line, as in meta/train_labeled_1percent.txt")
     add_images("--train-share", metavar="SHARE", type=number(0, 1, above=True),
                help="train only on this share of each class, drawn from --seed")
-    add("--epochs", metavar="N", type=whole(1, 10**6),
-        help="epochs in all; the learning rate's steps move in proportion")
-    add("--batch-size", metavar="N", type=whole(1, 2**20),
-        help="images in a batch, of all processes together")
+    add("--epochs", metavar="N", type=whole(1, 10**6), help="in all; the steps of --lr move along")
+    add("--batch-size", metavar="N", type=whole(1, 2**20), help="images, of all processes together")
     add("--lr", metavar="LR", type=number(0, 1e6), help="learning rate")
     add("--head-lr", metavar="FACTOR", type=number(0, 1e6),
         help="in fine-tuning, what the linear layer's learning rate is multiplied by")
     return parser
 
 
-def train(args, network, protocol, classifiers, optimizer, history):
-    """Train and judge the classifiers for the epochs that are missing in history.
+def train(args, network, protocol, classifiers, optimizer):
+    """Train and judge the classifiers, from the checkpoint on if there is one.
 
-    history: for each epoch {column: [top-1, top-5]}; the new ones are added. Each epoch ends with a
-    checkpoint. Raises UserError if the loss is not finite, Interrupted after a signal.
+    Returns the accuracy of each epoch, [{column: [top-1, top-5]}]. Raises UserError if the loss is
+    not finite, Interrupted after a signal.
     """
     settings = settings_of(args, network, protocol)
+    history = load_checkpoint(args, settings, classifiers, optimizer)
     while (epoch := len(history)) < protocol.epochs:
-        try:
-            losses = train_epoch(args, network, protocol, classifiers, optimizer, epoch)
-            distributed.share_statistics(classifiers)
-            accuracy = evaluate(network, protocol, classifiers)
-        except Interrupted:
-            end = "The same command begins this epoch anew." if args.output else "Nothing is kept."
-            raise Interrupted(f"Stopped in epoch {epoch + 1}, as a signal asked. {end}") from None
+        losses = train_epoch(args, network, protocol, classifiers, optimizer, epoch)
+        distributed.share_statistics(classifiers)
+        accuracy = evaluate(network, protocol, classifiers)
         print_main(f"epoch {epoch + 1}/{protocol.epochs}: " + ", ".join(
             f"{column} loss {loss:.3f} top-1 {top1:.2f}"
             for (column, (top1, _)), loss in zip(accuracy.items(), losses)))
         history.append(accuracy)
         save_checkpoint(args, settings, classifiers, optimizer, history)
+    return history
 
 
 def train_epoch(args, network, protocol, classifiers, optimizer, epoch):
@@ -149,9 +142,8 @@ def load_checkpoint(args, settings, classifiers, optimizer):
         return []
     with distributed.raise_everywhere():
         saved = checkpoint.read_dict(file := checkpoint_path(args))
-        if saved.get("program") != "odc eval_linear" or "history" not in saved:
-            raise UserError(f"{file} is not a checkpoint of this version of eval_linear.py: "
-                            "choose another --output, or delete the file.")
+        if saved.get("program") != "odc eval_linear":
+            raise UserError(f"{file} is no checkpoint of eval_linear.py: choose another --output.")
         checkpoint.check_same_settings(file, saved["settings"], settings)
     classifiers.load_state_dict(saved["classifiers"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -161,11 +153,10 @@ def load_checkpoint(args, settings, classifiers, optimizer):
 
 def settings_of(args, network, protocol):
     """What must be the same for a run to be continued."""
-    settings = {"seed": args.seed, "image size": network.image_size, "amp": network.amp,
-                "weights": network.fingerprint[:16],
-                "train images": network.train.fingerprint,
-                "val images": network.val.fingerprint}
-    return settings | {name: str(value) for name, value in asdict(protocol).items()}
+    return {"seed": args.seed, "image size": network.image_size,
+            "weights": weights_fingerprint(network.backbone)[:16],
+            "train images": network.train.fingerprint, "val images": network.val.fingerprint,
+            **{name: str(value) for name, value in asdict(protocol).items()}}
 
 
 def main():
@@ -176,18 +167,14 @@ def main():
                                              args.seed)
     check_same_images(network.train)
     name, protocol, changed = linear.choose_protocol(args, network.train)
-    others = ", ".join(f"{setting} {value}" for setting, value in changed.items())
-    print_main(f"protocol {name} on {len(network.train):,} images"
-               + (f", not the recipe's: {others}" if changed else ""))
+    print_main(f"protocol {name} on {len(network.train):,} images; changed: {changed or 'nothing'}")
     print_settings(asdict(protocol))
-    if not args.output:
-        print_main("No --output: no checkpoint, so a run that is stopped begins anew.")
+    kept = checkpoint_path(args) if args.output else "none, as there is no --output"
+    print_main(f"checkpoint after each epoch: {kept}")
 
-    classifiers = linear.make_classifiers(network, protocol, args.seed)
+    classifiers = linear.LinearClassifiers(network, protocol.columns, args.seed)
     optimizer = linear.make_optimizer(classifiers, protocol)
-    history = load_checkpoint(args, settings_of(args, network, protocol), classifiers, optimizer)
-    train(args, network, protocol, classifiers, optimizer, history)
-
+    history = train(args, network, protocol, classifiers, optimizer)
     results = linear.choose_results(protocol, history)
     # The rows of fine-tuning belong to published lists of images, not to a share that was drawn.
     published = None if args.train_share else linear.published_table(name, changed, network)
@@ -199,9 +186,6 @@ def main():
                                                 for column, result in results.items()}
             for n in (1, 5)}
     tables.show(f"{network.train.name} (%), protocol {name}", protocol.columns, rows, published)
-    if published and protocol.columns == (linear.FINE_TUNED,):
-        print_main("Each published row is the best of nine runs, --lr 0.001, 0.01, 0.1 with "
-                   "--head-lr 1, 10, 100; this is one.")
 
 
 if __name__ == "__main__":

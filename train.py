@@ -253,7 +253,7 @@ def main(arguments=None):
     if args.pretrained and not saved:
         with distributed.raise_everywhere():
             print_main(load_pretrained(network.backbone, args.pretrained, args.image_size))
-    if device.type == "cuda" and distributed.world_size() > 1:  # on a CPU each process has the statistics of its own images
+    if device.type == "cuda" and distributed.world_size() > 1:  # on CPUs: each its own images'
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([
@@ -267,21 +267,25 @@ def main(arguments=None):
     # Both memories: from the checkpoint, or from k-means of the first features.
     run_settings = saved["settings"] if args.export_only else vars(args)
     state = State(network, optimizer, scaler, run_settings, output / "checkpoint.pth")
-    with distributed.raise_everywhere():
-        log = Log(output / "log.jsonl", saved["log_position"] if saved else 0, args.tensorboard)
     if saved:
         dataset.leave_out(saved["unreadable"])
         state.memory = make_memory(args, dataset, device)
         restore(state, saved)
-        del saved
-    else:
-        cluster_before_training(args, state, dataset, device, autocast)
-        if dataset.left_out and distributed.is_main():
-            results.write_unreadable(output / "unreadable.txt", dataset.left_out)
-        save(state, dataset, log)
-    held_out = knn.open_held_out(args.data, dataset) if dataset.labels is not None else None
     progress = state.progress
-    print_main(f"Epoch {progress.epoch + 1} of {args.epochs} from step {progress.step + 1}.")
+    with distributed.raise_everywhere():
+        log = Log(output / "log.jsonl", saved["log_position"] if saved else 0, args.tensorboard)
+    if not saved:
+        cluster_before_training(args, state, dataset, device, autocast)
+        with distributed.raise_everywhere():
+            if dataset.left_out and distributed.is_main():
+                results.write_unreadable(output / "unreadable.txt", dataset.left_out)
+        save(state, dataset, log)
+    elif progress.epoch >= args.epochs:
+        print_main(f"{output} holds the finished run.")
+    else:
+        print_main(f"Continuing {output} in epoch {progress.epoch + 1} after step {progress.step}.")
+    del saved
+    held_out = knn.open_held_out(args.data, dataset) if dataset.labels is not None else None
 
     # Gradients are averaged over the processes.
     model = network

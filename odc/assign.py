@@ -4,7 +4,6 @@ as vectors, and with the training images that each image resembles.
     python -m odc.assign --checkpoint out/checkpoint.pth --data FOLDER --output clusters.csv
 """
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -15,9 +14,7 @@ from odc import distributed
 from odc.clusters import cosine_to_centroid, unit_features
 from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.datasets import check_same_images, open_dataset
-from odc.data.images import UnreadableImage
 from odc.data.loader import default_workers
-from odc.distributed import print_main
 from odc.errors import UserError
 from odc.evaluation import metrics
 from odc.evaluation.knn import nearest_neighbours
@@ -37,10 +34,11 @@ def make_parser():
         help="folder of images, in any known layout, or the word shapes")
     add("--output", metavar="FILE.csv", type=path, default="clusters.csv", help="the table")
     add("--folders", metavar="DIR", type=path, help="a new folder with links, DIR/CLUSTER/IMAGE")
-    add("--features", metavar="FILE.npy", type=path, help="vectors of the images that have a cluster")
+    add("--features", metavar="FILE.npy", type=path, help="vectors of the images with a cluster")
     add("--neighbours", metavar="N", type=whole(0, 1000), default=0,
         help="how many of the most similar training images the table names")
-    add("--train-data", metavar="PATH", type=path, help="the images of the run (default: where they were)")
+    add("--train-data", metavar="PATH", type=path,
+        help="the images of the run (default: where they were)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
     return parser
 
@@ -54,19 +52,16 @@ def load_run(path, device):
     if state.get("program") != checkpoint.PROGRAM or not state.get("final_clusters"):
         raise UserError(f"--checkpoint {path}: is not of a run of this version of train.py that "
                         "has come to its end; run its command again, with --export-only.")
-    try:  # another program may have written what is in it
-        sizes = state["settings"]["num_clusters"], FEATURE_DIM
+    with checkpoint.reading(path):  # another program may have written what is in it
         centroids = state["final_clusters"]["centroids"].to(device)
         backbone = ResNet(state["arch"], state["small_stem"])
         neck = Neck(backbone.out_channels[-1])
         backbone.load_state_dict(state["backbone"])
         neck.load_state_dict(state["final_clusters"]["neck"])
         values = [*backbone.state_dict().values(), *neck.state_dict().values(), centroids]
+        sizes = state["settings"]["num_clusters"], FEATURE_DIM
         if centroids.shape != sizes or not all(value.isfinite().all() for value in values):
             raise ValueError("sizes that do not fit, or values that are not finite")
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--checkpoint {path}: is damaged ({reason}); use a copy of it.") from None
     backbone.to(device, memory_format=torch.channels_last).eval()
     neck.to(device).eval()
     return state, lambda images: unit_features(neck, backbone(images)[-1].mean((2, 3))), centroids
@@ -77,24 +72,18 @@ def open_training_images(path, vectors_path, state, network, transform, device):
 
     Three features are computed again: a run that was killed may have left those of another epoch.
     """
-    try:
-        dataset = open_dataset(path)
-        if dataset.fingerprint != state["fingerprint"]:
-            raise UserError(f"{path} holds other images than those of the run")
-    except UserError as error:
-        raise UserError(f"{str(error).rstrip('.')}; give the run's images with --train-data."
-                        ) from None
-    left_out = set(state["unreadable"])
-    dataset = dataset.take([i for i in range(len(dataset)) if dataset.name_of(i) not in left_out])
+    dataset = open_dataset(path)
+    if dataset.fingerprint != state["fingerprint"]:
+        raise UserError(f"{path} holds other images than those of the run; give those with "
+                        "--train-data.")
+    dataset.leave_out(state["unreadable"])
     try:
         vectors = torch.from_numpy(np.load(vectors_path, mmap_mode="c"))
-        if len(vectors) != len(dataset):
-            raise ValueError(f"{len(vectors)} vectors for {len(dataset)} images")
-        for i in (0, len(dataset) // 2, len(dataset) - 1):
-            with contextlib.suppress(UnreadableImage):
-                image = normalise(transform(dataset.load(i))[None].to(device))
-                if not network(image)[0].cpu() @ vectors[i] > 0.98:
-                    raise ValueError("the checkpoint's network gives others")
+        some = [0, len(dataset) // 2, len(dataset) - 1]
+        images = torch.stack([transform(dataset.load(i)) for i in some]).to(device)
+        cosine = (network(normalise(images)).cpu() * vectors[some]).sum(1)
+        if len(vectors) != len(dataset) or not cosine.min() > 0.98:
+            raise ValueError("the checkpoint gives others")
     except Exception as error:
         raise UserError(f"{vectors_path}: the run's vectors are missing, damaged or of another time"
                         f" ({error}); run its command again, with --export-only.") from None
@@ -105,7 +94,7 @@ def link_images(folder, dataset, labels):
     """A link to every image in a new folder: folder/CLUSTER/INDEX-NAME; from memory, PNG files."""
     os.mkdir(folder)
     for i, cluster in enumerate(labels.tolist()):
-        source = Path(dataset.root, dataset.name_of(i)).absolute()
+        source = Path(dataset.root, dataset.name_of(i))
         target = Path(folder, str(cluster), f"{i}-{source.name}")
         target.parent.mkdir(exist_ok=True)
         if dataset.pixels is None:
@@ -119,9 +108,10 @@ def main(arguments=None):
     args = make_parser().parse_args(arguments)
     device = distributed.init(args.device)
     launch.catch_signals()
-    train, vectors_path = None, Path(args.checkpoint).parent / "features.npy"
+    train, neighbours = None, None
     with distributed.raise_everywhere():
-        inputs = [args.checkpoint, vectors_path]
+        vectors_path = Path(args.checkpoint).with_name("features.npy")
+        inputs = [args.checkpoint, vectors_path, args.folders or args.checkpoint]
         check_output("--output", args.output, b"path,cluster,similarity", inputs)
         if args.features:
             check_output("--features", args.features, b"\x93NUMPY", [*inputs, args.output])
@@ -129,30 +119,27 @@ def main(arguments=None):
                 args.folders).resolve().is_relative_to(Path(args.data).resolve())):
             raise UserError(f"--folders {args.folders}: choose a new folder, outside --data.")
         state, network, centroids = load_run(args.checkpoint, device)
+        settings = state["settings"]
+        transform = evaluation_transform(settings["image_size"])
         dataset = open_dataset(args.data)
-        transform = evaluation_transform(state["settings"]["image_size"])
         if args.neighbours:
-            train, vectors = open_training_images(
-                args.train_data or state["settings"]["data"], vectors_path, state, network,
-                transform, device)
-            if args.neighbours > len(train):
-                raise UserError(f"--neighbours {args.neighbours}: the run has {len(train)} images.")
+            train, vectors = open_training_images(args.train_data or settings["data"], vectors_path,
+                                                  state, network, transform, device)
     check_same_images(dataset, *([train] if train else []))
-    print_main(f"{len(dataset):,} images, {len(centroids):,} clusters after epoch "
-               f"{state['progress']['epoch']} of a run on {state['settings']['data']}")
+    distributed.print_main(f"{len(dataset):,} images, {len(centroids):,} clusters after epoch "
+                           f"{state['progress']['epoch']} of a run on {settings['data']}")
 
     listed = dataset.names  # of all images; those that cannot be read leave the dataset now
-    features = extract(network, dataset, transform, centroids.shape[1], device, 128,
+    features = extract(network, dataset, transform, FEATURE_DIM, device, 128,
                        default_workers(dataset.pixels is not None), unreadable_share=1.0)
     labels = nearest_centroids(features, centroids)
     similarity = cosine_to_centroid(features, centroids, labels)
     labels, similarity, features = (
         distributed.all_gather_uneven_rows(part).cpu() for part in (labels, similarity, features))
-    neighbours = None
     if train:
         rows = torch.arange(len(train))[distributed.shard(len(train))]
-        scores, found = nearest_neighbours(
-            features.to(device), vectors[rows].to(device), rows, args.neighbours)
+        scores, found = nearest_neighbours(features.to(device), vectors[rows].to(device), rows,
+                                           min(args.neighbours, len(train)))
         neighbours = train, found.cpu(), scores.cpu()
     with distributed.raise_everywhere():
         if distributed.is_main():
@@ -161,9 +148,9 @@ def main(arguments=None):
                 results.write_array(args.features, features)
             if args.folders:
                 link_images(args.folders, dataset, labels)
-    if dataset.labels is not None and len(dataset):
-        print_main(metrics.agreement(labels, dataset.labels)[1])
-    print_main("Done:", *filter(None, (args.output, args.features, args.folders)))
+    if dataset.labels is not None:
+        distributed.print_main(metrics.agreement(labels, dataset.labels)[1])
+    distributed.print_main("Done:", *filter(None, (args.output, args.features, args.folders)))
 
 
 if __name__ == "__main__":

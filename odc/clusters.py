@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from odc import distributed
 from odc.data.augmentation import evaluation_transform
 from odc.features import extract
-from odc.kmeans import kmeans
-from odc.memory import ODCMemory
+from odc.kmeans import ClusterSums, kmeans
 
-ROUNDS, ITERATIONS = 10, 10  # of k-means and of its iterations in a round
+ITERATIONS = 50  # of k-means
 
 
 @dataclass
@@ -48,16 +47,19 @@ def cluster_images(network, dataset, memory, image_size, workers=0):
     estimate_statistics(neck, pooled, len(dataset))
     features = torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])  # [n, d]
     del pooled
-    # A memory of its own, for its splits. Splits of the last round are not used.
-    own = ODCMemory(len(dataset), features.shape[1], K, min_cluster_size=memory.min_cluster_size,
-                    device=device)
-    own.initialize(features, memory.labels)
-    for _ in range(ROUNDS):
-        own_labels, centroids = kmeans(features, K, ITERATIONS, initial_centroids=own.centroids)
-        labels = distributed.all_gather_uneven_rows(own_labels)
-        own.initialize(features, labels)
-        if own.split_small_clusters() == 0:
-            break
+    sums = ClusterSums(K, features.shape[1], len(dataset), device)
+    sums.add(features, memory.labels[memory.rows])
+    start = sums.means(memory.labels.bincount(minlength=K))  # [K, d]
+    # Clusters of copies of one image have one centroid. The first keeps it, the others start empty.
+    first = torch.cat([(torch.cdist(part, start) < 2**-8).byte().argmax(1)
+                       for part in start.split(1024)])
+    start[first != torch.arange(K, device=device)] = 0
+    own_labels, centroids = kmeans(features, K, ITERATIONS, initial_centroids=start,
+                                   min_size=memory.min_cluster_size)
+    labels = distributed.all_gather_uneven_rows(own_labels)
+    if empty := K - len(labels.unique()):
+        distributed.print_main(f"{empty:,} of {K:,} clusters are empty: no group of at least "
+                               f"{2 * memory.min_cluster_size} different images was left to split.")
     similarity = cosine_to_centroid(features, centroids, own_labels)
     similarity = distributed.all_gather_uneven_rows(similarity)
     return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck)

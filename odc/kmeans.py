@@ -76,14 +76,15 @@ class ClusterSums:
         return total.float().mul_((1 / units).float())
 
 
-def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None):
+def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None, min_size=1):
     """Lloyd's k-means (recipe: 20 iterations over all images, no subsampling).
 
     features: [n, d] float, unit rows of this process; in rank order they make up all N.
     initial_centroids: [K, d]; by default K distinct rows, drawn from the seed.
     Returns labels int64 [n] of these rows, and the centroids float32 [K, d]; the labels are those
-    of `nearest_centroids`. Between searches empty clusters restart beside wide ones, but one may be
-    empty at the end, always so if fewer than K rows differ. Stops once no label changes.
+    of `nearest_centroids`. Between searches clusters of fewer than min_size rows restart beside
+    wide ones, but one may be small or empty at the end, always so if fewer than K rows differ.
+    Stops once no label changes.
     Raises UserError if K > N or a feature is not finite, Interrupted on a signal. A collective.
     """
     K = num_clusters
@@ -118,8 +119,8 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
         if num_changed == 0 or iteration == iterations:
             break
         centroids = sums.means(labels.new_tensor(sizes))
-        if 0 in sizes:
-            _restart_empty(features, labels, centroids, sizes)
+        if min(sizes) < min_size:
+            _restart_small(features, labels, centroids, torch.tensor(sizes), min_size)
     bar.close()
     return labels, centroids
 
@@ -134,21 +135,26 @@ def _draw_rows(features, first_row, num_rows, num_clusters, seed):
     return distributed.all_reduce(centroids)
 
 
-def _restart_empty(features, labels, centroids, sizes):
-    """Move the centroid of each empty cluster beside that of the widest, in place.
+def _restart_small(features, labels, centroids, sizes, min_size):
+    """Move the centroid of each small cluster beside that of the widest, in place.
 
-    The widest has the largest sum of squared distances. So equal rows, however many, stay together.
+    The widest has the largest sum of squared distances of those with rows enough for two. Equal
+    rows, however many, stay together: their distances are rounding errors.
     """
     spread = torch.zeros(len(centroids), dtype=torch.float64, device=labels.device)
     for rows, own in zip(features.split(65536), labels.split(65536)):
         spread.index_add_(0, own, (rows - centroids[own]).square().sum(1).double())
     spread = distributed.all_reduce(spread).cpu()
     generator = torch.Generator().manual_seed(0)
-    for empty in [cluster for cluster, size in enumerate(sizes) if size == 0]:
-        widest = int(spread.argmax())
-        spread[widest] = spread[empty] = spread[widest] / 2
+    for small in (sizes < min_size).nonzero()[:, 0].tolist():
+        can_split = (sizes >= 2 * min_size) & (spread > 1e-8 * sizes)
+        if not can_split.any():
+            break
+        widest = int((spread * can_split).argmax())
+        spread[widest] = spread[small] = spread[widest] / 2
+        sizes[widest] = sizes[small] = sizes[widest] // 2
         step = 2.0**-7 * torch.randn(centroids.shape[1], generator=generator)
-        centroids[empty] = centroids[widest] * (1 + step.to(centroids.device))
+        centroids[small] = centroids[widest] * (1 + step.to(centroids.device))
 
 
 def two_means(x, at_least=1, iterations=20, seed=0):

@@ -80,8 +80,8 @@ def test_help_shows_the_three_values_of_each_setting(capsys):
 def test_a_run_continues_with_its_settings():
     saved = dict(settings=vars(chosen(["--data", "here", "--lr", "0.5"], made_up(6000))),
                  progress={}, log_position=0)
-    args = chosen(["--data", "there", "--epochs", "9"], made_up(6000), saved)
-    assert (args.data, args.lr, args.epochs, args.num_clusters) == ("there", 0.5, 9, 150)
+    args = chosen(["--data", "/there", "--epochs", "9"], made_up(6000), saved)
+    assert (args.data, args.lr, args.epochs, args.num_clusters) == ("/there", 0.5, 9, 150)
 
 
 def image_size_where_one_process_measures_other_images():

@@ -167,6 +167,8 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         pixels, draws, indices, unreadable = [], [], [], {}
+        # Of all processes, however many, and of a resumed epoch: the steps from here to the end.
+        order = _hash("order", self.seeds, len(self) - step) % len(augment.ORDERS)
         for position in map(int, self.positions[step]):
             index = int(self.order[position])
             try:
@@ -179,8 +181,9 @@ class _Batches(torch.utils.data.Dataset):
                 pixels.append(self.transform(image))
                 continue
             generator = random.Random(_hash("item", self.seeds, position))
-            draws.append(augment.draw_parameters(self.augmentation, generator, *image.size,
-                                                 self.image_size))
+            drawn = augment.draw_parameters(self.augmentation, generator, *image.size,
+                                            self.image_size)
+            draws.append(drawn._replace(order=order))
             pixels.append(augment.crop_and_flip(image, draws[-1], self.image_size))
         pixels = torch.stack(pixels) if pixels else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         draws = torch.tensor(draws) if draws else torch.empty(0, len(augment.Draw._fields))

@@ -1,8 +1,6 @@
-"""The built-in data set: ten forms in many colours, drawn from a seed, without files or downloads.
+"""The built-in data set: ten light forms on dark ground, drawn from a seed, without a download.
 
-Each image is 32 x 32 RGB: one light form on a dark, faintly textured ground. Colour, place, size,
-rotation (up to half a radian) and texture vary so much that the clusters of an untrained network
-mix the forms, which leaves Online Deep Clustering something to discover.
+Colour, place, size, rotation and texture vary, so that an untrained network mixes the forms.
 """
 
 import math
@@ -13,8 +11,7 @@ import torch.nn.functional as F
 SIZE = 32  # pixels, both edges
 SPLITS = {"train": (5000, 0), "val": (1000, 1)}  # images, seed
 
-# The signed distance [n, 1024] of points x, y [n, 1024] from the edge of each form, which lies in
-# the unit circle; negative inside. dots [n, 7, 2]: where the scattered dots are.
+# The distance of points x, y [n, 1024] from the edge of a form in the unit circle, < 0 inside.
 FORMS = {
     "disc": lambda x, y, dots: torch.hypot(x, y) - 0.85,
     "square": lambda x, y, dots: _box(x, y, 0.76, 0.76),
@@ -31,10 +28,7 @@ FORMS = {
 
 
 def draw_shapes(count, seed):
-    """Draw `count` images, equally many of each form (up to one), in a random order.
-
-    Returns images uint8 [count, 32, 32, 3] and labels int64 [count], the position in FORMS.
-    """
+    """Images uint8 [count, 32, 32, 3] in a random order, and the FORMS in them: int64 [count]."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count)[torch.randperm(count, generator=generator)] % len(FORMS)
 
@@ -42,33 +36,26 @@ def draw_shapes(count, seed):
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
     radius = uniform(8.0, 12.5, 1)
-    # A large form may touch the edge of the image, but no more.
-    reach = (SIZE / 2 + 1 - radius).clamp(max=3.5)
-    centre = SIZE / 2 + reach * uniform(-1, 1, 2)
+    centre = SIZE / 2 + (SIZE / 2 + 1 - radius).clamp(max=3.5) * uniform(-1, 1, 2)
     cos, sin = (turn := uniform(-0.5, 0.5, 1)).cos(), turn.sin()
     at = torch.arange(SIZE) + 0.5
     dx, dy = at.repeat(SIZE) - centre[:, :1], at.repeat_interleave(SIZE) - centre[:, 1:]
     x, y = (dx * cos + dy * sin) / radius, (dy * cos - dx * sin) / radius  # the form's own frame
 
-    distance = torch.empty(count, SIZE * SIZE)
     angles = torch.arange(6) * math.pi / 3
-    dots = torch.cat([torch.zeros(1, 2), 0.68 * torch.stack([angles.cos(), angles.sin()], 1)])
-    dots = dots + uniform(-0.5, 0.5, 7, 2) / 3
+    ring = 0.68 * torch.stack([angles.cos(), angles.sin()], 1)
+    dots = torch.cat([torch.zeros(1, 2), ring]) + uniform(-0.5, 0.5, 7, 2) / 3
+    distance = torch.empty_like(x)
     for label, form in enumerate(FORMS.values()):
-        rows = torch.where(labels == label)[0]
+        rows = labels == label
         distance[rows] = form(x[rows], y[rows], dots[rows])
-    # Edges are smooth: a pixel is covered by the distance of its centre from the edge, in pixels.
-    inside = (0.5 - distance * radius).clamp(0, 1).view(count, 1, SIZE, SIZE)
-
+    inside = (0.5 - distance * radius).clamp(0, 1).view(count, 1, SIZE, SIZE)  # smooth edges
     ground = _colour(uniform(0, 1), uniform(0, 1), uniform(0.02, 0.15))
-    strength = uniform(0.01, 0.06, 1, 1, 1)
-    noise = torch.randn(count, 1, 8, 8, generator=generator)
-    ground = ground + strength * F.interpolate(noise, size=(SIZE, SIZE), mode="bilinear")
-    # Stripes and a slope of brightness turn with the form.
-    stripes = uniform(2, 9, 1) * (x * uniform(-1, 1, 1) + y * uniform(-1, 1, 1))
-    stripes = torch.sin(stripes + uniform(0, 6.3, 1))
+    ground = ground + uniform(0.01, 0.06, 1, 1, 1) * F.interpolate(
+        torch.randn(count, 1, 8, 8, generator=generator), size=(SIZE, SIZE), mode="bilinear")
+    waves = uniform(2, 9, 1) * (x * uniform(-1, 1, 1) + y * uniform(-1, 1, 1)) + uniform(0, 6.3, 1)
     slope = x * uniform(-0.15, 0.15, 1) + y * uniform(-0.15, 0.15, 1)
-    light = 1 + (slope + uniform(0, 0.12, 1) * stripes).view(count, 1, SIZE, SIZE)
+    light = 1 + (slope + uniform(0, 0.12, 1) * torch.sin(waves)).view(count, 1, SIZE, SIZE)
     form = _colour(uniform(0, 1), uniform(0, 0.5), uniform(0.75, 1)) * light
     noise = torch.randn(count, 3, SIZE, SIZE, generator=generator)
     images = ground + (form - ground) * inside + 0.015 * noise
@@ -87,7 +74,6 @@ def _polygon(x, y, radii):
     inside = torch.zeros_like(x, dtype=torch.bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
         ex, ey = bx - ax, by - ay
-        # How far along this edge its nearest point lies.
         along = (((x - ax) * ex + (y - ay) * ey) / (ex * ex + ey * ey)).clamp(0, 1)
         squared = torch.minimum(squared, (x - ax - along * ex) ** 2 + (y - ay - along * ey) ** 2)
         if ay != by:  # an edge to the right of the point is crossed: once more in or out

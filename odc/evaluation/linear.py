@@ -12,21 +12,18 @@ from odc.errors import UserError
 from odc.evaluation import tables
 from odc.evaluation.pooling import map_pools, map_shapes
 
-COLUMNS = tables.FIVE_MAPS
-AVGPOOL = "AvgPool"
-FINE_TUNED = "Fine-tuned"
-MAPS = {**{column: i for i, column in enumerate(COLUMNS)}, AVGPOOL: 4, FINE_TUNED: 4}
+COLUMNS, AVGPOOL, FINE_TUNED = tables.FIVE_MAPS, "AvgPool", "Fine-tuned"
+MAPS = {AVGPOOL: 4, FINE_TUNED: 4, **{column: i for i, column in enumerate(COLUMNS)}}
 
 
 @dataclass(frozen=True)
 class Protocol:
     """How one benchmark trains and judges classifiers.
 
-    recipe: the published recipe. columns: of COLUMNS and AVGPOOL, or FINE_TUNED alone. lr is
-    multiplied by lr_gamma at each epoch of lr_steps. head_lr: what the linear layer's is multiplied
-    by in fine-tuning. batch_size: of all processes together. train_transform: a key of
-    LINEAR_AUGMENTATIONS. reported: "last" for the last epoch's accuracy, "best" for that of the
-    epoch with the best top-1. The optimiser is SGD with momentum 0.9.
+    recipe: the published one's name. columns: of COLUMNS and AVGPOOL, or FINE_TUNED alone. lr is
+    multiplied by lr_gamma at each epoch of lr_steps; in fine-tuning that of the linear layer is
+    head_lr times as large. batch_size: of all processes together. train_transform: a key of
+    LINEAR_AUGMENTATIONS. reported: the "last" epoch's accuracy, or that of the "best" top-1.
     """
 
     recipe: str
@@ -51,10 +48,7 @@ class Protocol:
 MULTIHEAD = Protocol(
     "mhead_linear-8xb32-steplr-90e", COLUMNS, epochs=90, lr=0.01, lr_steps=(30, 60),
     weight_decay=1e-4, nesterov=True, train_transform="imagenet-multihead", reported="last")
-# Semi-supervised ImageNet. Each published row is the best of all combinations of SEARCHED; here
-# is the one that was best for ODC.
-SEARCHED = {"lr": (0.001, 0.01, 0.1), "head_lr": (1.0, 10.0, 100.0)}
-ONE_PERCENT = Protocol(
+ONE_PERCENT = Protocol(  # lr and head_lr: of the nine that were tried, the best for ODC
     "fine-tuning with 1% of the labels", (FINE_TUNED,), epochs=20, lr=0.1, lr_steps=(12, 16),
     weight_decay=5e-4, nesterov=False, train_transform="imagenet-avgpool", reported="last",
     lr_gamma=0.2, head_lr=100.0)
@@ -75,8 +69,7 @@ PROTOCOLS = {
     "imagenet-10percent": TEN_PERCENT,
     "finetune": dataclasses.replace(
         TEN_PERCENT, recipe="a form of imagenet-10percent for other data", batch_size=64, lr=0.01),
-    # For other data: ImageNet's classifiers in fewer epochs and smaller batches, as there are fewer
-    # images, with crops and flips alone.
+    # ImageNet's classifiers for fewer images: less of everything, and crops and flips alone.
     "short": dataclasses.replace(
         MULTIHEAD.shortened(12), recipe="a short form of imagenet-multihead", batch_size=64,
         train_transform="inaturalist2018"),
@@ -101,16 +94,11 @@ def choose_protocol(args, dataset):
     given = {k: v for k in ("batch_size", "lr", "head_lr") if (v := getattr(args, k)) is not None}
     protocol = dataclasses.replace(recipe.shortened(args.epochs or recipe.epochs), **given)
     changed = {k: v for k, v in dataclasses.asdict(protocol).items() if v != getattr(recipe, k)}
-
-    fine_tuning = protocol.columns == (FINE_TUNED,)
     if name.endswith("percent") and not args.subset and not args.train_share:
         raise UserError(f"--protocol {name} trains on few of the images: give the list of them "
                         "with --subset, or a --train-share.")
-    if args.head_lr is not None and not fine_tuning:
+    if args.head_lr is not None and protocol.columns != (FINE_TUNED,):
         raise UserError(f"--head-lr {args.head_lr:g} is for fine-tuning: add --protocol finetune.")
-    if args.amp == "fp16" and fine_tuning:
-        raise UserError(f"--amp fp16 is too coarse for the gradients of --protocol {name}: use "
-                        "bf16 or off.")
     if protocol.batch_size % W or protocol.batch_size < 2 * W:
         raise UserError(f"a batch of {protocol.batch_size} images cannot be split evenly over {W} "
                         "processes, at least 2 each: choose a --batch-size that can.")
@@ -118,18 +106,11 @@ def choose_protocol(args, dataset):
 
 
 def published_table(name, changed, network):
-    """The published rows beside which a run of this protocol may stand, or None.
-
-    The AvgPool column was made by a protocol of its own, and only stands beside that. The rows of
-    fine-tuning are the best of some learning rates, so one of these may be given.
-    """
+    """The Table with which a run of this protocol may be compared, or None."""
     table = TABLES.get(name)
-    searched = SEARCHED if PROTOCOLS[name].columns == (FINE_TUNED,) else {}
-    as_published = all(value in searched.get(setting, ()) for setting, value in changed.items())
-    if not table or not as_published or not table.is_comparable(
-            network.train, network.val, network.backbone, network.image_size):
-        return None
-    return table.only((AVGPOOL,) if name == "imagenet-avgpool" else PROTOCOLS[name].columns)
+    comparable = table and not changed and table.is_comparable(
+        network.train, network.val, network.backbone, network.image_size)
+    return table if comparable else None
 
 
 def choose_results(protocol, history):
@@ -153,13 +134,12 @@ def choose_images(dataset, subset=None, train_share=None, seed=0):
     if subset:
         with open(subset, encoding="utf-8-sig", errors="surrogateescape") as file:
             wanted = {re.sub(r"\s+\d{1,6}$", "", line.strip()) for line in file} - {""}
-        chosen = [i for i in range(len(dataset)) if dataset.name_of(i) in wanted]
-        if len(chosen) < max(2, len(wanted)):
-            absent = sorted(wanted - {dataset.name_of(i) for i in chosen})
-            example = f", but not {absent[0]!r}" if absent else ""
-            raise UserError(f"--subset {subset}: {len(chosen)} of its {len(wanted)} images are in "
-                            f"{dataset.root}{example}; it must name 2 or more by their paths.")
-        return dataset.take(chosen)
+        index = {dataset.name_of(i): i for i in range(len(dataset))}
+        absent = sorted(wanted - index.keys())
+        if absent or not wanted:
+            raise UserError(f"--subset {subset}: {len(absent)} of its {len(wanted)} images are not "
+                            f"in {dataset.root} {absent[:1]}; it must name images by their paths.")
+        return dataset.take(sorted(index[name] for name in wanted))
     if train_share:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         labels = dataset.labels[order]
@@ -167,14 +147,6 @@ def choose_images(dataset, subset=None, train_share=None, seed=0):
         chosen = torch.cat([rows[: max(1, round(len(rows) * train_share))] for rows in classes])
         return dataset.take(sorted(chosen.tolist()))
     return dataset
-
-
-def make_classifiers(network, protocol, seed=0):
-    """The module that a protocol trains on a FrozenBackbone network, on its device."""
-    classifiers = LinearClassifiers(network, protocol.columns, seed).to(network.device)
-    if network.device.type == "cuda" and distributed.world_size() > 1:
-        classifiers = nn.SyncBatchNorm.convert_sync_batchnorm(classifiers)
-    return classifiers
 
 
 def make_optimizer(classifiers, protocol):
@@ -189,7 +161,7 @@ def make_optimizer(classifiers, protocol):
 
 
 class LinearClassifiers(nn.Module):
-    """A linear classifier for each column, on one forward pass of a FrozenBackbone network.
+    """A linear classifier for each column, on one forward pass of a FrozenBackbone, on its device.
 
     columns: of COLUMNS, each the recipe's pool -> batch norm -> Linear; AVGPOOL, the global average
     of the last map -> Linear; or FINE_TUNED alone, the same on a backbone that learns, too.
@@ -206,15 +178,17 @@ class LinearClassifiers(nn.Module):
         pools = map_pools(shapes)
         self.features, self.linears = nn.ModuleDict(), nn.ModuleDict()
         for column in columns:
-            i = MAPS[column]
-            pool = [pools[i], nn.BatchNorm2d(shapes[i][0], affine=False)]
-            if column not in COLUMNS:
-                pool = [nn.AdaptiveAvgPool2d(1)]
-            self.features[column] = nn.Sequential(*pool, nn.Flatten())
-            width = pool[0](torch.zeros(shapes[i])).numel()
+            i, layers = MAPS[column], [nn.AdaptiveAvgPool2d(1)]
+            if column in COLUMNS:
+                layers = [pools[i], nn.BatchNorm2d(shapes[i][0], affine=False)]
+            self.features[column] = nn.Sequential(*layers, nn.Flatten())
+            width = layers[0](torch.zeros(shapes[i])).numel()
             linear = self.linears[column] = nn.Linear(width, len(network.train.classes))
             nn.init.normal_(linear.weight, std=0.01, generator=generator)
             nn.init.zeros_(linear.bias)
+        self.to(network.device)
+        if network.device.type == "cuda" and distributed.world_size() > 1:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self)
 
     def forward(self, images):
         """Normalised images [B, 3, S, S] -> {column: logits [B, classes]}."""

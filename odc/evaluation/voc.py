@@ -6,7 +6,6 @@ Letters: N train images, M test images, S costs.
 import io
 import os
 import zipfile
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +21,7 @@ FOLDS = 3
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)  # positives of a class
 SAMPLES = 5  # independent draws for each number of shots
 NEGATIVES = 19  # negatives for each positive
-
-
-# --- folds and average precision -----------------------------------------------------------------
+BLOCK = 2**22  # numbers in the matrices of low-shot problems that are solved together, about
 
 
 def stratified_folds(positive):
@@ -77,17 +74,14 @@ def voc_average_precision(targets, scores):
     return (hit * envelope).sum(0) / hit.sum(0).clamp(min=1)
 
 
-# --- low-shot targets ----------------------------------------------------------------------------
-
-
-def read_low_shot_targets(path, num_images, num_classes, shots=SHOTS):
+def read_low_shot_targets(path, num_images, num_classes):
     """Read the published files train_targets_sample{1..5}_k{k}.npy of a directory or a zip file.
 
     Returns {k: [targets [N, classes] int8 of each sample]}: 1 positive, -1 negative, 0 ignored (the
     files have 1, 0 and -1). Raises UserError naming the file that is missing or does not fit.
     """
-    targets = {k: [] for k in shots}
-    for k in shots:
+    targets = {k: [] for k in SHOTS}
+    for k in SHOTS:
         for sample in range(1, SAMPLES + 1):
             name = f"train_targets_sample{sample}_k{k}.npy"
             published = _read_array(path, name)
@@ -95,14 +89,11 @@ def read_low_shot_targets(path, num_images, num_classes, shots=SHOTS):
                 raise UserError(f"{path}: {name} is an array of shape {published.shape}, but there "
                                 f"are {num_images} images and {num_classes} classes; give the "
                                 "target files of this dataset.")
-            if published.dtype.kind not in "iu" or not np.isin(published, (-1, 0, 1)).all():
-                raise UserError(f"{path}: {name} has values other than 1, 0 and -1 (positive, "
-                                "negative, ignored).")
-            positives, negatives = ((published == value).sum(0) for value in (1, 0))
             # The published script draws k negatives for each of the other classes.
-            if (positives != k).any() or (negatives != (num_classes - 1) * k).any():
-                raise UserError(f"{path}: {name} must have {k} ones and {(num_classes - 1) * k} "
-                                "zeros for each class (positive, negative); give the published "
+            counts = {1: k, 0: (num_classes - 1) * k, -1: num_images - num_classes * k}
+            if any(((published == v).sum(0) != count).any() for v, count in counts.items()):
+                raise UserError(f"{path}: {name} must have {k} ones, {counts[0]} zeros and else -1 "
+                                "for each class (positive, negative, ignored); give the published "
                                 "files.")
             published = torch.from_numpy(published.astype(np.int8))
             targets[k].append((published == 1).to(torch.int8) - (published == 0).to(torch.int8))
@@ -112,45 +103,40 @@ def read_low_shot_targets(path, num_images, num_classes, shots=SHOTS):
 def _read_array(path, name):
     """One .npy file of a directory or a zip file; never unpickles."""
     try:
-        if os.path.isdir(path):
-            return np.load(os.path.join(path, name))
-        with zipfile.ZipFile(path) as archive:
-            entry = next((e for e in archive.namelist() if e.split("/")[-1] == name), name)
-            return np.load(io.BytesIO(archive.read(entry)))
-    except (FileNotFoundError, KeyError):
-        problem = "there is no such directory or zip file of low-shot targets"
-        if os.path.exists(path):
-            problem = f"{name} is missing among the low-shot targets"
-        raise UserError(f"{path}: {problem}.") from None
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: {name} cannot be read as an array ({error}).") from None
+        if os.path.isfile(path):
+            with zipfile.ZipFile(path) as archive:
+                entry = next((e for e in archive.namelist() if e.split("/")[-1] == name), name)
+                content = archive.read(entry)
+        elif not os.path.isfile(file := os.path.join(path, name)):
+            raise FileNotFoundError("there is no such file")
+        else:
+            with open(file, "rb") as opened:
+                content = opened.read()
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # whatever a foreign file makes them raise
+        raise UserError(f"{path}: {name} cannot be read ({error}); give the folder or the zip file "
+                        "of the published low-shot targets.") from None
 
 
-def draw_low_shot_targets(targets, seed, shots=SHOTS):
+def draw_low_shot_targets(targets, seed):
     """Draw k positives and 19 k negatives of every class, without replacement.
 
     targets: [N, classes], 1, -1, 0 (difficult images are never drawn). Returns what
-    `read_low_shot_targets` does. A draw depends on seed, k and sample only. Raises UserError if a
-    class has too few images for a k.
+    `read_low_shot_targets` does, for every k for which each class has so many. A draw depends on
+    seed, k and sample only.
     """
-    drawn = {k: [] for k in shots}
-    for k in shots:
+    positives, negatives = (int((targets == label).sum(0).min()) for label in (1, -1))
+    drawn = {k: [] for k in SHOTS if k <= positives and NEGATIVES * k <= negatives}
+    for k, samples in drawn.items():
         for sample in range(SAMPLES):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + k * 101 + sample)
-            chosen = torch.zeros(targets.shape, dtype=torch.int8)
+            samples.append(torch.zeros(targets.shape, dtype=torch.int8))
             for c in range(targets.shape[1]):
                 for label, count in ((1, k), (-1, NEGATIVES * k)):
                     rows = (targets[:, c] == label).nonzero()[:, 0].cpu()
-                    if len(rows) < count:
-                        raise UserError(f"Class {c} has {len(rows)} images of target {label}, but "
-                                        f"k = {k} needs {count}; leave this k out.")
                     picked = torch.randperm(len(rows), generator=generator)[:count]
-                    chosen[rows[picked], c] = label
-            drawn[k].append(chosen)
+                    samples[-1][rows[picked], c] = label
     return drawn
-
-
-# --- the two protocols ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -188,7 +174,8 @@ def full_svm(train, train_targets, test, test_targets):
     processes, and every one gets the whole result. Raises UserError for features that are not
     finite. A collective.
     """
-    _check_finite(train, test)
+    if not (train.isfinite().all() and test.isfinite().all()):
+        raise UserError("The features have values that are not finite; check the weights.")
     labels = torch.where(train_targets == 1, 1, -1).to(torch.int8).to(train.device)
     own = list(range(labels.shape[1]))[distributed.shard(labels.shape[1])]
     # For each class: AP, index of the cost, fits that did not converge, AP of validation by cost.
@@ -198,25 +185,27 @@ def full_svm(train, train_targets, test, test_targets):
         labels = labels[:, own].T
         # Problems of every class: without fold 0, without fold 1, without fold 2, with all rows.
         problems = torch.cat([torch.where(folds == f, 0, labels) for f in range(FOLDS + 1)])
+        gram = svm.gram_matrix(train)
         with progress_bar(len(problems) * len(COSTS), "SVM fits", "fit") as bar:
-            fits = svm.fit(svm.gram_matrix(train), problems, COSTS, bar.update)
-        converged = fits.converged.view(len(COSTS), FOLDS + 1, len(own)).cpu()
-        chosen = []
-        for i, result in enumerate(results):
+            fits = svm.fit(gram[None], svm.strongest_eigenvectors(gram)[None], problems[None],
+                           COSTS, bar.update)
+        # [S, folds and all, classes, ...]
+        coefficients, decisions, converged = (
+            x[:, 0].unflatten(1, (FOLDS + 1, len(own)))
+            for x in (fits.coefficients, fits.decisions, fits.converged.cpu()))
+        train, test = train.double(), test.double()
+        for i, (c, result) in enumerate(zip(own, results)):
             for f in range(FOLDS):
                 held_out = folds[i] == f
-                scores = fits.decisions[:, f * len(own) + i, held_out].T
-                precision = step_average_precision(labels[i, held_out] == 1, scores)
+                precision = step_average_precision(labels[i, held_out] == 1,
+                                                   decisions[:, f, i, held_out].T)
                 result[3:] += precision.cpu() / FOLDS
             result[3:].masked_fill_(~converged[:, :, i].all(1), torch.nan)
-            chosen.append(_first_best(result[3:]))
-            result[1], result[2] = chosen[-1], (~converged[:, :, i]).sum()
-        refits = torch.stack([fits.coefficients[s, FOLDS * len(own) + i]
-                              for i, s in enumerate(chosen)], dim=1)
-        scores = _decision_values(test, train, refits)
-        for i, c in enumerate(own):
-            targets = test_targets[:, c].to(scores.device)
-            results[i, 0] = voc_average_precision(targets, scores[:, i, None])
+            s = _first_best(result[3:])
+            b = coefficients[s, FOLDS, i]
+            scores = test @ (b @ train) + b.sum()
+            precision = voc_average_precision(test_targets[:, c].to(b.device), scores[:, None])
+            result[0], result[1], result[2] = float(precision), s, (~converged[:, :, i]).sum()
     results = distributed.all_gather_uneven_rows(results)
     precision, chosen, unconverged, validation = results.split([1, 1, 1, len(COSTS)], dim=1)
     _refuse_unsolved(validation)
@@ -227,29 +216,35 @@ def full_svm(train, train_targets, test, test_targets):
 def low_shot(train, samples_by_shot, test, test_targets):
     """Low-shot SVM of one feature map: fit every class, sample and cost, and test all of them.
 
-    Arguments and errors as `full_svm`, but samples_by_shot: {k: [targets [N, classes] of each
-    sample]}. The problems are split over the processes. Returns a LowShotResult for each k.
+    Arguments as `full_svm`, but samples_by_shot: {k: [targets [N, classes] of each
+    sample]}, with as many rows that are not 0 for every class. The problems are split over the
+    processes. Returns a LowShotResult for each k. A collective.
     """
-    _check_finite(train, test)
     gram = svm.gram_matrix(train)
-    eigenvectors = svm.strongest_eigenvectors(gram)
+    basis = svm.strongest_eigenvectors(gram)
     products = svm.gram_matrix(train, test)  # [N, M]
     test_targets = test_targets.to(gram.device)
     num_classes = test_targets.shape[1]
-    own = list(range(SAMPLES * num_classes))[distributed.shard(SAMPLES * num_classes)]
+    own = distributed.shard(SAMPLES * num_classes)
+    total = len(samples_by_shot) * (own.stop - own.start) * len(COSTS)
     results = []
-    with progress_bar(len(samples_by_shot) * len(own) * len(COSTS), "low-shot fits", "fit") as bar:
+    with progress_bar(total, "low-shot fits", "fit") as bar:
         for k, samples in samples_by_shot.items():
-            precision = torch.zeros(len(own), len(COSTS), dtype=torch.float64)
-            if own:
-                problems = torch.stack(samples).to(gram.device).transpose(1, 2).flatten(0, 1)
-                rows, labels = svm.used_rows(problems[own])
-                coefficients, converged = svm.fit_subsets(
-                    gram, eigenvectors, rows, labels, COSTS, bar.update)
-                for i, p in enumerate(own):
-                    scores = coefficients[i] @ products[rows[i]]  # [S, M]
-                    precision[i] = voc_average_precision(test_targets[:, p % num_classes], scores.T)
-                precision.masked_fill_(~converged.cpu(), torch.nan)
+            problems = torch.stack(samples).transpose(1, 2).flatten(0, 1)[own].to(gram.device)
+            used = int((samples[0][:, 0] != 0).sum())  # rows of each problem
+            precision = torch.zeros(len(problems), len(COSTS), dtype=torch.float64)
+            size = max(1, BLOCK // (used * (used + svm.RANK**2)))
+            for start in range(0, len(problems), size):
+                part = problems[start : start + size]
+                rows = part.nonzero()[:, 1].view(len(part), used)
+                fits = svm.fit(gram[rows[:, :, None], rows[:, None]], basis[rows][..., :used],
+                               part.gather(1, rows)[:, None], COSTS, bar.update)
+                for i in range(len(part)):
+                    scores = fits.coefficients[:, i, 0] @ products[rows[i]]  # [S, M]
+                    targets = test_targets[:, (own.start + start + i) % num_classes]
+                    found = voc_average_precision(targets, scores.T)
+                    found[~fits.converged[:, i, 0]] = torch.nan
+                    precision[start + i] = found
             precision = distributed.all_gather_uneven_rows(precision)
             by_cost = precision.view(-1, num_classes, len(COSTS)).mean(1).T  # [S, samples]
             means = by_cost.mean(1)
@@ -259,11 +254,6 @@ def low_shot(train, samples_by_shot, test, test_targets):
                 k, float(means[best]), float(by_cost[best].std(correction=0)), COSTS[best], by_cost,
                 int(precision.isnan().sum())))
     return results
-
-
-def _check_finite(*features):
-    if not all(bool(rows.sum().isfinite()) for rows in features):
-        raise UserError("The features have values that are not finite; check the weights.")
 
 
 def _refuse_unsolved(scores):
@@ -276,9 +266,3 @@ def _refuse_unsolved(scores):
 def _first_best(scores):
     """Index of the first largest value of [S]; NaN never wins."""
     return int(scores.nan_to_num(-1.0).argmax())
-
-
-def _decision_values(rows, train, coefficients):
-    """w . x for rows [M, D] with w = sum_i b_i x_i, coefficients [N, c] -> [M, c] float64."""
-    weight = sum(x.double().T @ b for x, b in zip(train.split(1024), coefficients.split(1024)))
-    return torch.cat([x.double() @ weight for x in rows.split(1024)]) + coefficients.sum(0)

@@ -5,10 +5,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
-
-from odc.errors import UserError
-
 # Title of a chart: what it shows, as {name in the log: name in the legend}.
 CHARTS = {
     "Loss": {"loss": "loss"},
@@ -18,27 +14,22 @@ CHARTS = {
     "Clusters against the previous ones": {"nmi_previous": "NMI"},
     "Silhouette of the clusters": {"silhouette": "silhouette"},
     "Nearest-neighbour accuracy, held-out images": {"knn_accuracy": "k-NN"},
-    "Cluster sizes": {"largest": "largest", "smallest": "smallest"},
+    "Largest cluster": {"largest": "images"},
+    "Smallest cluster": {"smallest": "images"},
     "Small clusters refilled between two log lines": {"splits": "splits"},
 }
-LOGARITHMIC = "Cluster sizes"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 500, 270, 50, 14, 62, 26  # pixels: chart and margins
-POINTS = 400  # a longer curve is drawn as the means of so many parts
+POINTS = 400  # of a longer curve, about so many are drawn
 
 
 def read_log(path):
-    """The records of a log.jsonl, a list of {name: number}. Raises UserError if it is missing.
+    """The records of a log.jsonl, a list of {name: number}.
 
     Values that are no numbers are left out, and so are lines that are no records: a log is a text
     file that anyone may have edited, and its last line may be half written.
     """
-    try:
-        lines = Path(path).read_text("utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the folder that train.py wrote, with its "
-                        "log.jsonl.") from None
     records = []
-    for line in lines:
+    for line in Path(path).read_text("utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, AttributeError, RecursionError):
             record = {name: value for name, value in json.loads(line).items()
                       if type(value) in (int, float) and abs(value) < 1e15}  # nor a NaN
@@ -53,29 +44,23 @@ def draw_charts(records):
     for heading, names in CHARTS.items():
         series = {legend: [(record["step"], record[name]) for record in records if name in record]
                   for name, legend in names.items()}
-        series = {legend: thin(points) for legend, points in series.items() if points}
+        series = {legend: [*points[: -1 : 1 + len(points) // POINTS], points[-1]]
+                  for legend, points in series.items() if points}
         if series:
-            drawn.append(draw_chart(heading, series, until, heading == LOGARITHMIC))
+            drawn.append(draw_chart(heading, series, until))
     return "\n".join(drawn)
 
 
-def draw_chart(heading, series, until, logarithmic):
+def draw_chart(heading, series, until):
     """One <svg> element. series: {legend: [(step, value), ...]}. until: last step on the axis."""
     values = [value for points in series.values() for _, value in points]
-    if logarithmic:  # what is below 1 counts as 1
-        lowest, highest = (math.floor(math.log10(max(v, 1))) for v in (min(values), max(values)))
-        marks = [10**k for k in range(lowest, highest + 2)]
-    else:
-        marks = ticks(min(0, *values), max(0, *values), 4)
-
-    def scale(value):
-        return math.log10(max(value, 1)) if logarithmic else value
+    marks = ticks(min(0, *values), max(0, *values), 4)
 
     def x(step):
         return LEFT + (WIDTH - LEFT - RIGHT) * step / until
 
     def y(value):
-        share = (scale(value) - scale(marks[0])) / (scale(marks[-1]) - scale(marks[0]))
+        share = (value - marks[0]) / (marks[-1] - marks[0])
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
 
     legend = "".join(f'<tspan class="curve{n}">{name} {short(points[-1][1])}</tspan>  '
@@ -113,11 +98,3 @@ def short(number):
     size, letter = next(unit for unit in ((1e6, "M"), (1e3, "k"), (1, ""))
                         if number >= 0.9995 * unit[0] or unit[0] == 1)
     return f"{number / size:.3g}{letter}"
-
-
-def thin(points):
-    """At most POINTS points: the means over equal parts of a longer curve, and its two ends."""
-    if len(points) <= POINTS:
-        return points
-    parts = np.array_split(np.array(points, float), POINTS)
-    return [points[0], *(part.mean(0) for part in parts[1:-1]), points[-1]]

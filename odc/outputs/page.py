@@ -14,7 +14,6 @@ import html
 import io
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,93 +58,60 @@ def write_page(folder, dataset=None, clustering=None, workers=0):
 
 def contents(dataset, clustering):
     """(what the page says, a dict for JSON; the images that it shows, a list of indices)."""
-    described = describe(clustering, dataset.labels)
-    records, shown = cluster_records(dataset, clustering, described)
+    records, members = cluster_records(dataset, clustering)
+    per_cluster = len(dataset) if len(dataset) <= IMAGES else max(4, IMAGES // len(records))
+    shown = []
+    for record in records:
+        images = sample(members[record["id"]].tolist(), per_cluster)
+        record.update(first=len(shown), count=len(images))
+        shown += images
     notes = []
     if len(shown) < len(dataset):
         notes.append(f"This page shows {len(shown):,} of {len(dataset):,} images: of each cluster "
                      "the central ones, those at its edge, and some between.")
-    pairs = near_duplicates(clustering.features, described.members)
+    pairs = near_duplicates(clustering.features, members)
     outliers = clustering.similarity.argsort(stable=True)[:OUTLIERS].tolist()
     shown += sorted({*outliers, *(i for _, *pair in pairs for i in pair)}.difference(shown))
     position = {image: n for n, image in enumerate(shown)}
-    labels, classes = [], []
-    if dataset.labels is not None:
-        labels = dataset.labels[shown].tolist()
-        classes = dataset.classes or [f"class {k}" for k in range(int(dataset.labels.max()) + 1)]
     data = dict(
-        clusters=records, notes=notes, classes=classes, outliers=[position[i] for i in outliers],
+        clusters=records, notes=notes, outliers=[position[i] for i in outliers],
         pairs=[dict(similarity=score, images=[position[i], position[j]]) for score, i, j in pairs],
+        classes=class_names(dataset),
         images=dict(path=[dataset.name_of(i).encode("utf-8", "replace").decode() for i in shown],
-                    label=labels, cluster=clustering.labels[shown].tolist(),
+                    label=[] if dataset.labels is None else dataset.labels[shown].tolist(),
+                    cluster=clustering.labels[shown].tolist(),
                     similarity=[round(s, 4) for s in clustering.similarity[shown].tolist()]))
     return data, shown
 
 
-# --- clusters ------------------------------------------------------------------------------------
-
-@dataclass
-class Description:
-    """What there is to say of K clusters."""
-
-    members: list  # K int64 arrays of images, the most similar to the centroid first
-    sizes: torch.Tensor  # int64 [K]
-    tightness: torch.Tensor  # [K], mean similarity of the images, 0 for an empty cluster
-    purity: torch.Tensor | None = None  # [K], share of the most frequent class; None without labels
-    main_class: torch.Tensor | None = None  # [K], that class
+def class_names(dataset):
+    """The names of the classes, made up if need be; [] without labels."""
+    if dataset.labels is None:
+        return []
+    return dataset.classes or [f"class {k}" for k in range(int(dataset.labels.max()) + 1)]
 
 
-def describe(clustering, classes=None):
-    """The Description of `odc.clusters.Clustering`. classes: int64 [N] or None."""
-    K = len(clustering.centroids)
+def cluster_records(dataset, clustering):
+    """(a dict for each cluster with images, the largest first; the images of all K clusters, int64
+    arrays, the most similar to the centroid first)."""
     # As clusters.csv has the similarities: equal there, images keep their order.
     similarity = clustering.similarity.double().round(decimals=4)
     order = np.lexsort((-similarity.numpy(), clustering.labels.numpy()))
-    labels = clustering.labels[order]
-    sizes = labels.bincount(minlength=K)
-    tightness = labels.bincount(similarity[order], K) / sizes.clamp(min=1)
+    sizes = clustering.labels.bincount(minlength=len(clustering.centroids))
     members = np.split(order, sizes.cumsum(0)[:-1])
-    if classes is None:
-        return Description(members, sizes, tightness)
-    num_classes = int(classes.max()) + 1
-    # Only the pairs that exist: a table of all clusters and classes may be large.
-    pairs, counts = (labels * num_classes + classes[order]).unique(return_counts=True)
-    cluster, of_class = pairs // num_classes, pairs % num_classes
-    most = torch.zeros_like(sizes).scatter_reduce(0, cluster, counts, "amax")
-    wins = counts == most[cluster]
-    main_class = torch.zeros_like(sizes).scatter_reduce(
-        0, cluster[wins], of_class[wins], "amin", include_self=False)
-    return Description(members, sizes, tightness, most / sizes.clamp(min=1), main_class)
-
-
-def cluster_records(dataset, clustering, described):
-    """A dict for each cluster with images, the largest first, and all images that they show."""
-    order = described.sizes.argsort(descending=True, stable=True).tolist()
-    present = [k for k in order if described.sizes[k]]
-    per_cluster = len(dataset) if len(dataset) <= IMAGES else max(4, IMAGES // len(present))
-    records, shown = [], []
+    present = [k for k in sizes.argsort(descending=True, stable=True).tolist() if sizes[k]]
+    records, classes = [], class_names(dataset)
     for k, near, place in zip(present, *neighbours_and_map(clustering.centroids[present])):
-        images = sample(described.members[k].tolist(), per_cluster)
-        record = dict(id=k, size=int(described.sizes[k]), first=len(shown), count=len(images),
-                      tightness=round(float(described.tightness[k]), 4), place=place,
+        size, tightness = len(members[k]), float(similarity[members[k]].mean())
+        record = dict(id=k, size=size, tightness=round(tightness, 4), place=place,
                       near=[present[n] for n in near],
-                      caption=caption(described, k, dataset.classes))
-        if described.purity is not None:
-            record.update(purity=float(described.purity[k]), main=int(described.main_class[k]))
+                      caption=f"{size:,} image{'s' * (size != 1)} · tightness {tightness:.2f}")
+        if classes:
+            counts = dataset.labels[members[k]].bincount()
+            record["main"], record["purity"] = int(counts.argmax()), int(counts.max()) / size
+            record["caption"] += f" · {record['purity']:.0%} {classes[record['main']][:40]}"
         records.append(record)
-        shown += images
-    return records, shown
-
-
-def caption(described, cluster, classes=None):
-    """What there is to say of a cluster, as text. classes: their names, or None."""
-    size, tightness = int(described.sizes[cluster]), float(described.tightness[cluster])
-    words = [f"{size:,} image{'s' if size != 1 else ''}", f"tightness {tightness:.2f}"]
-    if described.purity is not None:
-        main_class = int(described.main_class[cluster])
-        name = classes[main_class] if classes else f"class {main_class}"
-        words.append(f"{float(described.purity[cluster]):.0%} {name[:40]}")
-    return " · ".join(words)
+    return records, members
 
 
 def sample(images, count):

@@ -38,32 +38,27 @@ def write_table(path, dataset, labels, similarity, neighbours=None, listed=None)
     listed: the Names of all images in the order of the lines, if some have left the dataset as
     they cannot be read. Their other columns are empty.
     """
-    train, images, scores = neighbours or (None, torch.empty(len(dataset), 0), None)
+    train, images, scores = neighbours or (None, *torch.empty(2, len(dataset), 0))
     columns = ["path", "cluster", "similarity"]
     for n in range(images.shape[1]):
         columns += [f"neighbour_{n + 1}", f"similarity_{n + 1}"]
 
-    def row(i):
-        yield dataset.name_of(i)
-        yield int(labels[i])
-        yield f"{float(similarity[i]):.4f}"
-        for n in range(images.shape[1]):
-            yield train.name_of(images[i, n])
-            yield f"{float(scores[i, n]):.4f}"
-
     def rows():
         yield columns
-        left_out, i = set(dataset.left_out if listed else ()), 0
+        i = 0
         for name in listed or map(dataset.name_of, range(len(dataset))):
-            if name in left_out:
+            if name in dataset.left_out:
                 yield [name] + [""] * (len(columns) - 1)
-            else:
-                yield row(i)
-                i += 1
+                continue
+            row = [name, int(labels[i]), f"{similarity[i]:.4f}"]
+            for image, score in zip(images[i], scores[i]):
+                row += [train.name_of(image), f"{score:.4f}"]
+            yield row
+            i += 1
 
     def write(file):
-        for values in rows():
-            line = ",".join(map(quote, values)) + "\n"
+        for row in rows():
+            line = ",".join(map(quote, row)) + "\n"
             file.write(line.encode("utf-8", errors="surrogateescape"))
 
     write_atomically(path, write)

@@ -77,8 +77,6 @@ def test_folder_of_class_folders(tmp_path):
     opened = open_dataset(str(tmp_path))
     assert opened.name == "folder" and opened.labels.tolist() == [0, 1, 2]
     assert opened.classes == ["data_batch_1", "meta", "train2018.json"]
-    with pytest.raises(UserError, match="has no val split"):
-        open_dataset(str(tmp_path), "val")
 
 
 @pytest.mark.parametrize("files, reason", [
@@ -104,7 +102,7 @@ def test_images_without_labels(tmp_path, capsys, files, reason):
     (["@eaDir/a.jpg/THUMB_M.jpg", "#recycle/b.jpg", "__MACOSX/c.jpg", "$RECYCLE.BIN/d.jpg",
       "lost+found/"], 5, "system folders"),
     (["empty/", "deep/er/notes.txt"], 2, "folders without images"),
-    (["out/checkpoint.pth", "out/memory/", "out/clusters.png", "x/run/checkpoint.pth", "x/e.jpg",
+    (["out/checkpoint.pth", "out/log.jsonl", "out/clusters.png", "x/run/checkpoint.pth", "x/e.jpg",
       "x/run/log.jsonl", "x/run/f.jpg"], 2, "folders of runs, or reached twice"),
 ])
 def test_what_is_passed_over(tmp_path, capsys, files, count, what):
@@ -164,7 +162,7 @@ def test_a_locked_folder(tmp_path, capsys, monkeypatch):
     found, line = read(tmp_path, capsys)
     assert found == ["ant/a.jpg", "bee/b.jpg"] and "folders that cannot be opened (1)" in line
     locked = tmp_path.name
-    with pytest.raises(UserError, match="Permission denied; --data must be readable"):
+    with pytest.raises(UserError, match="Permission denied.*; --data must be complete"):
         open_dataset(str(tmp_path))
 
 

@@ -140,6 +140,8 @@ def test_processes_share_the_draw_of_one(kind):
     for step in range(13):
         assert torch.equal(torch.cat([indices[step] for indices, _ in parts]), alone[step])
         assert torch.equal(torch.cat([parameters[step] for _, parameters in parts]), drawn[step])
+    orders = [set(draws[:, Draw._fields.index("order")].tolist()) for draws in drawn]
+    assert {len(order) for order in orders} == {1} and len(set.union(*orders)) > 3
 
 
 @pytest.mark.parametrize("count, batch_size, world_size", [

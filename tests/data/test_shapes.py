@@ -35,23 +35,15 @@ def test_both_splits_have_every_form_as_often_and_no_image_twice():
         assert opened.labels.bincount().tolist() == [count // 10] * 10
         assert opened.pixels.shape == (count, 32, 32, 3) and opened.pixels.dtype == "uint8"
         assert opened.load(3).size == (32, 32) and opened.name_of(3) == "3"
+        assert not torch.equal(opened.labels, torch.arange(count) % 10)  # in a random order
         pixels.append(torch.from_numpy(opened.pixels))
     assert len(torch.cat(pixels).flatten(1).unique(dim=0)) == 6000
-
-
-def test_the_seed_decides():
-    images, labels = draw_shapes(40, 3)
-    again, same_labels = draw_shapes(40, 3)
-    assert torch.equal(images, again) and torch.equal(labels, same_labels)
-    assert not torch.equal(images, draw_shapes(40, 4)[0])
-    assert not torch.equal(labels, torch.arange(40) % 10)  # in a random order
 
 
 def test_forms_differ_and_keep_their_shape(drawn):
     """Place, size, rotation and colour hide the forms from raw pixels, but the forms are there.
 
-    Cut out, centred and brought to one size, most images are nearest to the mean silhouette of
-    their form.
+    Centred and brought to one size, most are nearest to the mean silhouette of their form.
     """
     images, labels = drawn
     mask, at = masks(images), torch.arange(32.0)
@@ -79,7 +71,6 @@ def test_light_on_dark_in_varying_places_sizes_and_colours(drawn):
     area, x, y = centres(mask)
     colour = (images * mask[..., None]).sum((1, 2)) / area[:, None]
     for k in range(10):
-        of_form = labels == k
-        assert area[of_form].std() / area[of_form].mean() > 0.18
-        assert x[of_form].std() > 1.2 and y[of_form].std() > 1.2
-        assert (colour[of_form].std(0) > 0.08).all()
+        form = labels == k
+        assert area[form].std() / area[form].mean() > 0.18
+        assert min(x[form].std(), y[form].std()) > 1.2 and (colour[form].std(0) > 0.08).all()

@@ -1,24 +1,13 @@
-"""The files of this program in torchvision and timm, and theirs in this program's scripts."""
+"""The files of this program in torchvision and timm, and theirs in this program."""
 
-import json
-import sys
-
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch import nn
 
-import eval_knn
-from odc.data.augmentation import evaluation_transform
-from odc.data.datasets import open_dataset
 from odc.evaluation import weights
-from odc.features import extract
 from odc.model import ResNet
-from odc.outputs import export
-from odc.runtime import launch
+from odc.outputs import results
 
 IMAGES = torch.randn(2, 3, 72, 72, generator=torch.Generator().manual_seed(0))
 
@@ -43,7 +32,7 @@ def test_our_backbone_in_their_model(tmp_path, library, small_stem):
     """As the README says: for small images with another first convolution, and no max-pool."""
     backbone = ResNet("resnet18", small_stem)
     backbone(IMAGES)  # running statistics that are not those of the start
-    export.save_backbone(tmp_path / "backbone.pth", backbone, 72)
+    results.write_backbone(tmp_path / "backbone.pth", backbone, 72)
     model = their_model(library, "resnet18")
     model.fc = nn.Identity()
     if small_stem:
@@ -61,34 +50,3 @@ def test_their_models_in_our_loader(tmp_path, library, arch):
     assert backbone.arch == arch and not backbone.small_stem
     assert "2 left over (fc.weight, fc.bias)" in description
     assert_same_features(model, backbone)
-
-
-def test_eval_knn_judges_their_model(tmp_path, monkeypatch):
-    generator, data = np.random.default_rng(0), tmp_path / "data"
-    for split, count in (("train", 8), ("val", 3)):
-        for k, name in enumerate(("cat", "dog", "owl")):
-            (data / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 80, (40, 44, 3)) + 80 * (np.arange(3) == k)
-                Image.fromarray(pixels.astype(np.uint8)).save(data / split / name / f"{i}.png")
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18()
-    state = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"state_dict": state}, tmp_path / "model.pth")
-    monkeypatch.setattr(launch, "catch_signals", lambda: None)
-    monkeypatch.setattr(sys, "argv", [
-        "eval_knn.py", "--weights", str(tmp_path / "model.pth"), "--data", str(data),
-        "--image-size", "72", "--k", "5", "--device", "cpu", "--workers", "0",
-        "--output", str(tmp_path / "result.json")])
-    eval_knn.main()
-    content = json.loads((tmp_path / "result.json").read_text())
-    assert content["arch"] == "resnet18" and content["val_images"] == 9
-    # The same by their own forward pass.
-    model.fc = nn.Identity()
-    sets = [open_dataset(str(data), split) for split in ("train", "val")]
-    bank, queries = (F.normalize(extract(model.eval(), dataset, evaluation_transform(72), 512,
-                                         torch.device("cpu"))) for dataset in sets)
-    similarity, nearest = (queries @ bank.T).topk(5)
-    votes = torch.zeros(9, 3).scatter_add_(1, sets[0].labels[nearest], (similarity / 0.07).exp())
-    hits = int((votes.argmax(1) == sets[1].labels).sum())
-    assert content["results"]["k=5"]["top1"] == pytest.approx(100 * hits / 9)

@@ -157,9 +157,10 @@ def test_the_held_out_images(tmp_path, capsys, val):
                 Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / split / name / f"{i:02}.png")
     train = open_dataset(str(tmp_path), "train")
     bank, queries = open_held_out(str(tmp_path), train)
+    held_out = "every 10th training image" in capsys.readouterr().out
     if val == ("a", "b"):
-        assert bank is train and queries.split == "val" and not capsys.readouterr().out
+        assert bank is train and queries.split == "val" and not held_out
     else:
         assert queries.labels.tolist() == [0, 0, 1] and len(bank) == 19
         assert [queries.name_of(i) for i in range(3)] == [train.name_of(i) for i in (0, 10, 20)]
-        assert "every 10th training image" in capsys.readouterr().out
+        assert held_out

@@ -7,6 +7,7 @@ import pytest
 
 from odc.errors import UserError
 from odc.evaluation import tables
+from odc.evaluation.linear import PROTOCOLS, published_table
 
 
 def test_markdown(capsys):
@@ -49,18 +50,25 @@ class Images(SimpleNamespace):
         return self.count
 
 
-def comparable(name="imagenet", train=1281167, val=50000, classes=1000, arch="resnet50",
-               small_stem=False, size=224):
-    sets = [Images(name=name, classes=range(classes), count=count) for count in (train, val)]
-    backbone = SimpleNamespace(arch=arch, small_stem=small_stem)
-    return tables.IMAGENET_KNN.is_comparable(*sets, backbone, size)
-
-
-def test_what_is_comparable():
-    assert comparable() and comparable(train=1281160)
-    for other in (dict(name="folder"), dict(train=128116), dict(val=5000), dict(classes=100),
-                  dict(arch="resnet18"), dict(small_stem=True), dict(size=160)):
-        assert not comparable(**other)
+@pytest.mark.parametrize("protocol, changed, odc", [
+    ("imagenet-multihead", {}, 57.70), ("imagenet-avgpool", {}, 53.42),
+    ("imagenet-multihead", dict(train=1281160), 57.70), ("imagenet-1percent", {}, None),
+    ("imagenet-1percent", dict(train=12811), 32.39),
+    ("imagenet-10percent", dict(train=128116), 58.15), ("places205", {}, None), ("short", {}, None),
+    *(("imagenet-multihead", changed, None) for changed in (
+        dict(size=160), dict(settings={"lr": 0.02}), dict(name="folder"), dict(train=128116),
+        dict(val=5000), dict(classes=100), dict(arch="resnet18"), dict(small_stem=True)))])
+def test_published_rows_stand_beside_their_own_protocol_alone(protocol, changed, odc):
+    run = SimpleNamespace(**dict(name="imagenet", train=1281167, val=50000, classes=1000, size=224,
+                                 arch="resnet50", small_stem=False, settings={}) | changed)
+    sets = {split: Images(name=run.name, classes=range(run.classes), count=getattr(run, split))
+            for split in ("train", "val")}
+    table = published_table(protocol, run.settings,
+                            SimpleNamespace(**sets, backbone=run, image_size=run.size))
+    assert (table is None) == (odc is None)
+    if table:
+        row = next(row for method, row in table.rows.items() if method.startswith("ODC"))
+        assert dict(zip(table.columns, row))[PROTOCOLS[protocol].columns[-1]] == odc
 
 
 def test_json(tmp_path):

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odc.errors import UserError
 from odc.outputs import curves
 
 
@@ -35,8 +34,8 @@ RECORDS = [dict(epoch=1, step=s, loss=4 - s / 100, change_ratio=0.5, smallest=20
 
 def test_points_lie_where_the_axes_say():
     charts = svgs(curves.draw_charts(RECORDS))
-    assert list(charts) == ["Loss", "Labels that change in a step", "Cluster sizes",
-                            "Small clusters refilled between two log lines"]
+    assert list(charts) == ["Loss", "Labels that change in a step", "Largest cluster",
+                            "Smallest cluster", "Small clusters refilled between two log lines"]
     heights = axis(charts["Loss"])
     [points] = polylines(charts["Loss"])
     for record, (x, y) in zip(RECORDS, points, strict=True):
@@ -44,12 +43,6 @@ def test_points_lie_where_the_axes_say():
         assert y == pytest.approx(heights["0"] + share * (heights["4"] - heights["0"]), abs=0.2)
         width = curves.WIDTH - curves.LEFT - curves.RIGHT
         assert x == pytest.approx(curves.LEFT + width * record["step"] / 200, abs=0.1)
-    heights = axis(charts["Cluster sizes"])  # logarithmic
-    assert heights["10"] - heights["100"] == pytest.approx(heights["100"] - heights["1k"], abs=0.2)
-    largest, smallest = polylines(charts["Cluster sizes"])
-    assert largest[0][1] == pytest.approx(heights["1k"], abs=0.2)
-    share = heights["100"] - heights["10"]
-    assert smallest[0][1] == pytest.approx(heights["10"] + 0.30103 * share, abs=0.2)
 
 
 def test_all_metrics_of_a_log_are_drawn_and_their_last_values_named():
@@ -60,19 +53,18 @@ def test_all_metrics_of_a_log_are_drawn_and_their_last_values_named():
     assert [[text.text for text in chart.iter("tspan")] for chart in charts.values()] == [
         ["loss 2"], ["change ratio 0.5"], ["NMI 0.25", "purity 0.5", "ARI 0.125",
         "Hungarian 0.375"], ["NMI 0.75"], ["silhouette -0.1"], ["k-NN 0.9"],
-        ["largest 1k", "smallest 20"], ["splits 2"]]
+        ["images 1k"], ["images 20"], ["splits 2"]]
     heights = axis(charts["Silhouette of the clusters"])  # a negative value
     [[(_, y)]] = polylines(charts["Silhouette of the clusters"])
     assert y == pytest.approx(heights["-0.1"], abs=0.2)
 
 
-def test_a_long_log_stays_small_and_keeps_its_level():
-    drawn = curves.draw_charts([dict(epoch=1, step=s, loss=2.0 + s % 2) for s in range(1, 40001)])
+def test_a_long_log_stays_small_and_keeps_its_ends():
+    drawn = curves.draw_charts([dict(epoch=1, step=s, loss=s / 1e4) for s in range(1, 40001)])
     [points] = polylines(svgs(drawn)["Loss"])
     heights = axis(svgs(drawn)["Loss"])
-    assert len(points) == curves.POINTS and len(drawn) < 30_000
-    middle = heights["0"] + 2.5 / 3 * (heights["3"] - heights["0"])
-    assert all(y == pytest.approx(middle, abs=0.2) for _, y in points[1:-1])
+    assert abs(len(points) - curves.POINTS) < 5 and len(drawn) < 30_000
+    assert points[-1] == (curves.WIDTH - curves.RIGHT, heights["4"])
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 8))
@@ -101,8 +93,6 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path):
                    f' "largest": {"9" * 400}, "splits": -Infinity, "silhouette": 1e-320}}')
     assert curves.read_log(log) == [dict(epoch=1, step=2, ari=0.5, silhouette=1e-320)]
     assert len(svgs(curves.draw_charts(curves.read_log(log)))) == 2
-    with pytest.raises(UserError, match="nowhere"):
-        curves.read_log(tmp_path / "nowhere" / "log.jsonl")
 
 
 @pytest.mark.parametrize("number, text", [

@@ -116,12 +116,13 @@ def run_train(folder, arguments):
     Returns its backbone, its clusters [N], and the log's record of the initial k-means.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with open(folder / "messages.txt", "w") as messages:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    said = folder.with_suffix(".txt")
+    with open(said, "w") as messages:
         done = subprocess.run([sys.executable, ROOT / "train.py", *arguments, "--output", folder],
                               stdout=messages, stderr=subprocess.STDOUT)
     if done.returncode:
-        sys.exit(f"{(folder / 'messages.txt').read_text()[-2000:]}\ntrain.py failed.")
+        sys.exit(f"{said.read_text()[-2000:]}\ntrain.py failed.")
     backbone, _ = load_backbone(str(folder / "backbone.pth"))
     with open(folder / "log.jsonl") as file:
         initial = next(record for record in map(json.loads, file) if "nmi" in record)
