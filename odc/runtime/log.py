@@ -34,12 +34,13 @@ class Log:
         if distributed.is_main():
             self.file = open(path, "a+b")
             self.file.seek(0)
-            line, step = b"\n", -1
+            step, is_whole = -1, True
             while self.records < position and (line := self.file.readline()):
+                is_whole = line.endswith(b"\n")
                 if record := read_record(line):
                     self.records, step = self.records + 1, record["step"]
             self.file.truncate(self.file.tell())
-            if line and not line.endswith(b"\n"):  # someone has cut it
+            if not is_whole:  # someone has cut it
                 self.file.write(b"\n")
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # optional, slow to import
