@@ -126,7 +126,11 @@ def split_of(x):
 
 def make_photographs(folder, root):
     """Write the set. Returns the crops and the photographs of each split, as `make_glyphs`."""
-    images = {name: Image.open(root / file) for name, file in PHOTOGRAPHS.items()}
+    there = {name: root / file for name, file in PHOTOGRAPHS.items() if (root / file).exists()}
+    if missing := PHOTOGRAPHS.keys() - there.keys():
+        print(f"Not here: {', '.join(sorted(missing))}. Their packages are not installed, or have "
+              "other pictures today.")
+    images = {name: Image.open(path) for name, path in there.items()}
     for name in ("china", "flower"):
         images[name] = Image.fromarray(sklearn.datasets.load_sample_image(f"{name}.jpg"))
     num_crops = {"train": 0, "val": 0}
