@@ -5,9 +5,7 @@ centroids memory holds the mean feature C_c of every cluster c. N_c is the numbe
 cluster c. The momentum m is the share of the new feature: F_i <- m z_i + (1 - m) F_i, normalised.
 
 Features are split over the processes: each holds the contiguous rows `rows` of all N. Labels,
-centroids and cluster sizes are the same on every process. All processes call `initialize`,
-`update_samples`, `update_centroids` and `split_small_clusters` together, with the same arguments,
-but for the features [n, d] of `initialize`.
+centroids and cluster sizes are the same on every process. Public methods are collectives.
 
 `images` are indices of images: ascending int64 tensors on the CPU. So their lengths are known
 without waiting for a GPU, and the images of one process are neighbours in them.
@@ -40,15 +38,13 @@ class ODCMemory:
         self.sums = ClusterSums(num_clusters, dim, num_images, device)
 
     def initialize(self, features, labels):
-        """Start from clustered images (paper, before the first iteration).
+        """Start from clustered images: features [n, d] of this process's rows, and labels [N].
 
-        features: [n, d], the rows of this process, normalised here. labels: [N]. Raises UserError
-        if a feature is not finite.
+        Raises UserError if a feature is not finite.
         """
         if distributed.any_process(not torch.isfinite(features.sum())):
             raise UserError("The network's features are not finite: start from other weights.")
-        for own, part in zip(self.features.split(65536), features.split(65536)):
-            own.copy_(F.normalize(part.float()))
+        F.normalize(features.float(), out=self.features)
         self.labels.copy_(labels)
         self._count()
         self.update_centroids()
@@ -58,9 +54,9 @@ class ODCMemory:
     def update_samples(self, indices, z):
         """Move the features of a batch and relabel it (paper, Eq. 1 and 2).
 
-        indices: int64 [M] on the CPU, and z: [M, d], the network's outputs: the batch of all
-        processes, gathered in rank order. z must be finite. If an image occurs several times, its
-        last occurrence counts. Returns the share of the images whose label changed, 0-dim float64.
+        indices: int64 [M] on the CPU, and z: [M, d] finite, the network's outputs: the batch of all
+        processes, gathered in rank order. If an image occurs several times, its last occurrence
+        counts. Returns the share of the images whose label changed, 0-dim float64.
         """
         images, last = _last_occurrences(indices)
         own, rows = self._own(images)
@@ -78,8 +74,8 @@ class ODCMemory:
     def _relabel(self, images, labels, own, before, features):
         """Set y of some images, each once, and keep sizes and sums in step.
 
-        before, features: the old and the new features of images[own], which this process holds.
-        Returns how many labels changed, 0-dim.
+        before, features: the old and the new features of images[own]. Returns how many labels
+        changed, 0-dim.
         """
         images = self._to_device(images)
         old_labels, self.labels[images] = self.labels[images], labels
@@ -102,8 +98,8 @@ class ODCMemory:
         """Dissolve the small clusters, then refill each with half of a large one, as in the paper.
 
         Returns how many clusters were refilled. Nothing happens while every cluster is small. A
-        cluster of fewer than 2 x min_cluster_size images is not split, as its half would be
-        dissolved again in the next step. So clusters may stay empty if N < 2 K min_cluster_size.
+        cluster of fewer than 2 x min_cluster_size images is not split, as its half would be small.
+        So clusters may stay empty if N < 2 K min_cluster_size.
         """
         sizes = self.cluster_sizes.cpu()
         small = sizes < self.min_cluster_size
@@ -133,10 +129,7 @@ class ODCMemory:
         self._relabel(images, self._collect(labels, own, len(images)), own, features, features)
 
     def _members_of_largest(self, sizes, count):
-        """{cluster: images [N_c]} of the `count` largest clusters and those of equal size.
-
-        No other cluster can become the largest within `count` splits.
-        """
+        """{cluster: images [N_c]} of the `count` largest clusters: no other will be split."""
         chosen = sizes >= sizes.topk(count).values[-1].clamp(min=2 * self.min_cluster_size)
         images = self._to_device(chosen)[self.labels].nonzero()[:, 0]
         images = images[self.labels[images].argsort(stable=True)].cpu()
@@ -172,8 +165,6 @@ class ODCMemory:
 
     def _collect(self, values, own, count):
         """Put values of the images `own` in their places among `count`, from every process."""
-        if distributed.world_size() == 1:
-            return values
         collected = values.new_zeros(count, *values.shape[1:])
         collected[own] = values
         return distributed.all_reduce(collected)
