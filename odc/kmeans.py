@@ -1,8 +1,4 @@
-"""k-means over the features of all processes, and the parts of it that the memory shares.
-
-`kmeans` makes the initial clusters, `nearest_centroids` labels images, `two_means` halves one
-cluster, and `ClusterSums` keeps the sum of the features in each cluster while images move.
-"""
+"""k-means over the features of all processes, and the parts of it that the memory shares."""
 
 import math
 
@@ -63,13 +59,10 @@ class ClusterSums:
             self.values.index_add_(0, own, whole, alpha=sign)
 
     def means(self, sizes, clusters=slice(None)):
-        """The mean features [k, d] of some clusters over all processes; 0 for an empty one.
-
-        sizes: int64 [K], of all clusters. A collective.
+        """The mean features [k, d] of some clusters of sizes [K], 0 for an empty one; a collective.
         """
         total = distributed.all_reduce(self.values[clusters].clone())
-        units = sizes[clusters, None].clamp(min=1).double() * self.one
-        return total.float().mul_((1 / units).float())
+        return total / (sizes[clusters, None].clamp(min=1) * self.one)  # float32
 
 
 def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None):
@@ -85,8 +78,7 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
     shards = distributed.all_gather_rows(torch.tensor([len(features)]))
     num_rows, first_row = int(shards.sum()), int(shards[: distributed.rank()].sum())
     if not 1 <= K <= num_rows:
-        raise UserError(f"--num-clusters {K}: there are {num_rows} images to cluster; choose "
-                        f"between 1 and {num_rows}.")
+        raise UserError(f"--num-clusters {K}: choose between 1 and {num_rows}, the images.")
     if distributed.any_process(not features.sum(dtype=torch.float32).isfinite()):
         raise UserError("The features to cluster are not finite: start from other weights.")
     centroids = initial_centroids
@@ -106,7 +98,6 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
         num_changed = labels.new_tensor([len(labels[changed])])
         counts = torch.cat([labels.bincount(minlength=K), num_changed])
         *sizes, num_changed = distributed.all_reduce(counts).tolist()
-        bar.set_postfix(changed=f"{num_changed / num_rows:.2%}", refresh=False)
         bar.update()
         # As in faiss, which the recipe uses, the last search is not followed by an update.
         if num_changed == 0 or iteration == iterations:
@@ -165,10 +156,7 @@ def two_means(x, at_least=1, iterations=20, seed=0):
         total = second.to(x.dtype) @ x  # x sums to zero: the first half's sum is minus this
         center1, center2 = -total / (n - size).clamp(min=1), total / size.clamp(min=1)
         score = x @ (center2 - center1) - (center2 @ center2 - center1 @ center1) / 2
-        before, second = second, torch.where((size == 0) | (size == n), second, score > 0)
-        # Once nothing moves, further iterations change nothing. Only a CPU gains by the question.
-        if x.device.type == "cpu" and torch.equal(second, before):
-            break
+        second = torch.where((size == 0) | (size == n), second, score > 0)
     size = second.sum()
     order = score.argsort(stable=True)
     at_least = min(at_least, n // 2)

@@ -23,8 +23,7 @@ class ODCMemory:
     """Samples memory and centroids memory; the defaults are the recipe's.
 
     num_images: N. dim: d. num_clusters: K. Clusters of fewer than min_cluster_size images are
-    small. Read labels [N] int64, centroids [K, d], cluster_sizes [K] int64 and features [n, d] (the
-    rows of this process) from outside, but do not write them.
+    small. To read: labels [N] int64, centroids [K, d], cluster_sizes [K] int64, features [n, d].
     """
 
     def __init__(self, num_images, dim, num_clusters, momentum=0.5, min_cluster_size=20,
@@ -38,9 +37,7 @@ class ODCMemory:
         self.sums = ClusterSums(num_clusters, dim, num_images, device)
 
     def initialize(self, features, labels):
-        """Start from clustered images: features [n, d] of this process's rows, and labels [N].
-
-        Raises UserError if a feature is not finite.
+        """Start from features [n, d] of this process's rows, which must be finite, and labels [N].
         """
         if distributed.any_process(not torch.isfinite(features.sum())):
             raise UserError("The network's features are not finite: start from other weights.")
@@ -72,17 +69,16 @@ class ODCMemory:
         return changed.double() / len(images)
 
     def _relabel(self, images, labels, own, before, features):
-        """Set y of some images, each once, and keep sizes and sums in step.
+        """Set y of distinct images, and keep sizes and sums in step; returns the number of changes.
 
-        before, features: the old and the new features of images[own]. Returns how many labels
-        changed, 0-dim.
+        before, features: the old and the new features of images[own].
         """
         images = self._to_device(images)
         old_labels, self.labels[images] = self.labels[images], labels
         self.sums.add(before, old_labels[own], sign=-1)
         self.sums.add(features, labels[own])
         self.cluster_sizes.index_add_(0, labels, torch.ones_like(labels))
-        self.cluster_sizes.index_add_(0, old_labels, torch.full_like(labels, -1))
+        self.cluster_sizes.index_add_(0, old_labels, torch.ones_like(labels), alpha=-1)
         return (labels != old_labels).sum()
 
     # --- centroids memory ------------------------------------------------------------------------
@@ -97,9 +93,8 @@ class ODCMemory:
     def split_small_clusters(self):
         """Dissolve the small clusters, then refill each with half of a large one, as in the paper.
 
-        Returns how many clusters were refilled. Nothing happens while every cluster is small. A
-        cluster of fewer than 2 x min_cluster_size images is not split, as its half would be small.
-        So clusters may stay empty if N < 2 K min_cluster_size.
+        Returns how many were refilled: none while every cluster is small. Clusters of fewer than
+        2 x min_cluster_size images are not split, so some may stay empty if there are no larger.
         """
         sizes = self.cluster_sizes.cpu()
         small = sizes < self.min_cluster_size
@@ -139,7 +134,7 @@ class ODCMemory:
     def _split(self, images, largest, empty):
         """Give half of the images [n] of `largest` to `empty`, with new centroids: both halves."""
         own, rows = self._own(images)
-        features = self._collect(self.features[rows], own, len(images))  # [n, d], on every process
+        features = self._collect(self.features[rows], own, len(images))
         moves = two_means(features, at_least=self.min_cluster_size, seed=empty).cpu()
         stay, go = images[~moves], images[moves]
         own, rows = self._own(go)
