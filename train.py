@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 train.py                              a demonstration in minutes
 
 The method is `train_epoch` below and odc/memory.py. `main` sets it up, in the order in which things
-happen. odc/settings.py has the arguments, whose defaults are the published recipe's.
+happen. odc/settings.py has the arguments; what is not given is that of a preset.
 """
 
 import math
@@ -41,7 +41,7 @@ KNN_MEASURES = 5  # of a run with labels, besides one at the start
 def train_epoch(args, state, model, dataset, log, autocast):
     """One epoch of the paper's iteration, from step progress.step on.
 
-    model: state.network, as it is or wrapped by DDP or torch.compile.
+    model: state.network, as it is or wrapped by DDP.
     """
     memory, optimizer, progress = state.memory, state.optimizer, state.progress
     epoch, device, began, timed = progress.epoch, memory.labels.device, time.monotonic(), 0
@@ -61,10 +61,10 @@ def train_epoch(args, state, model, dataset, log, autocast):
         try:
             with distributed.raise_everywhere():  # an error of one process stops all
                 batch = next(batches)  # B images of this process
-        except (UserError, Interrupted):  # an image or a worker is gone: the steps are kept
+        except (UserError, Interrupted):  # an image or a worker is gone: save the steps so far
             save(state, dataset, log)
             raise
-        distributed.seed(args.seed, epoch, step)  # for dropout: a resumed run is the same run
+        distributed.seed(args.seed, epoch, step)  # dropout: a resumed run is the same
         images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
         images = images.contiguous(memory_format=torch.channels_last)  # [B, 3, S, S]
         labels = memory.labels[batch.indices.to(device, non_blocking=True)]  # [B]
@@ -144,16 +144,17 @@ def check_step(args, progress, loss):
 def cluster_before_training(args, state, dataset, device, autocast):
     """Features of all images, k-means, both memories, a new head (paper, before the first step).
 
-    This first pass reads every image: those that cannot be read leave the dataset.
+    K-means is of these features, or of the pixels (--initial). This first pass reads every image:
+    those that cannot be read leave the dataset.
     """
     network = state.network.eval()
+    width = 3 * min(args.image_size, 32) ** 2 if args.initial == "pixels" else 0
 
     def forward(images):
         with autocast:
             features = F.normalize(network.neck(network.backbone(images)[-1]).float())
         return torch.cat([features, unit_pixels(images)[:, :width]], dim=1)
 
-    width = 3 * min(args.image_size, 32) ** 2 if args.initial == "pixels" else 0
     rows = extract(forward, dataset, evaluation_transform(args.image_size), FEATURE_DIM + width,
                    device, workers=args.workers)
     features, pixels = rows[:, :FEATURE_DIM], rows[:, FEATURE_DIM:]
@@ -241,7 +242,7 @@ def main(arguments=None):
     # Data, and the checkpoint of an earlier start.
     with distributed.raise_everywhere():
         dataset = open_dataset(args.data, "train", exclude=(args.output,))
-    saved, lock = checkpoint.open_run(output)  # the lock ends with this function
+    saved, lock = checkpoint.open_run(output)  # the lock lasts as long as this function
     check_same_images(dataset)
     settings.resolve_defaults(args, dataset, saved, device)
     print_settings(vars(args))
@@ -253,7 +254,7 @@ def main(arguments=None):
     if args.pretrained and not saved:
         with distributed.raise_everywhere():
             print_main(load_pretrained(network.backbone, args.pretrained, args.image_size))
-    if device.type == "cuda" and distributed.world_size() > 1:  # on CPUs: each its own images'
+    if device.type == "cuda" and distributed.world_size() > 1:  # torch has none for CPUs
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([
@@ -294,8 +295,8 @@ def main(arguments=None):
             network, device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # see share_statistics; as an argument it gives a warning
-        # DDP sorts its buckets by the first backward pass and adds in another order from then on.
-        # Let that happen now: the first step of a resumed run then adds as without the stop.
+        # DDP sorts its buckets after the first backward pass, which changes the order of its sums.
+        # Let that happen now, so that a resumed run adds as one without a stop.
         model.eval()
         z, logits = model(torch.zeros(2, 3, args.image_size, args.image_size, device=device))
         (z.sum() + logits.sum()).backward()

@@ -1,8 +1,4 @@
-"""k-means over the features of all processes, and the parts of it that the memory shares.
-
-`kmeans` makes the initial clusters, `nearest_centroids` labels images, `two_means` halves one
-cluster, and `ClusterSums` keeps the sum of the features in each cluster while images move.
-"""
+"""k-means over the features of all processes, and the parts of it that the memory shares."""
 
 import math
 
@@ -21,10 +17,9 @@ GROUP = 64  # scores. torch vectorises a maximum over at least 4 vectors, of 16 
 def nearest_centroids(features, centroids, inner_product=False):
     """The best centroid of every row: [n, d] float, [K, d] float32 -> int64 [n].
 
-    Best means nearest in Euclidean distance. With inner_product it is the largest <f, c>, as the
-    recipe labels images. The lowest index wins ties. The scores are float32: with other rows beside
-    it, threads or processes, a row may choose otherwise between two that differ by rounding alone.
-    A row that holds a NaN gets label 0. Must not be called under autocast, which halves precision.
+    Best means nearest in Euclidean distance, or with inner_product the largest <f, c>, as in the
+    recipe. The lowest index wins ties. The scores are float32: with other rows beside it, a row may
+    choose otherwise between two that differ by rounding alone. Not to be called under autocast.
     """
     n, K, device = len(features), len(centroids), features.device
     bias = centroids.square().sum(1) / -2  # |f - c|^2 = |f|^2 - 2 (<f, c> - |c|^2 / 2)
@@ -46,11 +41,10 @@ class ClusterSums:
     """The sums [K, d] of this process's features in each cluster, exact to the last bit.
 
     The sums are 64-bit integers in units of 1 / `one`. Integer addition has no rounding error, so
-    a step adds and subtracts only what changed, and yet nothing drifts. The result depends neither
-    on the number of processes nor on the order in which threads or a GPU's atomics add.
+    a step adds and subtracts only what changed, and yet nothing drifts. Neither the number of
+    processes nor the order in which a GPU's atomics add makes a difference.
 
-    num_rows: N, of all processes; no entry of a feature may exceed 1 in size. With N = 1.28 million
-    a unit is 2^-41, far below the rounding of float32.
+    num_rows: N, of all processes. No entry of a feature may exceed 1 in size.
     """
 
     def __init__(self, num_clusters, dim, num_rows, device="cpu"):
@@ -65,40 +59,32 @@ class ClusterSums:
             self.values.index_add_(0, own, whole, alpha=sign)
 
     def means(self, sizes, clusters=slice(None)):
-        """The mean features [k, d] of some clusters over all processes; 0 for an empty one.
-
-        sizes: int64 [K], of all clusters. A collective.
+        """The mean features [k, d] of some clusters of sizes [K], 0 for an empty one; a collective.
         """
-        total = self.values[clusters]
-        if distributed.world_size() > 1:
-            total = distributed.all_reduce(total.clone())
-        units = sizes[clusters, None].clamp(min=1).double() * self.one
-        return total.float().mul_((1 / units).float())
+        total = distributed.all_reduce(self.values[clusters].clone())
+        return total / (sizes[clusters, None].clamp(min=1) * self.one)  # float32
 
 
 def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None, min_size=1):
     """Lloyd's k-means (recipe: 20 iterations over all images, no subsampling).
 
     features: [n, d] float, unit rows of this process; in rank order they make up all N.
-    initial_centroids: [K, d]; by default K distinct rows, drawn from the seed.
-    Returns labels int64 [n] of these rows, and the centroids float32 [K, d]; the labels are those
-    of `nearest_centroids`. Between searches clusters of fewer than min_size rows restart beside
-    wide ones, but one may be small or empty at the end, always so if fewer than K rows differ.
-    Stops once no label changes.
-    Raises UserError if K > N or a feature is not finite, Interrupted on a signal. A collective.
+    initial_centroids: [K, d]; by default K rows, drawn from the seed.
+    Returns labels int64 [n], those of `nearest_centroids`, and the centroids float32 [K, d].
+    Clusters of fewer than min_size rows restart beside wide ones, but some may be small or empty at
+    the end, as always if fewer than K rows differ. Raises UserError if K > N or a feature is not
+    finite, Interrupted on a signal. A collective.
     """
     K = num_clusters
     shards = distributed.all_gather_rows(torch.tensor([len(features)]))
     num_rows, first_row = int(shards.sum()), int(shards[: distributed.rank()].sum())
     if not 1 <= K <= num_rows:
-        raise UserError(f"--num-clusters {K}: there are {num_rows} images to cluster; choose "
-                        f"between 1 and {num_rows}.")
+        raise UserError(f"--num-clusters {K}: choose between 1 and {num_rows}, the images.")
     if distributed.any_process(not features.sum(dtype=torch.float32).isfinite()):
         raise UserError("The features to cluster are not finite: start from other weights.")
     centroids = initial_centroids
     if centroids is None:
         centroids = _draw_rows(features, first_row, num_rows, K, seed)
-
     sums = ClusterSums(K, features.shape[1], num_rows, features.device)
     labels = None
     bar = progress_bar(iterations + 1, "k-means", "iteration")
@@ -113,7 +99,6 @@ def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None
         num_changed = labels.new_tensor([len(labels[changed])])
         counts = torch.cat([labels.bincount(minlength=K), num_changed])
         *sizes, num_changed = distributed.all_reduce(counts).tolist()
-        bar.set_postfix(changed=f"{num_changed / num_rows:.2%}", refresh=False)
         bar.update()
         # As in faiss, which the recipe uses, the last search is not followed by an update.
         if num_changed == 0 or iteration == iterations:
@@ -136,10 +121,10 @@ def _draw_rows(features, first_row, num_rows, num_clusters, seed):
 
 
 def _restart_small(features, labels, centroids, sizes, min_size):
-    """Move the centroid of each small cluster beside that of the widest, in place.
+    """Move the centroid of each small cluster beside the widest's, in place.
 
-    The widest has the largest sum of squared distances of those with rows enough for two. Equal
-    rows, however many, stay together: their distances are rounding errors.
+    The widest has the largest sum of squared distances of those with rows enough for two. So equal
+    rows stay together: their distances are rounding errors.
     """
     spread = torch.zeros(len(centroids), dtype=torch.float64, device=labels.device)
     for rows, own in zip(features.split(65536), labels.split(65536)):
@@ -160,10 +145,10 @@ def _restart_small(features, labels, centroids, sizes, min_size):
 def two_means(x, at_least=1, iterations=20, seed=0):
     """Split points in two by k-means with k = 2: bool [n], True for the second half.
 
-    x: [n, d]. The start is the two sides of the principal axis, so that no luck is involved. Each
+    x: [n, d], the same on every process. The start is the two sides of the principal axis. Each
     half keeps at_least points, or n // 2 if there are fewer: the points farthest on its side.
     Points that k-means cannot tell apart are split at random into equal halves (the recipe).
-    Nothing here waits for a GPU. A collective: all processes have the same points.
+    Nothing here waits for a GPU. A collective.
     """
     n = len(x)
     x = x - x.mean(dim=0)
@@ -177,17 +162,12 @@ def two_means(x, at_least=1, iterations=20, seed=0):
         total = second.to(x.dtype) @ x  # x sums to zero: the first half's sum is minus this
         center1, center2 = -total / (n - size).clamp(min=1), total / size.clamp(min=1)
         score = x @ (center2 - center1) - (center2 @ center2 - center1 @ center1) / 2
-        before, second = second, torch.where((size == 0) | (size == n), second, score > 0)
-        # Once nothing moves, further iterations change nothing. Only a CPU gains by the question.
-        if x.device.type == "cpu" and torch.equal(second, before):
-            break
+        second = torch.where((size == 0) | (size == n), second, score > 0)
     size = second.sum()
     order = score.argsort(stable=True)
     at_least = min(at_least, n // 2)
     second[order[:at_least]], second[order[n - at_least :]] = False, True
-    random_half = torch.ones(n, dtype=torch.bool)
-    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    random_half[shuffled[n // 2 :]] = False
+    random_half = torch.randperm(n, generator=torch.Generator().manual_seed(seed)) < n // 2
     random_half = random_half.to(x.device, non_blocking=True)
     second = torch.where((size == 0) | (size == n), random_half, second)
     # Process 0 decides for all, as the processes' hardware may round differently.

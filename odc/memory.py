@@ -5,9 +5,7 @@ centroids memory holds the mean feature C_c of every cluster c. N_c is the numbe
 cluster c. The momentum m is the share of the new feature: F_i <- m z_i + (1 - m) F_i, normalised.
 
 Features are split over the processes: each holds the contiguous rows `rows` of all N. Labels,
-centroids and cluster sizes are the same on every process. All processes call `initialize`,
-`update_samples`, `update_centroids` and `split_small_clusters` together, with the same arguments,
-but for the features [n, d] of `initialize`.
+centroids and cluster sizes are the same on every process. Public methods are collectives.
 
 `images` are indices of images: ascending int64 tensors on the CPU. So their lengths are known
 without waiting for a GPU, and the images of one process are neighbours in them.
@@ -25,8 +23,7 @@ class ODCMemory:
     """Samples memory and centroids memory; the defaults are the recipe's.
 
     num_images: N. dim: d. num_clusters: K. Clusters of fewer than min_cluster_size images are
-    small. Read labels [N] int64, centroids [K, d], cluster_sizes [K] int64 and features [n, d] (the
-    rows of this process) from outside, but do not write them.
+    small. To read: labels [N] int64, centroids [K, d], cluster_sizes [K] int64, features [n, d].
     """
 
     def __init__(self, num_images, dim, num_clusters, momentum=0.5, min_cluster_size=20,
@@ -40,15 +37,11 @@ class ODCMemory:
         self.sums = ClusterSums(num_clusters, dim, num_images, device)
 
     def initialize(self, features, labels):
-        """Start from clustered images (paper, before the first iteration).
-
-        features: [n, d], the rows of this process, normalised here. labels: [N]. Raises UserError
-        if a feature is not finite.
+        """Start from features [n, d] of this process's rows, which must be finite, and labels [N].
         """
         if distributed.any_process(not torch.isfinite(features.sum())):
             raise UserError("The network's features are not finite: start from other weights.")
-        for own, part in zip(self.features.split(65536), features.split(65536)):
-            own.copy_(F.normalize(part.float()))
+        F.normalize(features.float(), out=self.features)
         self.labels.copy_(labels)
         self._count()
         self.update_centroids()
@@ -58,17 +51,18 @@ class ODCMemory:
     def update_samples(self, indices, z):
         """Move the features of a batch and relabel it (paper, Eq. 1 and 2).
 
-        indices: int64 [M] on the CPU, and z: [M, d], the network's outputs: the batch of all
-        processes, gathered in rank order. z must be finite. If an image occurs several times, its
-        last occurrence counts. Returns the share of the images whose label changed, 0-dim float64.
+        indices: int64 [M] on the CPU, and z: [M, d] finite, the network's outputs: the batch of all
+        processes, gathered in rank order. If an image occurs several times, its last occurrence
+        counts. Returns the share of the images whose label changed, 0-dim float64.
         """
         images, last = _last_occurrences(indices)
         own, rows = self._own(images)
         z = F.normalize(z[self._to_device(last[own])].float())
         before = self.features[rows]
 
-        features = F.normalize(self.momentum * z + (1 - self.momentum) * before)  # Eq. 1
-        labels = nearest_centroids(features, self.centroids, inner_product=True)  # Eq. 2
+        # Eq. 1, and Eq. 2 as the recipe has it: argmax_c <F_i, C_c> instead of the nearest C_c.
+        features = F.normalize(self.momentum * z + (1 - self.momentum) * before)
+        labels = nearest_centroids(features, self.centroids, inner_product=True)
 
         self.features[rows] = features
         labels = self._collect(labels, own, len(images))
@@ -76,17 +70,16 @@ class ODCMemory:
         return changed.double() / len(images)
 
     def _relabel(self, images, labels, own, before, features):
-        """Set y of some images, each once, and keep sizes and sums in step.
+        """Set y of distinct images, and keep sizes and sums in step; returns the number of changes.
 
-        before, features: the old and the new features of images[own], which this process holds.
-        Returns how many labels changed, 0-dim.
+        before, features: the old and the new features of images[own].
         """
         images = self._to_device(images)
         old_labels, self.labels[images] = self.labels[images], labels
         self.sums.add(before, old_labels[own], sign=-1)
         self.sums.add(features, labels[own])
         self.cluster_sizes.index_add_(0, labels, torch.ones_like(labels))
-        self.cluster_sizes.index_add_(0, old_labels, torch.full_like(labels, -1))
+        self.cluster_sizes.index_add_(0, old_labels, torch.ones_like(labels), alpha=-1)
         return (labels != old_labels).sum()
 
     # --- centroids memory ------------------------------------------------------------------------
@@ -101,9 +94,8 @@ class ODCMemory:
     def split_small_clusters(self):
         """Dissolve the small clusters, then refill each with half of a large one, as in the paper.
 
-        Returns how many clusters were refilled. Nothing happens while every cluster is small. A
-        cluster of fewer than 2 x min_cluster_size images is not split, as its half would be
-        dissolved again in the next step. So clusters may stay empty if N < 2 K min_cluster_size.
+        Returns how many were refilled: none while every cluster is small. Clusters of fewer than
+        2 x min_cluster_size images are not split, so some may stay empty if there are no larger.
         """
         sizes = self.cluster_sizes.cpu()
         small = sizes < self.min_cluster_size
@@ -133,10 +125,7 @@ class ODCMemory:
         self._relabel(images, self._collect(labels, own, len(images)), own, features, features)
 
     def _members_of_largest(self, sizes, count):
-        """{cluster: images [N_c]} of the `count` largest clusters and those of equal size.
-
-        No other cluster can become the largest within `count` splits.
-        """
+        """{cluster: images [N_c]} of the `count` largest clusters: no other will be split."""
         chosen = sizes >= sizes.topk(count).values[-1].clamp(min=2 * self.min_cluster_size)
         images = self._to_device(chosen)[self.labels].nonzero()[:, 0]
         images = images[self.labels[images].argsort(stable=True)].cpu()
@@ -146,7 +135,7 @@ class ODCMemory:
     def _split(self, images, largest, empty):
         """Give half of the images [n] of `largest` to `empty`, with new centroids: both halves."""
         own, rows = self._own(images)
-        features = self._collect(self.features[rows], own, len(images))  # [n, d], on every process
+        features = self._collect(self.features[rows], own, len(images))
         moves = two_means(features, at_least=self.min_cluster_size, seed=empty).cpu()
         stay, go = images[~moves], images[moves]
         own, rows = self._own(go)
@@ -172,8 +161,6 @@ class ODCMemory:
 
     def _collect(self, values, own, count):
         """Put values of the images `own` in their places among `count`, from every process."""
-        if distributed.world_size() == 1:
-            return values
         collected = values.new_zeros(count, *values.shape[1:])
         collected[own] = values
         return distributed.all_reduce(collected)

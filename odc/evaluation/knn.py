@@ -1,7 +1,4 @@
-"""Weighted nearest-neighbour classification (Wu et al., CVPR 2018), the bank split over processes.
-
-Letters: Q queries, n bank rows on this process.
-"""
+"""Nearest-neighbour classification (Wu et al., CVPR 2018), the bank split over the processes."""
 
 import contextlib
 
@@ -16,7 +13,7 @@ from odc.features import extract
 from odc.runtime import launch
 
 TEMPERATURE = 0.07  # a neighbour of similarity s votes with weight exp(s / TEMPERATURE)
-QUERIES, ROWS = 512, 16384  # of a tile: 32 MB of similarities
+QUERIES, ROWS = 512, 4096  # of a tile. A larger one leaves a CPU's caches.
 
 
 def pooled(maps):
@@ -48,31 +45,28 @@ def knn_accuracy(backbone, bank, queries, image_size, device, workers=0,
                  autocast=contextlib.nullcontext()):
     """Share of the queries whose class their 20 nearest images in the bank tell, in 0..1.
 
-    bank, queries: of `open_held_out`. backbone: in eval mode; it alone runs under autocast.
-    A collective.
+    bank, queries: of `open_held_out`. backbone: in eval mode; it runs under autocast. A collective.
     """
-    def features(images, name, unreadable_share):
-        def forward(x):
-            with autocast:
-                return pooled(backbone(x))
-        return extract(forward, images, evaluation_transform(image_size), backbone.out_channels[-1],
-                       device, workers=workers, name=name, unreadable_share=unreadable_share)
-
-    known = features(bank, "bank", 0)  # the clustering has read these images before
-    asked = distributed.all_gather_uneven_rows(features(queries, "held-out images", 0.01))
+    with autocast:  # the clustering has read the bank's images before
+        features, questions = (
+            extract(lambda x: pooled(backbone(x)), images, evaluation_transform(image_size),
+                    backbone.out_channels[-1], device, workers=workers, name=name,
+                    unreadable_share=share)
+            for images, name, share in ((bank, "bank", 0), (queries, "held-out images", 0.01)))
     labels, k = bank.labels[distributed.shard(len(bank))], min(20, len(bank))
-    predictions = knn_predict(asked, known, labels, len(bank.classes), [k])[k]
+    predictions = knn_predict(distributed.all_gather_uneven_rows(questions), features, labels,
+                              len(bank.classes), [k])[k]
     return float((predictions[:, 0].cpu() == queries.labels).double().mean())
 
 
 def knn_predict(queries, bank, labels, num_classes, ks=(10, 20, 100, 200)):
     """Classify every query by its k most similar bank rows, weighted exp(similarity / TEMPERATURE).
 
-    queries: [Q, d] float32, unit rows, the same on every process. bank: [n, d], unit rows, and
-    labels: [n] int64 in 0..num_classes-1: this process's part; in rank order they are the bank.
-    Returns {k: [Q, min(5, num_classes)] int64}, the classes with the most votes, best first, the
-    lower class first of equal ones, and -1 for classes without a vote. Raises UserError if a k is
-    larger than the bank or a feature is not finite, Interrupted on a signal. A collective.
+    queries: [Q, d] float32, unit rows, the same on every process. bank: [n, d] and labels: [n]
+    int64, this process's part; in rank order they are the bank. Returns {k: [Q, up to 5] int64},
+    the classes with the most votes, best first, the lower class first of equal ones, and -1 for
+    classes without a vote. All vote if a k is larger than the bank. Raises UserError if a feature
+    is not finite, Interrupted on a signal. A collective.
     """
     similarities, found = nearest_neighbours(queries, bank, labels, max(ks))
     predictions = {k: [] for k in ks}
@@ -88,28 +82,25 @@ def knn_predict(queries, bank, labels, num_classes, ks=(10, 20, 100, 200)):
 def nearest_neighbours(queries, bank, labels, k):
     """The k most similar bank rows of every query: similarities float32 and labels, both [Q, k].
 
-    Best first, the lowest bank index first of equal ones. Arguments and errors as `knn_predict`.
+    Best first, the lowest bank index first of equal ones; -inf and 0 beyond the bank's end.
+    Arguments and errors as `knn_predict`.
     """
-    sizes = distributed.all_gather_rows(torch.tensor([len(bank)]))
-    if not 1 <= k <= int(sizes.sum()):
-        raise UserError(f"--k {k}: the bank has {int(sizes.sum())} images; choose less.")
     if distributed.any_process(not (queries.sum() + bank.sum()).isfinite()):
         raise UserError("The features hold values that are not finite: check the weights.")
     # topk promises no order of equal numbers. So it orders similarities less 2^-52 times the index.
+    sizes = distributed.all_gather_rows(torch.tensor([len(bank)]))
     indices = sizes[: distributed.rank()].sum() + torch.arange(len(bank))
     shift, labels = (indices.double() * 2.0**-52).to(bank.device), labels.to(bank.device)
     blocks = []
     for some in queries.split(QUERIES):
         launch.check_signals()
-        keys = [some.new_full((len(some), k), -torch.inf, dtype=torch.float64)]
-        found = [torch.zeros_like(keys[0], dtype=torch.int64)]
+        best = some.new_full((len(some), k), -torch.inf, dtype=torch.float64)
+        found = torch.zeros_like(best, dtype=torch.int64)
         for rows, own, less in zip(bank.split(ROWS), labels.split(ROWS), shift.split(ROWS)):
-            best, index = (some @ rows.T - less).topk(min(k, len(rows)))
-            keys.append(best)
-            found.append(own[index])
-        best, index = torch.cat(keys, dim=1).topk(k)
-        found = torch.cat(found, dim=1).gather(1, index)
+            keys, index = (some @ rows.T - less).topk(min(k, len(rows)))
+            best, order = torch.cat([best, keys], dim=1).topk(k)
+            found = torch.cat([found, own[index]], dim=1).gather(1, order)
         best, found = (distributed.all_gather_rows(x.T).T for x in (best, found))  # [q, W * k]
-        best, index = best.topk(k)
-        blocks.append((best.float(), found.gather(1, index)))
+        best, order = best.topk(k)
+        blocks.append((best.float(), found.gather(1, order)))
     return tuple(map(torch.cat, zip(*blocks)))

@@ -137,8 +137,7 @@ def test_k_larger_than_the_bank():
     queries, bank, labels = problem(size=30)
     expected = brute_force(queries, bank, labels, 7, (30,))
     assert torch.equal(knn_predict(queries, bank, labels, 7, (30,))[30], expected[30])
-    with pytest.raises(UserError, match="--k 31: the bank has 30"):
-        knn_predict(queries, bank, labels, 7, (10, 31))
+    assert torch.equal(knn_predict(queries, bank, labels, 7, (31,))[31], expected[30])
 
 
 def test_features_that_are_not_finite():
