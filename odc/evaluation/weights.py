@@ -81,10 +81,11 @@ def _find_backbone(path, arch, content, passed_over):
               for where, state in states for prefix in _prefixes(state)]
     if not places:
         keys = [key for _, state in states for key in state]
-        held = f"keys {_some(keys)}" if keys else f"no state dict, {_some(passed_over) or 'either'}"
+        objects = f" but objects of {_some(passed_over)}" if passed_over else ""
         raise UserError("it holds no ResNet in torchvision's names, conv1.weight, "
-                        f"layer1.0.conv1.weight, ... with any prefix, but {held}; give a file with "
-                        "a ResNet's state_dict().")
+                        "layer1.0.conv1.weight, ... with any prefix; it holds "
+                        f"{f'keys {_some(keys)}' if keys else f'no state dict{objects}'}; give a "
+                        "file with a ResNet's state_dict().")
     # The first place of this architecture decides, even if it is damaged and a copy is not.
     wanted = [structure for structure, name in STRUCTURES.items() if arch in (None, name)]
     where, state, prefix, structure = next((p for p in places if p[-1] in wanted), places[0])

@@ -102,10 +102,16 @@ def _content(layout, state):
     return content
 
 
+def _loaded(content, path, arch=None, zip_format=True):
+    """What `load_backbone` returns for a file with this content, or if None with what is there."""
+    if content is not None:
+        torch.save(content, path, _use_new_zipfile_serialization=zip_format)
+    return load_backbone(str(path), arch)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout(layout, narrow, tmp_path):
-    torch.save(_content(layout, narrow), tmp_path / "w.pth")
-    backbone, text = load_backbone(str(tmp_path / "w.pth"))
+    backbone, text = _loaded(_content(layout, narrow), tmp_path / "w.pth")
     assert (backbone.arch, backbone.small_stem, backbone.training) == ("narrow", False, False)
     tolerance = 1e-3 if layout == "half precision" else 0
     for key, value in backbone.state_dict().items():
@@ -114,19 +120,16 @@ def test_layout(layout, narrow, tmp_path):
 
 
 def test_a_file_from_before_the_zip_format(narrow, tmp_path):
-    torch.save(collections.defaultdict(list, _content("SimSiam", narrow)), tmp_path / "old.pth.tar",
-               _use_new_zipfile_serialization=False)
-    text = load_backbone(str(tmp_path / "old.pth.tar"))[1]
+    content = collections.defaultdict(list, _content("SimSiam", narrow))
+    text = _loaded(content, tmp_path / "old.pth.tar", zip_format=False)[1]
     assert "72 tensors matched under 'state_dict/module.encoder.'" in text
     assert "3 left over" in text and "module.encoder.fc.0.weight" in text
 
 
 @pytest.mark.parametrize("arch, small", [
-    ("resnet18", False), ("resnet34", True), ("resnet50", True), ("resnet101", False),
-    ("narrow", True)])
+    ("resnet18", False), ("resnet34", True), ("resnet101", False), ("narrow", True)])
 def test_architecture_is_recognised(arch, small, tmp_path):
-    torch.save(ResNet(arch, small).state_dict(), tmp_path / "w.pth")
-    backbone, _ = load_backbone(str(tmp_path / "w.pth"))
+    backbone, _ = _loaded(ResNet(arch, small).state_dict(), tmp_path / "w.pth")
     assert (backbone.arch, backbone.small_stem) == (arch, small)
 
 
@@ -134,8 +137,7 @@ def test_architecture_is_recognised(arch, small, tmp_path):
                                   lambda: timm.create_model("resnet50")])
 def test_networks_of_torchvision_and_timm(make, tmp_path):
     network, images = make().eval(), torch.randn(1, 3, 64, 64)
-    torch.save(network.state_dict(), tmp_path / "w.pth")
-    backbone, _ = load_backbone(str(tmp_path / "w.pth"))
+    backbone, _ = _loaded(network.state_dict(), tmp_path / "w.pth")
     network.fc = torch.nn.Identity()
     torch.testing.assert_close(backbone(images)[-1].mean((2, 3)), network(images),
                                rtol=1e-4, atol=1e-5)
@@ -236,10 +238,8 @@ def _zero_weights(make):
 
 
 def _refused(content, path, arch=None):
-    if content is not None:
-        torch.save(content, path)
     with pytest.raises(UserError) as error:
-        load_backbone(str(path), arch)
+        _loaded(content, path, arch)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     return str(error.value)
 
@@ -249,8 +249,8 @@ def test_code_does_not_run(tmp_path, monkeypatch, narrow, zip_format):
     monkeypatch.chdir(tmp_path)
     beside = {"args": argparse.Namespace(inner=Malicious()), "list": [Malicious()]}
     assert "builtins.eval" in _refused({"state_dict": Malicious()}, "w.pth")
-    torch.save({**beside, "model": narrow}, "w.pth", _use_new_zipfile_serialization=zip_format)
-    assert "passed over: objects of argparse.Namespace, builtins.eval" in load_backbone("w.pth")[1]
+    text = _loaded({**beside, "model": narrow}, "w.pth", zip_format=zip_format)[1]
+    assert "passed over: objects of argparse.Namespace, builtins.eval" in text
     Path("plain.pkl").write_bytes(pickle.dumps(Malicious()))
     _refused(None, "plain.pkl")
     assert not os.path.exists("ran.txt")
@@ -258,9 +258,11 @@ def test_code_does_not_run(tmp_path, monkeypatch, narrow, zip_format):
 
 def test_other_content(tmp_path, narrow):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "script.pth"))
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.pth").write_text("hello, I am a text\n" * 40)
-    for name, words in {"absent.pth": "No such file", "": "directory", "empty.pth": "truncated",
+    for name, words in {"absent.pth": "No such file", "": "a directory", "pipe": "or a device",
+                        "/dev/zero": "or a device", "empty.pth": "truncated",
                         "text.pth": "not a weights file", "script.pth": "TorchScript"}.items():
         assert words in _refused(None, tmp_path / name)
     vit = timm.create_model("vit_tiny_patch16_224", depth=2).state_dict()
@@ -275,7 +277,7 @@ def test_other_content(tmp_path, narrow):
     ({"layer4.0.bn2.weight": None}, "layer4.0.bn2.weight is missing"),
     ({"layer3.0.bn1.weight": torch.ones(7)}, r"layer3.0.bn1.weight has shape \(7,\), not \(64,\)"),
     ({"layer2.0.se.weight": TENSOR}, "layer2.0.se.weight is left over"),
-    ({"layer1.0.bn1.bias": torch.full((16,), torch.nan)}, "layer1.0.bn1.bias is negative or not finite"),
+    ({"bn1.bias": torch.full((16,), torch.nan)}, "bn1.bias is negative or not finite"),
     ({"bn1.running_var": -torch.ones(16)}, "bn1.running_var is negative or"),
     # DeepCluster's networks see the two channels of a Sobel filter.
     ({"conv1.weight": torch.ones(16, 2, 7, 7)}, r"shape \(16, 2, 7, 7\), not \(16, 3, 7, 7\)"),
@@ -306,14 +308,13 @@ def test_a_damaged_network_is_not_taken_for_its_copy(tmp_path, narrow):
 
 
 def test_two_networks_in_one_file_are_told_apart_by_arch(tmp_path, narrow):
-    torch.save({"model": torchvision.models.resnet34().state_dict(), "student": narrow},
-               tmp_path / "w.pth")
-    assert load_backbone(str(tmp_path / "w.pth"))[0].arch == "resnet34"
-    assert load_backbone(str(tmp_path / "w.pth"), "narrow")[0].arch == "narrow"
+    path = tmp_path / "w.pth"
+    content = {"model": torchvision.models.resnet34().state_dict(), "student": narrow}
+    assert _loaded(content, path)[0].arch == "resnet34"
+    assert _loaded(None, path, "narrow")[0].arch == "narrow"
     deep = _zero_weights(torchvision.models.resnet152)
     for known, unknown in (("model", "teacher"), ("student", "teacher")):  # whichever comes first
-        torch.save({known: narrow, unknown: deep}, tmp_path / "w.pth")
-        assert load_backbone(str(tmp_path / "w.pth"))[0].arch == "narrow"
+        assert _loaded({known: narrow, unknown: deep}, path)[0].arch == "narrow"
 
 
 @pytest.mark.parametrize("copy, trained", [
@@ -323,16 +324,15 @@ def test_two_networks_in_one_file_are_told_apart_by_arch(tmp_path, narrow):
 def test_the_trained_network_or_teacher_comes_first(tmp_path, narrow, copy, trained):
     for content in ({copy: _zeros(narrow), trained: narrow},
                     _prefixed(_zeros(narrow), copy + ".", **_prefixed(narrow, trained + "."))):
-        torch.save(content, tmp_path / "w.pth")
-        backbone, text = load_backbone(str(tmp_path / "w.pth"))
+        backbone, text = _loaded(content, tmp_path / "w.pth")
         assert f"under '{trained}" in text
         assert torch.equal(backbone.conv1.weight, narrow["conv1.weight"])
 
 
 def test_a_counter_without_use_and_a_name_that_is_not_utf8(tmp_path, narrow):
     path = tmp_path / os.fsdecode(b"name\xe9.pth")
-    torch.save({**narrow, "bn1.num_batches_tracked": torch.ones(1, dtype=torch.int64)}, path)
-    assert load_backbone(str(path))[0].arch == "narrow"
+    odd = {**narrow, "bn1.num_batches_tracked": torch.ones(1, dtype=torch.int64)}
+    assert _loaded(odd, path)[0].arch == "narrow"
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
@@ -356,14 +356,7 @@ def test_a_file_that_refers_to_itself_is_visited_once(tmp_path, narrow):
     content |= {key: content for key in content} | {"list": [content] * 300}
     assert "no state dict" in _refused(content, tmp_path / "w.pth")
     content["state_dict"] = {**narrow, "again": content}
-    torch.save(content, tmp_path / "w.pth")
-    assert "72 tensors matched" in load_backbone(str(tmp_path / "w.pth"))[1]
-
-
-def test_only_regular_files_are_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
-    assert "a directory or a device" in _refused(None, tmp_path / "pipe")
-    assert "a directory or a device" in _refused(None, "/dev/zero")
+    assert "72 tensors matched" in _loaded(content, tmp_path / "w.pth")[1]
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
@@ -374,9 +367,8 @@ def test_flipped_bits_of_the_structure(tmp_path, zip_format):
                _use_new_zipfile_serialization=zip_format)
     whole = path.read_bytes()
     for position in range(0, len(whole), 5):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1 << position % 8
-        path.write_bytes(damaged)
+        flipped = whole[position] ^ 1 << position % 8
+        path.write_bytes(whole[:position] + bytes([flipped]) + whole[position + 1 :])
         assert str(path) in _refused(None, path)
 
 
@@ -393,9 +385,9 @@ def test_an_archive_that_was_compressed_is_refused(tmp_path, narrow):
 def test_training_names_its_own_argument(tmp_path, narrow):
     torch.save(narrow, tmp_path / "w.pth")
     backbone = ResNet("narrow")
-    assert "72 tensors" in load_pretrained(backbone, str(tmp_path / "w.pth"), 224)
+    assert "72 tensors" in load_pretrained(backbone, tmp_path / "w.pth", 224)
     assert torch.equal(backbone.conv1.weight, narrow["conv1.weight"])
     for network, path, size in ((ResNet("narrow", True), tmp_path / "w.pth", 32),
                                 (backbone, tmp_path / "absent.pth", 224)):
         with pytest.raises(UserError, match="^--pretrained "):
-            load_pretrained(network, str(path), size)
+            load_pretrained(network, path, size)
