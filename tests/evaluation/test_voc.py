@@ -1,9 +1,9 @@
 """The VOC2007 SVM protocols against scikit-learn, and both tables' numbers by hand."""
 
+import itertools
 import json
 import os
 import sys
-import warnings
 import zipfile
 
 import numpy as np
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
-from sklearn.svm import LinearSVC
 
 import eval_svm
 from odc.errors import UserError
 from odc.evaluation import svm, voc
+from tests.evaluation.test_svm import linear_svc, problem
 from tests.processes import run_processes
 
 
@@ -151,28 +151,18 @@ def test_drawn_targets(monkeypatch):
     assert not torch.equal(other[4][0], drawn[4][0])
 
 
-def made_up(images=180, width=60, classes=3, seed=0):
+def made_up(images=180):
     """Train and test features and targets with a difficult image here and there."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.rand(2 * images, width, generator=generator)
-    scores = rows @ torch.randn(width, classes, generator=generator)
-    scores += 0.5 * torch.randn(scores.shape, generator=generator)
-    targets = torch.where(scores > scores.quantile(0.75, dim=0), 1, -1).to(torch.int8)
-    targets[torch.rand(targets.shape, generator=generator) < 0.05] = 0
-    rows /= rows.norm(dim=1, keepdim=True) + 1e-5
+    rows, targets = problem(2 * images, width=60)
+    targets = targets.T.to(torch.int8)
+    targets[torch.rand(targets.shape, generator=torch.Generator().manual_seed(1)) < 0.05] = 0
     return rows[:images], targets[:images], rows[images:], targets[images:]
-
-
-def linear_svc(rows, labels, cost):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return LinearSVC(C=cost, class_weight={1: 2, -1: 1}, loss="squared_hinge", dual=True,
-                         tol=1e-8, max_iter=1_000_000).fit(rows, labels)
 
 
 def simple_voc_average_precision(targets, scores):
     """Recall steps times the best precision at that recall or a higher one."""
-    ranked = [t for _, t in sorted(zip(scores, targets), key=lambda pair: -pair[0]) if t != 0]
+    pairs = sorted(zip(scores.tolist(), targets.tolist()), key=lambda pair: -pair[0])
+    ranked = [target for _, target in pairs if target != 0]
     precisions = [sum(t == 1 for t in ranked[:n]) / n for n in range(1, len(ranked) + 1)]
     hits = [n for n, t in enumerate(ranked) if t == 1]
     return sum(max(precisions[n:]) for n in hits) / len(hits)
@@ -181,50 +171,43 @@ def simple_voc_average_precision(targets, scores):
 COSTS = (1.0, 100.0, 0.0625, 0.5**10)
 
 
-@pytest.fixture
-def few_costs(monkeypatch):
+def test_full_svm_as_the_recipe_does_it(monkeypatch):
     monkeypatch.setattr(voc, "COSTS", COSTS)
-
-
-def test_full_svm_as_the_recipe_does_it(few_costs):
     train, train_targets, test, test_targets = made_up()
     result = voc.full_svm(train, train_targets, test, test_targets)
-    train, test, expected = train.double().numpy(), test.double().numpy(), []
+    expected = []
     for c in range(3):
-        labels = np.where(train_targets[:, c].numpy() == 1, 1, -1)
+        labels = torch.where(train_targets[:, c] == 1, 1, -1)
         means = []
         for cost in COSTS:
             scores = []
             for fit, held_out in StratifiedKFold(3).split(train, labels):
-                values = linear_svc(train[fit], labels[fit], cost).decision_function(
-                    train[held_out])
+                values = linear_svc(train[fit], labels[fit], cost)[1](train[held_out])
                 scores.append(average_precision_score(labels[held_out] == 1, values))
             means.append(np.mean(scores))
         assert result.validation[:, c].tolist() == pytest.approx(means, abs=1e-6)
         assert result.costs[c] == COSTS[int(np.argmax(means))]
-        values = linear_svc(train, labels, result.costs[c]).decision_function(test)
-        expected.append(simple_voc_average_precision(test_targets[:, c].tolist(), values.tolist()))
+        values = linear_svc(train, labels, result.costs[c])[1](test)
+        expected.append(simple_voc_average_precision(test_targets[:, c], values))
     assert result.average_precision.tolist() == pytest.approx(expected, abs=1e-6)
     assert result.mean_average_precision == pytest.approx(np.mean(expected), abs=1e-6)
 
 
-def test_low_shot_as_the_recipe_does_it(few_costs, monkeypatch):
+def test_low_shot_as_the_recipe_does_it(monkeypatch):
+    monkeypatch.setattr(voc, "COSTS", COSTS)
     monkeypatch.setattr(voc, "SHOTS", (1, 3))
     train, train_targets, test, test_targets = made_up()
     samples = voc.draw_low_shot_targets(train_targets, seed=0)
-    for result in voc.low_shot(train, samples, test, test_targets):
+    for k, result in zip((1, 3), voc.low_shot(train, samples, test, test_targets), strict=True):
         by_cost = np.zeros((len(COSTS), 5))
-        for j, targets in enumerate(samples[result.k]):
-            for s, cost in enumerate(COSTS):
-                for c in range(3):
-                    used = targets[:, c] != 0
-                    model = linear_svc(train.double()[used].numpy(), targets[used, c].numpy(), cost)
-                    values = model.decision_function(test.double().numpy()).tolist()
-                    by_cost[s, j] += simple_voc_average_precision(
-                        test_targets[:, c].tolist(), values) / 3
+        for (s, j), c in itertools.product(np.ndindex(by_cost.shape), range(3)):
+            targets = samples[k][j][:, c]
+            used = targets != 0
+            values = linear_svc(train[used], targets[used], COSTS[s])[1](test)
+            by_cost[s, j] += simple_voc_average_precision(test_targets[:, c], values) / 3
         assert result.by_cost.numpy() == pytest.approx(by_cost, abs=1e-6)
         best = int(by_cost.mean(1).argmax())
-        assert result.cost == COSTS[best] and result.unconverged == 0
+        assert (result.k, result.cost, result.unconverged) == (k, COSTS[best], 0)
         assert result.mean_average_precision == pytest.approx(by_cost[best].mean(), abs=1e-6)
         assert result.deviation == pytest.approx(np.std(by_cost[best]), abs=1e-6)
 
@@ -274,10 +257,9 @@ def test_fits_that_did_not_converge_and_features_that_are_not_finite(monkeypatch
     (result,) = voc.low_shot(train, samples, test, test_targets)
     assert result.cost == 0.5 and result.by_cost[0].isnan().all() and result.unconverged == 15
     monkeypatch.setattr(voc, "COSTS", (1.0,))
-    with pytest.raises(UserError, match="converged at any cost"):
-        voc.full_svm(train, train_targets, test, test_targets)
-    with pytest.raises(UserError, match="converged at any cost"):
-        voc.low_shot(train, samples, test, test_targets)
+    for protocol, targets in ((voc.full_svm, train_targets), (voc.low_shot, samples)):
+        with pytest.raises(UserError, match="converged at any cost"):
+            protocol(train, targets, test, test_targets)
     train[3, 4] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         voc.full_svm(train, train_targets, test, test_targets)
@@ -285,12 +267,12 @@ def test_fits_that_did_not_converge_and_features_that_are_not_finite(monkeypatch
 
 def test_a_class_with_too_few_images_is_left_out_and_named(tmp_path, monkeypatch, capsys):
     generator = np.random.default_rng(0)
-    for split, counts in (("train", (9, 9, 2)), ("val", (4, 4, 2))):
-        for label, count in zip(("a", "b", "rare"), counts):
-            (tmp_path / split / label).mkdir(parents=True)
+    for label, counts in dict(a=(9, 4), b=(9, 4), rare=(2, 2)).items():
+        for folder, count in zip((tmp_path / "train" / label, tmp_path / "val" / label), counts):
+            folder.mkdir(parents=True)
             for i in range(count):
                 pixels = generator.integers(0, 90, (32, 32, 3)) + 100 * (label == "b")
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / label / f"{i}.png")
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     monkeypatch.setattr(sys, "argv", ["eval_svm.py", *map(str, (
         "--weights", "random", "--arch", "narrow", "--data", tmp_path, "--image-size", 32,
         "--workers", 0, "--device", "cpu", "--output", tmp_path / "out.json"))])
