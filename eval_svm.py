@@ -5,9 +5,8 @@
         --low-shot-targets voc07_low_shot_targets.zip
 
 The protocol of the benchmark that published ODC's numbers: one-vs-rest SVMs on each of the five
-pooled maps, costs by 3-fold cross-validation. The table has the map with the best mAP, for the
-low-shot numbers, too. On other labelled data the same is done for each class against the rest.
-Classes with too few images are left out of the mean.
+pooled maps, costs by 3-fold cross-validation; the map with the best mAP counts. On other labelled
+data the same is done for each class against the rest. Classes with too few images are left out.
 """
 
 import functools
@@ -44,18 +43,17 @@ def one_vs_rest(dataset):
     """Targets [N, classes] int8: 1, -1 and, in VOC07, 0 (difficult)."""
     if dataset.targets is not None:
         return dataset.targets
-    return 2 * (dataset.labels[:, None] == torch.arange(len(dataset.classes))).to(torch.int8) - 1
+    return 2 * torch.nn.functional.one_hot(dataset.labels, len(dataset.classes)).to(torch.int8) - 1
 
 
 def draw_images(dataset, count, seed):
     """Ascending indices of `count` images, as many of each class as far as they reach."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     if dataset.labels is not None:
-        labels = dataset.labels[order]
-        by_class = labels.argsort(stable=True)
-        sizes = labels.bincount()
-        number = torch.empty_like(order)  # of each image among those of its class, as drawn
-        number[by_class] = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
+        labels, number = dataset.labels[order], torch.empty_like(order)
+        for label in labels.unique():  # number the images of each class, as drawn
+            own = labels == label
+            number[own] = torch.arange(int(own.sum()))
         order = order[number.argsort(stable=True)]
     return order[:count].sort().values
 
@@ -64,8 +62,7 @@ def classes_to_judge(targets, val_targets, names):
     """Indices of the classes with enough images; a line names the others. Raises UserError."""
     enough = (((targets == 1).sum(0) >= voc.FOLDS) & ((targets != 1).sum(0) >= voc.FOLDS)
               & ((val_targets == 1).sum(0) > 0))
-    need = (f"{voc.FOLDS} training images of a class, {voc.FOLDS} others, and a val image of the "
-            "class")
+    need = f"{voc.FOLDS} training images of a class, {voc.FOLDS} others, and a val image of it"
     if not enough.any():
         raise UserError(f"No class can be judged, which takes {need}: give a larger "
                         "--train-images, or other --data.")
@@ -75,10 +72,11 @@ def classes_to_judge(targets, val_targets, names):
     return enough.nonzero()[:, 0]
 
 
-def unconverged(result):
-    """A remark on fits that did not converge, or nothing."""
-    count = result.unconverged
-    return f" (fits that did not converge, and were left out: {count})" if count else ""
+def say(name, result):
+    """Print the mAP of a map, or of a number of shots."""
+    lost = f" ({result.unconverged} fits did not converge and were left out)"
+    print_main(f"{name}: mAP {100 * result.mean_average_precision:.2f}"
+               + (lost if result.unconverged else ""))
 
 
 def main():
@@ -138,21 +136,19 @@ def main():
         launch.check_signals()
         result = full[name] = voc.full_svm(train_rows.to(network.device), targets,
                                            val_rows.to(network.device), val_targets)
-        print_main(f"{name}: mAP {100 * result.mean_average_precision:.2f}{unconverged(result)}")
+        say(name, result)
     best = max(full, key=lambda name: full[name].mean_average_precision)
     at = MAP_NAMES.index(best)
     launch.check_signals()
     shots = voc.low_shot(train[at].to(network.device), samples, val[at].to(network.device),
                          val_targets)
-    for result in filter(unconverged, shots):
-        print_main(f"k = {result.k}{unconverged(result)}")
-
+    for result in shots:
+        say(f"{best}, k = {result.k}", result)
     row = {"Best Layer": best, "SVM": 100 * full[best].mean_average_precision}
     row |= {f"k={result.k}": 100 * result.mean_average_precision for result in shots}
-    published = None
-    if len(names) == len(val_set.classes) and tables.VOC07_SVM.is_comparable(
-            train_set, val_set, network.backbone, network.image_size):
-        published = tables.VOC07_SVM
+    comparable = len(names) == len(val_set.classes) and tables.VOC07_SVM.is_comparable(
+        train_set, val_set, network.backbone, network.image_size)
+    published = tables.VOC07_SVM if comparable else None
     tables.write_json(args.output, dict(
         script="eval_svm", protocol=protocol, **network.description(),
         train_images_used=len(train_set), seed=args.seed,

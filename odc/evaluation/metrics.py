@@ -16,20 +16,14 @@ def agreement(clusters, classes):
 
 
 def _pairs(clusters, classes):
-    """The pairs of cluster and class that exist: clusters [n], classes [n], images [n] float64.
-
-    There are at most N. A table of all pairs would be too large for the K x K of two epochs.
-    """
+    """The at most N pairs that exist: clusters [n], classes [n], numbers of images [n] float64."""
     num_classes = int(classes.max()) + 1
     keys, counts = (clusters * num_classes + classes).unique(return_counts=True)
     return keys // num_classes, keys % num_classes, counts.double()
 
 
 def nmi(clusters, classes):
-    """Normalised mutual information of two labelings [N] int64, in 0..1.
-
-    The mean of the two entropies normalises it. One cluster and one class agree fully.
-    """
+    """Mutual information of two labelings [N] int64 over the mean of their entropies, in 0..1."""
     joint, p_cluster, p_class = (counts.double() / len(clusters) for counts in (
         _pairs(clusters, classes)[2], clusters.bincount(), classes.bincount()))
     entropies = torch.special.entr(p_cluster).sum() + torch.special.entr(p_class).sum()
@@ -48,20 +42,14 @@ def adjusted_rand_index(clusters, classes):
 
 
 def purity(clusters, classes):
-    """Share of the images that are of the most frequent class of their cluster, in 0..1.
-
-    This is the many-to-one accuracy, to report where there are more clusters than classes.
-    """
+    """Share of the images that are of the most frequent class of their cluster, in 0..1."""
     cluster, _, counts = _pairs(clusters, classes)
     largest = counts.new_zeros(int(cluster.max()) + 1).scatter_reduce(0, cluster, counts, "amax")
     return float(largest.sum()) / len(clusters)
 
 
 def hungarian_accuracy(clusters, classes):
-    """Share of the images that the best one-to-one assignment of clusters to classes gets right.
-
-    Clusters or classes that are left over when the other side runs out count as wrong.
-    """
+    """Share of the images that the best one-to-one assignment of clusters to classes gets right."""
     cluster, label, images = (part.numpy() for part in _pairs(clusters, classes))
     counts = np.zeros((cluster.max() + 1, label.max() + 1))
     counts[cluster, label] = images
@@ -71,9 +59,9 @@ def hungarian_accuracy(clusters, classes):
 def _best_assignment(gains):
     """The largest sum of gains [rows, columns] with one column for every row; rows <= columns.
 
-    The Hungarian method with shortest augmenting paths (Jonker and Volgenant 1987). Rows are added
-    one by one. The new row takes a column, its owner takes another one, and so on up to a free
-    column. Of all such paths the cheapest is taken. Prices keep all reduced costs at 0 or above.
+    The Hungarian method (Jonker and Volgenant 1987): rows are added one by one. The new row takes a
+    column, its owner another one, and so on up to a free column, by the cheapest such path. Prices
+    keep all reduced costs at 0 or above.
     """
     costs = gains.max() - gains
     num_rows, num_columns = costs.shape

@@ -6,22 +6,19 @@ that is always 1, minimise over w
 
     1/2 ||w||^2 + C sum_i s_i max(0, 1 - t_i f_i)^2,    f_i = w . x_i.
 
-**Many problems at once.** Every solution is a sum of rows, w = sum_i b_i x_i. So all that classes,
-costs and folds need of the rows is their Gram matrix A, A_ij = x_i . x_j: then f = A b, and
-||w||^2 = b . A b. The product of A with the vectors of all problems is one matrix product.
+Every solution is a sum of rows, w = sum_i b_i x_i. So all that classes, costs and folds need of the
+rows is their Gram matrix A, A_ij = x_i . x_j: then f = A b, and ||w||^2 = b . A b.
 
-**Newton's method** (Chapelle, "Training a support vector machine in the primal", 2007). The active
-rows are those with 1 - t_i f_i > 0. If they were known, the objective would be quadratic, with its
+**Newton's method** (Chapelle, "Training a support vector machine in the primal", 2007). If the
+active rows, those with 1 - t_i f_i > 0, were known, the objective would be quadratic, with its
 minimum at (A + diag(1 / c)) b = t on the active rows, where c_i = 2 C s_i, and b = 0 on the others.
-Each step goes towards this minimum as far as the objective falls. A few steps find the active rows.
+Each step goes towards this minimum as far as the objective falls. Conjugate gradients solve these
+systems of all problems at once. Their preconditioner replaces A by its strongest eigenvectors L L^T
+and a diagonal; the Woodbury identity inverts it.
 
-**Conjugate gradients** solve the linear systems of all problems at once. Their preconditioner
-replaces A by its strongest eigenvectors L L^T and a diagonal; the Woodbury identity inverts it.
-
-**Precision.** The values b and f are float64, and a step is a correction to them in float32. The
-objective is 1-strongly convex in w, so w is at most as far from the solution as the gradient is
-long: ||w - w*||^2 <= g . A g with g_i = b_i - c_i t_i max(0, 1 - t_i f_i). This checks every
-problem.
+**Precision.** b and f are float64, a step is a correction to them in float32. The objective is
+1-strongly convex in w, so ||w - w*||^2 <= g . A g with g_i = b_i - c_i t_i max(0, 1 - t_i f_i).
+This checks every problem.
 
 Letters: n rows, P problems, S costs, G Gram matrices, each with problems of its own, r rank of L.
 """
@@ -66,13 +63,10 @@ def gram_matrix(rows, others=None):
 
 
 def strongest_eigenvectors(gram):
-    """L [n, r] float64, so that L L^T is the dominant part of a Gram matrix [n, n].
-
-    The strongest comes first. By subspace iteration.
-    """
+    """L [n, r] float64, strongest first: L L^T is the dominant part of a Gram matrix [n, n]."""
     n, generator = len(gram), torch.Generator().manual_seed(0)
     q = torch.randn(n, min(n, RANK + 16), generator=generator, dtype=torch.float64).to(gram.device)
-    for _ in range(4):
+    for _ in range(4):  # subspace iteration
         q = torch.linalg.qr(gram @ q).Q
     values, vectors = torch.linalg.eigh(q.T @ (gram @ q))
     return (q @ vectors * values.clamp(min=0).sqrt()).flip(1)[:, :RANK]
@@ -113,10 +107,7 @@ class _Solver:
         self.rest = (gram.diagonal(dim1=1, dim2=2) - basis.square().sum(-1)).clamp(min=0)
 
     def solve(self, t, slope, b, f):
-        """The solutions b and f, and bounds [G, P] on their relative errors.
-
-        Problem p is done when it is solved for all G Gram matrices.
-        """
+        """The solutions b and f, and bounds [G, P] on their relative errors."""
         errors = b.new_full(b.shape[:2], torch.inf)
         todo = torch.arange(b.shape[1], device=b.device)
         for count in range(MAX_STEPS):
@@ -126,7 +117,7 @@ class _Solver:
             # No w is longer than the root of sum c. A thousandth of it is added, for a w of 0.
             norm = (B * F).sum(-1).clamp(min=0).sqrt() + 1e-3 * C.sum(-1).sqrt()
             errors[:, todo] = square.sqrt() / norm
-            left = (errors[:, todo] > TOLERANCE).any(0)
+            left = (errors[:, todo] > TOLERANCE).any(0)  # for one of the Gram matrices
             if not left.any():
                 break
             todo = todo[left]

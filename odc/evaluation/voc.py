@@ -4,9 +4,11 @@ Letters: N train images, M test images, S costs.
 """
 
 import io
+import itertools
 import os
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,10 +32,9 @@ def stratified_folds(positive):
     positive: [N] bool. The rows sorted by label are dealt out in turn, which says how many rows of
     each label a fold gets. The rows of a label go to the folds in their order.
     """
-    positive = positive.bool().cpu()
+    positive = positive.cpu()
     labels = (positive != positive[0]).long()  # numbered in the order of first appearance
-    dealt = labels.sort().values
-    fold = torch.empty_like(labels)
+    dealt, fold = labels.sort().values, torch.empty_like(labels)
     for label in (0, 1):
         shares = torch.tensor([int((dealt[f::FOLDS] == label).sum()) for f in range(FOLDS)])
         fold[labels == label] = torch.arange(FOLDS).repeat_interleave(shares)
@@ -45,32 +46,27 @@ def step_average_precision(positive, scores):
 
     positive: [n] bool; scores: [n, c]. Returns [c] float64; without positives 0.
     """
-    scores, order = scores.sort(dim=0, descending=True, stable=True)
-    hits = positive[order].double().cumsum(0)
-    ranks = torch.arange(1, len(scores) + 1, dtype=torch.float64, device=scores.device)[:, None]
-    last = torch.ones_like(scores, dtype=torch.bool)  # the last row of each run of equal scores
-    last[:-1] = scores[:-1] != scores[1:]
-    reached = torch.where(last, hits, torch.zeros_like(hits)).cummax(0).values
-    before = torch.cat([torch.zeros_like(reached[:1]), reached[:-1]])  # at the threshold before
-    gain = torch.where(last, hits - before, torch.zeros_like(hits))
-    return (gain * hits / ranks).sum(0) / hits[-1].clamp(min=1)
+    scores, order = scores.T.contiguous().sort(dim=1, descending=True)
+    hit = positive[order].double()
+    ranks = torch.searchsorted(-scores, -scores, right=True)  # rows with at least this score
+    precision = hit.cumsum(1).gather(1, ranks - 1) / ranks
+    return (hit * precision).sum(1) / hit.sum(1).clamp(min=1)
 
 
 def voc_average_precision(targets, scores):
     """VOC's average precision: the area under the interpolated precision-recall curve.
 
     targets: [n], 1, -1, 0 for present, absent, difficult (left out); scores: [n, c]. Absent images
-    come first among equal scores, so that the order of the images does not matter. Returns [c]
-    float64; without positives 0.
+    come first among equal scores. Returns [c] float64; without positives 0.
     """
     kept = targets != 0
     scores, positive = scores[kept], targets[kept] > 0
     absent_first = positive.sort(stable=True).indices
     order = scores[absent_first].sort(dim=0, descending=True, stable=True).indices
     hit = positive[absent_first][order].double()
-    hits = hit.cumsum(0)
-    ranks = torch.arange(1, len(hit) + 1, dtype=torch.float64, device=hit.device)[:, None]
-    envelope = (hits / ranks).flip(0).cummax(0).values.flip(0)  # the best precision from there on
+    ranks = torch.arange(1, len(hit) + 1, device=hit.device)[:, None]
+    precision = hit.cumsum(0) / ranks
+    envelope = precision.flip(0).cummax(0).values.flip(0)  # the best precision from there on
     return (hit * envelope).sum(0) / hit.sum(0).clamp(min=1)
 
 
@@ -81,22 +77,17 @@ def read_low_shot_targets(path, num_images, num_classes):
     files have 1, 0 and -1). Raises UserError naming the file that is missing or does not fit.
     """
     targets = {k: [] for k in SHOTS}
-    for k in SHOTS:
-        for sample in range(1, SAMPLES + 1):
-            name = f"train_targets_sample{sample}_k{k}.npy"
-            published = _read_array(path, name)
-            if published.shape != (num_images, num_classes):
-                raise UserError(f"{path}: {name} is an array of shape {published.shape}, but there "
-                                f"are {num_images} images and {num_classes} classes; give the "
-                                "target files of this dataset.")
-            # The published script draws k negatives for each of the other classes.
-            counts = {1: k, 0: (num_classes - 1) * k, -1: num_images - num_classes * k}
-            if any(((published == v).sum(0) != count).any() for v, count in counts.items()):
-                raise UserError(f"{path}: {name} must have {k} ones, {counts[0]} zeros and else -1 "
-                                "for each class (positive, negative, ignored); give the published "
-                                "files.")
-            published = torch.from_numpy(published.astype(np.int8))
-            targets[k].append((published == 1).to(torch.int8) - (published == 0).to(torch.int8))
+    for k, sample in itertools.product(SHOTS, range(1, SAMPLES + 1)):
+        name = f"train_targets_sample{sample}_k{k}.npy"
+        published = _read_array(path, name)
+        # The published script draws k negatives for each of the other classes.
+        counts = {1: k, 0: (num_classes - 1) * k, -1: num_images - num_classes * k}
+        if published.shape != (num_images, num_classes) or any(
+                ((published == value).sum(0) != count).any() for value, count in counts.items()):
+            raise UserError(f"{path}: {name} must be {(num_images, num_classes)}, images and "
+                            f"classes, with {k} ones, {counts[0]} zeros and else -1 for each "
+                            "class; give the published target files of this dataset.")
+        targets[k].append(torch.from_numpy((published == 1).astype(np.int8) - (published == 0)))
     return targets
 
 
@@ -107,11 +98,10 @@ def _read_array(path, name):
             with zipfile.ZipFile(path) as archive:
                 entry = next((e for e in archive.namelist() if e.split("/")[-1] == name), name)
                 content = archive.read(entry)
-        elif not os.path.isfile(file := os.path.join(path, name)):
-            raise FileNotFoundError("there is no such file")
+        elif (file := Path(path, name)).is_file():
+            content = file.read_bytes()
         else:
-            with open(file, "rb") as opened:
-                content = opened.read()
+            raise FileNotFoundError("there is no such file")
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except Exception as error:  # whatever a foreign file makes them raise
         raise UserError(f"{path}: {name} cannot be read ({error}); give the folder or the zip file "
@@ -122,20 +112,18 @@ def draw_low_shot_targets(targets, seed):
     """Draw k positives and 19 k negatives of every class, without replacement.
 
     targets: [N, classes], 1, -1, 0 (difficult images are never drawn). Returns what
-    `read_low_shot_targets` does, for every k for which each class has so many. A draw depends on
-    seed, k and sample only.
+    `read_low_shot_targets` does, for every k for which each class has so many.
     """
     positives, negatives = (int((targets == label).sum(0).min()) for label in (1, -1))
     drawn = {k: [] for k in SHOTS if k <= positives and NEGATIVES * k <= negatives}
-    for k, samples in drawn.items():
-        for sample in range(SAMPLES):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + k * 101 + sample)
-            samples.append(torch.zeros(targets.shape, dtype=torch.int8))
-            for c in range(targets.shape[1]):
-                for label, count in ((1, k), (-1, NEGATIVES * k)):
-                    rows = (targets[:, c] == label).nonzero()[:, 0].cpu()
-                    picked = torch.randperm(len(rows), generator=generator)[:count]
-                    samples[-1][rows[picked], c] = label
+    for k, sample in itertools.product(drawn, range(SAMPLES)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + k * 101 + sample)
+        drawn[k].append(torch.zeros(targets.shape, dtype=torch.int8))
+        for c, (label, count) in itertools.product(range(targets.shape[1]),
+                                                   ((1, k), (-1, NEGATIVES * k))):
+            rows = (targets[:, c] == label).nonzero()[:, 0].cpu()
+            picked = torch.randperm(len(rows), generator=generator)[:count]
+            drawn[k][-1][rows[picked], c] = label
     return drawn
 
 
@@ -143,14 +131,11 @@ def draw_low_shot_targets(targets, seed):
 class FullResult:
     """Full SVM of one feature map."""
 
+    mean_average_precision: float
     average_precision: torch.Tensor  # [classes] float64, on the test images
     costs: list  # [classes], the chosen cost
     validation: torch.Tensor  # [S, classes] float64, mean AP of the folds; NaN if not converged
     unconverged: int  # fits that did not converge and were not used
-
-    @property
-    def mean_average_precision(self):
-        return float(self.average_precision.mean())
 
 
 @dataclass
@@ -171,8 +156,7 @@ def full_svm(train, train_targets, test, test_targets):
     train: [N, D], test: [M, D], unit rows. train_targets: [N, classes], test_targets: [M, classes]
     of 1, -1, 0; difficult images are negatives in training and left out of the test. Every class
     needs FOLDS positives and negatives. Takes about 12 N^2 bytes. The classes are split over the
-    processes, and every one gets the whole result. Raises UserError for features that are not
-    finite. A collective.
+    processes. Raises UserError for features that are not finite. A collective.
     """
     if not (train.isfinite().all() and test.isfinite().all()):
         raise UserError("The features have values that are not finite; check the weights.")
@@ -197,28 +181,26 @@ def full_svm(train, train_targets, test, test_targets):
         for i, (c, result) in enumerate(zip(own, results)):
             for f in range(FOLDS):
                 held_out = folds[i] == f
-                precision = step_average_precision(labels[i, held_out] == 1,
-                                                   decisions[:, f, i, held_out].T)
-                result[3:] += precision.cpu() / FOLDS
+                result[3:] += step_average_precision(labels[i, held_out] == 1,
+                                                     decisions[:, f, i, held_out].T).cpu() / FOLDS
             result[3:].masked_fill_(~converged[:, :, i].all(1), torch.nan)
             s = _first_best(result[3:])
             b = coefficients[s, FOLDS, i]
-            scores = test @ (b @ train) + b.sum()
-            precision = voc_average_precision(test_targets[:, c].to(b.device), scores[:, None])
-            result[0], result[1], result[2] = float(precision), s, (~converged[:, :, i]).sum()
+            scores = (test @ (b @ train) + b.sum())[:, None]
+            result[0] = voc_average_precision(test_targets[:, c].to(b.device), scores)
+            result[1], result[2] = s, (~converged[:, :, i]).sum()
     results = distributed.all_gather_uneven_rows(results)
     precision, chosen, unconverged, validation = results.split([1, 1, 1, len(COSTS)], dim=1)
     _refuse_unsolved(validation)
-    return FullResult(precision[:, 0], [COSTS[int(s)] for s in chosen], validation.T,
-                      int(unconverged.sum()))
+    return FullResult(float(precision.mean()), precision[:, 0], [COSTS[int(s)] for s in chosen],
+                      validation.T, int(unconverged.sum()))
 
 
 def low_shot(train, samples_by_shot, test, test_targets):
     """Low-shot SVM of one feature map: fit every class, sample and cost, and test all of them.
 
-    Arguments as `full_svm`, but samples_by_shot: {k: [targets [N, classes] of each
-    sample]}, with as many rows that are not 0 for every class. The problems are split over the
-    processes. Returns a LowShotResult for each k. A collective.
+    Arguments as `full_svm`, but samples_by_shot: {k: [targets [N, classes] of each sample]}, with
+    as many rows that are not 0 for every class. Returns a LowShotResult for each k. A collective.
     """
     gram = svm.gram_matrix(train)
     basis = svm.strongest_eigenvectors(gram)
@@ -242,9 +224,8 @@ def low_shot(train, samples_by_shot, test, test_targets):
                 for i in range(len(part)):
                     scores = fits.coefficients[:, i, 0] @ products[rows[i]]  # [S, M]
                     targets = test_targets[:, (own.start + start + i) % num_classes]
-                    found = voc_average_precision(targets, scores.T)
-                    found[~fits.converged[:, i, 0]] = torch.nan
-                    precision[start + i] = found
+                    precision[start + i] = voc_average_precision(targets, scores.T)
+                precision[start : start + size][~fits.converged[:, :, 0].T.cpu()] = torch.nan
             precision = distributed.all_gather_uneven_rows(precision)
             by_cost = precision.view(-1, num_classes, len(COSTS)).mean(1).T  # [S, samples]
             means = by_cost.mean(1)

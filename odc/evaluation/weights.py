@@ -18,17 +18,13 @@ from torch.serialization import safe_globals
 from odc.errors import UserError
 from odc.model import ARCHS, ResNet, use_small_stem
 
-# Where a file keeps the network to evaluate, best first (the teacher, as DINO evaluates it). Other
-# dicts come after these.
-CONTAINERS = ("backbone", "", "state_dict", "model", "teacher", "student")
+# Where a file keeps the network to evaluate, best first; other dicts come after these.
+CONTAINERS = ("backbone", "", "state_dict", "model", "teacher")
 # A moving average beside the trained network (MoCo's key encoder, BYOL's target) comes second.
 COPY = re.compile(r"encoder_k|momentum|target|(?<![a-z])ema(?![a-z])")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Names of a ResNet's trunk: one of these that our ResNet lacks means another network.
 TRUNK = re.compile(r"(conv|bn|layer|norm|stem)\d*\.")
-# timm's names of networks with all tensors of a ResNet and other pooling, which has no tensors.
-OTHER_POOLING = re.compile(r"resnet(?:aa|blur)\d+")
-ATTENTION = re.compile(r"attn|pos_embed|patch_embed|cls_token|class_token|conv_proj")
 # (blocks of each stage, expansion of the blocks, width of the stem) -> name
 STRUCTURES = {(blocks, block.expansion, width): name
               for name, (block, blocks, width) in ARCHS.items()}
@@ -40,8 +36,7 @@ def load_backbone(weights, arch=None, image_size=224, seed=0, option="--weights"
     arch: a key of ARCHS; by default as recognised in the file, or resnet50 for "random".
     image_size: decides the stem of a random network. A file's stem is recognised.
     Returns (ResNet in eval mode on the CPU, one line about what was matched and what was not).
-    Raises UserError, naming the option, for a file that is missing, damaged, wants to run code, or
-    is not wholly a ResNet of `arch`.
+    Raises UserError, naming the option, for a file that is not wholly a ResNet of `arch`.
     """
     if arch is not None and arch not in ARCHS:
         raise UserError(f"--arch {arch}: choose one of {', '.join(ARCHS)}.")
@@ -55,12 +50,11 @@ def load_backbone(weights, arch=None, image_size=224, seed=0, option="--weights"
     except UserError as error:
         raise UserError(f"{option} {weights}: {error}") from None
     except Exception as error:  # whatever a damaged or foreign file makes zipfile or torch raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"reading it would run {refused[1]}, which is refused"
-        raise UserError(f"{option} {weights}: cannot be read ({reason[:200]}); it is missing, "
-                        "truncated, damaged, or not a weights file: give one with a network's "
-                        "state_dict().") from None
+        raise UserError(f"{option} {weights}: cannot be read ({reason}); it is missing, truncated, "
+                        "damaged, or not a weights file: give a network's state_dict().") from None
 
 
 def load_pretrained(backbone, weights, image_size):
@@ -70,59 +64,50 @@ def load_pretrained(backbone, weights, image_size):
     """
     loaded, description = load_backbone(weights, backbone.arch, image_size, option="--pretrained")
     if loaded.small_stem != backbone.small_stem:
-        side = "up to" if loaded.small_stem else "more than"
-        raise UserError(f"--pretrained {weights}: its stem is for images of {side} 64 pixels and "
-                        f"--image-size is {image_size}; change it, or take other weights.")
+        raise UserError(f"--pretrained {weights}: its stem does not fit --image-size {image_size} "
+                        "(up to 64 pixels, or more); change it, or take other weights.")
     backbone.load_state_dict(loaded.state_dict())
     return description
 
 
 def _find_backbone(path, arch, content, passed_over):
     """What `load_backbone` returns, from what `_read` does. Raises UserError without the path."""
-    objects = list(_objects(content))
-    dicts = [(where, found) for where, found in objects
-             if where is not None and isinstance(found, dict)]
-    dicts.sort(key=lambda item: ([*CONTAINERS, item[0]].index(item[0]), _is_copy(item[0])))
+    dicts = sorted(_dicts(content), key=lambda item: (
+        [*CONTAINERS, item[0]].index(item[0]), _is_copy(item[0])))
     states = [(where, _torchvision_names({key: value for key, value in found.items()
                                           if isinstance(key, str) and torch.is_tensor(value)}))
               for where, found in dicts]
     places = [(where, state, prefix, _structure(state, prefix))
               for where, state in states for prefix in _prefixes(state)]
     if not places:
-        raise UserError(_no_resnet(states, passed_over))
+        keys = [key for _, state in states for key in state]
+        objects = f" but objects of {_some(passed_over)}" if passed_over else ""
+        raise UserError("it holds no ResNet in torchvision's names, conv1.weight, "
+                        "layer1.0.conv1.weight, ... with any prefix; it holds "
+                        f"{f'keys {_some(keys)}' if keys else f'no state dict{objects}'}; give a "
+                        "file with a ResNet's state_dict().")
     # The first place of this architecture decides, even if it is damaged and a copy is not.
     wanted = [structure for structure, name in STRUCTURES.items() if arch in (None, name)]
     where, state, prefix, structure = next((p for p in places if p[-1] in wanted), places[0])
-    place = f"{where}: {prefix}" if where and prefix else where or prefix or "top level"
-    own = {key.removeprefix(prefix): value for key, value in state.items()
-           if key.startswith(prefix)}
-    channels, *kernel = own["conv1.weight"].shape[1:]
-    if channels != 3:
-        raise UserError(f"its first convolution takes {channels} channels"
-                        f"{' (of a Sobel filter, perhaps)' if channels == 2 else ''}, and "
-                        "images here have 3; this network cannot be evaluated.")
     arch = arch or STRUCTURES.get(structure)
     if arch is None:
-        blocks, expansion, width = structure
-        matched, problems = {}, [f"{'bottleneck' if expansion == 4 else 'basic'} blocks {blocks} "
-                                 f"and a stem of {width} channels are none of {', '.join(ARCHS)}"]
-    else:
-        backbone = ResNet(arch, small_stem=kernel == [3, 3])
-        matched, problems = _match(own, backbone.state_dict())
+        blocks, _, width = structure
+        raise UserError(f"its blocks {blocks} and its stem of {width} channels are none of "
+                        f"{', '.join(ARCHS)}; give another file.")
+    own = {key.removeprefix(prefix): value for key, value in state.items()
+           if key.startswith(prefix)}
+    backbone = ResNet(arch, small_stem=own["conv1.weight"].shape[2:] == (3, 3))
+    matched, problems = _match(own, backbone.state_dict())
+    place = f"{len(matched)} tensors matched under '{f'{where}/{prefix}'.strip('/')}'"
     if problems:
-        raise UserError(f"its weights are not a whole {arch or 'known ResNet'}: "
-                        f"{_some(problems, '; ')} ({len(matched)} tensors matched under "
-                        f"'{place}'); give the right file or --arch.")
+        raise UserError(f"its weights are not a whole {arch}: {_some(problems)} ({place}); give "
+                        "the right file or --arch.")
     backbone.load_state_dict(matched, strict=False)
     left_over = [key for key in state
                  if not key.startswith(prefix) or key.removeprefix(prefix) not in matched]
-    text = (f"{_describe(backbone)} from {path}: {len(matched)} tensors matched under "
-            f"'{place}', 0 missing, {len(left_over)} left over")
+    text = f"{_describe(backbone)} from {path}: {place}, 0 missing, {len(left_over)} left over"
     text += f" ({_some(left_over)})" if left_over else ""
     text += f"; passed over: objects of {_some(passed_over)}" if passed_over else ""
-    strings = [path, *(value for _, value in objects if isinstance(value, str))]
-    if named := next(filter(None, map(OTHER_POOLING.search, strings)), None):
-        text += f"; it names {named[0]}, whose pooling this backbone lacks: features will differ"
     return backbone.eval(), text
 
 
@@ -130,9 +115,8 @@ def _describe(backbone):
     return backbone.arch + (" with the small stem" if backbone.small_stem else "")
 
 
-def _some(names, separator=", ", limit=3):
-    more = len(names) - limit
-    return separator.join(names[:limit]) + (f"{separator}and {more} more" if more > 0 else "")
+def _some(names):
+    return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -145,7 +129,7 @@ class _Object:
         return super().__new__(cls)
 
     def __setstate__(self, state):
-        self.state = state
+        pass
 
 
 class _Dict(_Object):  # a kind of dict
@@ -167,21 +151,18 @@ REFUSALS = (
 
 
 def _read(path):
-    """The content of a file, memory-mapped if it can be, and the names of objects in it.
+    """The content of a file, memory-mapped if it can be, and the names of objects passed over.
 
-    Objects of unknown names are passed over. The names are found one by one: each gets a stand-in,
-    and the file is read again. Raises anything.
+    The names are found one by one: each gets a stand-in, and the file is read again.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is a directory or a device")
     with open(path, "rb") as file:
         mapped = file.read(4) == b"PK\x03\x04"
     if mapped:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise ValueError("a checksum does not match")
-            if any(part.compress_type for part in archive.infolist()):
-                raise ValueError("it is compressed: a TorchScript program, or packed anew")
+        with zipfile.ZipFile(path) as archive:  # torch does not check either
+            if archive.testzip() or any(part.compress_type for part in archive.infolist()):
+                raise ValueError("a checksum is wrong, or it is compressed, as TorchScript is")
     kinds = {}
     while True:
         stand_ins = [(type(f"<{name}>", (kind,), {}), name) for name, kind in kinds.items()]
@@ -203,26 +184,15 @@ def _read(path):
 # --- finding the backbone ------------------------------------------------------------------------
 
 
-def _objects(content):
-    """(name, object) of all that is in a file, what is nearest to the top first.
-
-    The name is that of nested dicts, and None for what is in a list or another object. An object
-    that is in many places, or in itself, comes once with a name and once without.
-    """
+def _dicts(content):
+    """(name, dict) of all nested dicts, what is nearest to the top first, and each one once."""
     queue, seen = deque([("", content)]), set()
     while queue:
         where, found = queue.popleft()
-        if (id(found), where is None) in seen:
-            continue
-        seen.add((id(found), where is None))
-        yield where, found
-        if isinstance(found, dict):
-            queue.extend((where if where is None else f"{where}/{key}" if where else str(key),
-                          value) for key, value in found.items())
-        elif isinstance(found, (list, tuple)):
-            queue.extend((None, value) for value in found)
-        elif isinstance(found, _Object):
-            queue.append((None, vars(found).get("state")))
+        if isinstance(found, dict) and id(found) not in seen:
+            seen.add(id(found))
+            yield where, found
+            queue.extend((f"{where}/{key}".strip("/"), value) for key, value in found.items())
 
 
 # Hugging Face's names of a ResNet's parts, and CIFAR ResNets' of the shortcut, in torchvision's.
@@ -239,10 +209,7 @@ CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # in torchv
 
 
 def _torchvision_names(state):
-    """A state dict with the parts of a ResNet under torchvision's names.
-
-    The parts may have Hugging Face's names, or be the numbered children of an nn.Sequential.
-    """
+    """A state dict with Hugging Face's names, and an nn.Sequential's numbers, in torchvision's."""
     for pattern, name in NAMES:
         state = {re.sub(pattern, name, key): value for key, value in state.items()}
     blocks = [re.fullmatch(r"((?:.*\.)?)\d+\.0\.conv1\.weight", key) for key in state]
@@ -290,25 +257,9 @@ def _match(own, wanted):
         elif ((own[key].dtype not in FLOATS and not counter) or own[key].is_meta
               or own[key].layout != torch.strided):
             problems.append(f"{key} ({own[key].dtype}) holds no plain floats of 16 to 64 bits")
-        elif own[key].is_floating_point() and not own[key].isfinite().all():
-            problems.append(f"{key} is not finite")
-        elif key.endswith("running_var") and (own[key] < 0).any():
-            problems.append(f"{key} is negative")
+        elif not own[key].isfinite().all() or (key.endswith("_var") and own[key].min() < 0):
+            problems.append(f"{key} is negative or not finite")
         else:
             matched[key] = own[key]
     problems += [f"{key} is left over" for key in own if key not in wanted and TRUNK.match(key)]
     return matched, problems
-
-
-def _no_resnet(states, passed_over):
-    """What a file without a ResNet holds, in one sentence."""
-    keys = [key for _, state in states for key in state]
-    if not keys:
-        objects = f", but objects of {_some(passed_over)}" if passed_over else ""
-        return (f"it holds no state dict (a dict of named tensors){objects}; save the network's "
-                "state_dict().")
-    if named := list(filter(ATTENTION.search, keys)):
-        return (f"it holds a network with attention, such as a Vision Transformer ({_some(named)});"
-                f" only ResNets can be evaluated: {', '.join(ARCHS)}.")
-    return ("it holds no ResNet in torchvision's names, conv1.weight, layer1.0.conv1.weight, ... "
-            f"with any prefix; its keys are {_some(keys)}.")

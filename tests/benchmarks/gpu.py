@@ -19,8 +19,7 @@ RUNS = {
     "memory": [[], ["--splits"]],
     "kmeans": [["--large"]],
     "knn": [[]],
-    "svm": [[]],
-    "lowshot": [[]],
+    "svm": [[], ["--low-shot"]],
     "input": [[]],
 }
 

@@ -1,12 +1,12 @@
-"""All 1,520 fits of one VOC07 feature map against scikit-learn's LinearSVC, as the recipe calls it.
+"""All SVM fits of one VOC07 feature map against scikit-learn's LinearSVC, as the recipe calls it.
 
-    python -m tests.benchmarks.svm
+    python -m tests.benchmarks.svm               1,520 fits: 20 classes x 19 costs x (3 folds + all)
+    python -m tests.benchmarks.svm --low-shot    15,200: 8 k x 5 samples x 20 classes x 19 costs
 
-20 classes x 19 costs x (3 folds + all rows) on 5,011 x 8,192. LinearSVC solves every tenth fit, all
-costs, folds and classes among them, in float64 and on the one thread that it can use; its time is
-scaled by ten. Ours is the whole table from the features: the Gram matrix, the fits, and the test on
-4,952 images. Processor seconds (of all threads) stand beside the seconds on the clock, because
-other programs on the machine change them less.
+On 5,011 x 8,192. LinearSVC solves every tenth fit, all kinds among them, in float64 and on the one
+thread that it can use; its time is scaled by ten. Ours is the whole table from the features: Gram
+matrices, fits, and the test on 4,952 images. Processor seconds (of all threads) stand beside the
+seconds on the clock, because other programs on the machine change them less.
 """
 
 import time
@@ -29,7 +29,6 @@ def made_up_features(num_train=5011, num_test=4952, width=8192, seed=0):
 
     Dense, non-negative, unit rows, all with a large common part, a spectrum that falls as a power,
     and classes that a linear classifier finds with APs of about 0.3 to 0.9.
-    Returns train features, train targets, test features, test targets.
     """
     generator = torch.Generator().manual_seed(seed)
     N, hidden = num_train + num_test, 256
@@ -71,63 +70,57 @@ def objective(weight, rows, targets, cost):
     return 0.5 * weight @ weight + cost * (np.where(targets > 0, 2, 1) * hinge**2).sum()
 
 
-def make_svm_parser(doc):
-    parser = make_parser(doc)
+def solve_one(gram, basis, targets, cost):
+    """Our b [N] of one fit, by itself; targets [N] of 1, -1, 0."""
+    rows = targets.nonzero()[:, 0].to(gram.device)
+    fits = svm.fit(gram[rows[:, None], rows][None], basis[rows][None, :, :len(rows)],
+                   targets.to(gram.device)[rows][None, None], (cost,))
+    return gram.new_zeros(len(gram)).index_copy(0, rows, fits.coefficients[0, 0, 0]).cpu().numpy()
+
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument("--low-shot", action="store_true", help="the low-shot table, else the full")
     parser.add_argument("--every", type=int, default=10,
                         help="LinearSVC solves one fit in so many (a divisor of 20)")
-    return parser
-
-
-def compare(title, table, solution, train, problems, chosen, args):
-    """Print the time of the whole table, and of LinearSVC for the chosen fits [(problem, cost)].
-
-    solution: called with one of the chosen, it returns our b [N].
-    """
+    args = parser.parse_args()
+    train, targets, test, test_targets = made_up_features()
+    device = [part.to(args.device) for part in (train, test)]
+    if args.low_shot:
+        samples = voc.draw_low_shot_targets(targets, seed=0)
+        problems = torch.cat([torch.stack(drawn).transpose(1, 2).flatten(0, 1)
+                              for drawn in samples.values()])
+    else:
+        folds = torch.stack([voc.stratified_folds(row == 1) for row in targets.T])
+        problems = torch.cat([torch.where(folds == fold, 0, targets.T) for fold in range(4)])
     start = clock()
-    table()
+    if args.low_shot:
+        voc.low_shot(device[0], samples, device[1], test_targets)
+    else:
+        voc.full_svm(device[0], targets, device[1], test_targets)
     ours = clock() - start
+    gram = svm.gram_matrix(device[0])
+    basis = svm.strongest_eigenvectors(gram)
     rows, sampled, gaps = train.double().numpy(), [], []
-    for p, s in chosen:
+    for p, s in np.ndindex(len(problems), len(voc.COSTS)):
+        if (p + 3 * (p // 20) + s) % args.every:
+            continue
         used = (problems[p] != 0).numpy()
         t, cost, own = problems[p].numpy()[used].astype(np.int64), voc.COSTS[s], rows[used]
         seconds, weight = linear_svc(own, t, cost)
         sampled.append(seconds)
-        b = solution(p, s).cpu().numpy()
+        b = solve_one(gram, basis, problems[p], cost)
         best = objective(np.append(rows.T @ b, b.sum()), own, t, cost)
         gaps.append(best / objective(weight, own, t, cost) - 1)
     theirs, fits = np.sum(sampled, axis=0) * args.every, len(problems) * len(voc.COSTS)
-    print(f"\n{title}, {fits:,} fits; {machine(args.device)}\n")
+    print(f"\nSVMs of one feature map, 5,011 x 8,192, {fits:,} fits; {machine(args.device)}\n")
     print("| | time | processor |\n|---|---|---|")
     print(f"| ours | {ours[0]:.1f} s | {ours[1]:.1f} s |")
     print(f"| LinearSVC ({len(sampled)} fits measured, times {args.every}) | {theirs[0]:.0f} s | "
           f"{theirs[1]:.0f} s |")
-    print(f"| LinearSVC / ours (must reach 25) | {theirs[0] / ours[0]:.0f} | "
-          f"{theirs[1] / ours[1]:.0f} |")
+    print("| LinearSVC / ours (must reach 25) | {:.0f} | {:.0f} |".format(*theirs / ours))
     print("\nObjective, ours / LinearSVC - 1, over the measured fits: "
           f"worst {max(gaps):+.1e}, best {min(gaps):+.1e}.")
-
-
-def main():
-    args = make_svm_parser(__doc__).parse_args()
-    train, targets, test, test_targets = made_up_features()
-    labels = targets.T
-    folds = torch.stack([voc.stratified_folds(row == 1) for row in labels])
-    problems = torch.cat([torch.where(folds == fold, 0, labels) for fold in range(4)])  # 3: all
-    chosen = [(part * 20 + c, s) for part in range(4) for s in range(len(voc.COSTS))
-              for c in range(20) if (c + s + 5 * part) % args.every == 0]
-    device = [part.to(args.device) for part in (train, test)]
-    gram = svm.gram_matrix(device[0])[None]
-    basis = svm.strongest_eigenvectors(gram[0])[None]
-
-    def solution(p, s):
-        """b of one fit, by itself."""
-        fits = svm.fit(gram, basis, problems[None, p : p + 1].to(gram.device),
-                       voc.COSTS[s : s + 1])
-        return fits.coefficients[0, 0, 0]
-
-    compare("Full SVM of one feature map, 5,011 x 8,192",
-            lambda: voc.full_svm(device[0], targets, device[1], test_targets), solution, train,
-            problems, chosen, args)
 
 
 if __name__ == "__main__":

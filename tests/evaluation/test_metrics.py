@@ -29,14 +29,6 @@ def test_against_scikit_learn(size, num_clusters, num_classes, seed):
     assert metrics.hungarian_accuracy(clusters, classes) == pytest.approx(best)
 
 
-def test_equal_labelings_under_other_names():
-    classes = torch.randint(10, (500,), generator=torch.Generator().manual_seed(0))
-    clusters = torch.randperm(10, generator=torch.Generator().manual_seed(1))[classes]
-    for metric in (metrics.nmi, metrics.adjusted_rand_index, metrics.purity,
-                   metrics.hungarian_accuracy):
-        assert metric(clusters, classes) == pytest.approx(1)
-
-
 def test_one_cluster_for_all():
     classes = torch.tensor([0, 0, 0, 1, 2])
     one = torch.zeros(5, dtype=torch.int64)
@@ -59,11 +51,9 @@ def test_a_million_clusters_need_no_table_of_all_pairs():
     """Such a table would have 10^12 cells."""
     clusters = torch.randint(10**6, (2000,), generator=torch.Generator().manual_seed(0))
     classes = clusters.flip(0)
-    assert metrics.nmi(clusters, classes) == pytest.approx(
-        normalized_mutual_info_score(classes, clusters), abs=1e-12)
-    assert metrics.adjusted_rand_index(clusters, classes) == pytest.approx(
-        adjusted_rand_score(classes, clusters), abs=1e-12)
-    assert 0.99 < metrics.purity(clusters, classes) <= 1
+    for ours, theirs in ((metrics.nmi, normalized_mutual_info_score),
+                         (metrics.adjusted_rand_index, adjusted_rand_score)):
+        assert ours(clusters, classes) == pytest.approx(theirs(classes, clusters), abs=1e-12)
 
 
 def test_silhouette():
