@@ -41,17 +41,16 @@ DEMO = RECIPE | dict(
     checkpoint_interval=100)
 PRESETS = {"recipe": RECIPE, "small": SMALL, "demo": DEMO}
 
-# Settings of one start, which a continued run does not take from its checkpoint.
-PER_START = {"data", "output", "workers", "device", "tensorboard", "export_only"}
 # Settings that may differ when a run is continued.
-MAY_DIFFER = PER_START | {"epochs", "checkpoint_interval"}
+MAY_DIFFER = {"data", "output", "workers", "device", "tensorboard", "export_only", "epochs",
+              "checkpoint_interval"}
 
 
 def make_parser():
     parser = Parser(
         "Online Deep Clustering: learn a ResNet from images without labels. A setting that is not "
-        f"given is that of --preset: recipe for {SMALL_SET:,} images or more, small for fewer, demo "
-        "for the drawn shapes. The three values are shown in this order; - follows from the images.")
+        f"given is that of --preset: recipe for {SMALL_SET:,} images or more, small for fewer, "
+        "demo for the drawn shapes. Here are all three; - follows from the images.")
 
     def group(title):
         add = parser.add_argument_group(title).add_argument
@@ -116,9 +115,8 @@ def make_parser():
 
 def _text(value):
     """A setting as it is written on a command line; - for one that follows from the images."""
-    if value is None:
-        return "-"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    values = value if isinstance(value, list) else ["-" if value is None else value]
+    return " ".join(map(str, values))
 
 
 def parse(arguments=None):
@@ -189,10 +187,7 @@ def _follow_images(args, dataset, device):
 
 
 def validate(args, dataset, saved, device):
-    """Raise UserError for what cannot work and what cannot continue.
-
-    args: train.py's. dataset: an ImageSet. saved: the checkpoint in --output, or None.
-    """
+    """Raise UserError for what cannot work, and what cannot continue the checkpoint `saved`."""
     N, W = len(dataset), distributed.world_size()
     needed = args.num_clusters * max(1, args.min_cluster_size)
     if needed > N:
@@ -209,14 +204,11 @@ def validate(args, dataset, saved, device):
                             f"{2 * args.workers * batch >> 20} MiB of shared memory, more than "
                             "/dev/shm has: use fewer, or give a container more (--shm-size).")
     if args.export_only and not saved:
-        raise UserError(f"--export-only: there is no run in --output {args.output}; name the "
-                        "folder of one, or leave it out.")
+        raise UserError(f"--export-only: there is no run in --output {args.output}.")
     if args.amp == "fp16" and device.type == "cpu" and not args.export_only:
-        remedy = "continue it on one" if saved else "on the CPU use --amp bf16 or off"
-        raise UserError(f"--amp fp16 needs a CUDA device; {remedy}.")
+        raise UserError("--amp fp16 needs a CUDA device; a CPU takes --amp bf16 or off.")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard, or "
-                        "leave it out.")
+        raise UserError("--tensorboard needs a package: pip install tensorboard.")
     if not saved:
         return
     before, now = ({"--" + name.replace("_", "-"): value for name, value in settings.items()

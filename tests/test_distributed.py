@@ -83,7 +83,7 @@ def leave(error):
                              "error: there is too little memory (MemoryError)"]),
     (UserError("the disk is full."), [2, 2], ["error: the disk is full.", ""])])  # for both
 def test_an_error_leaves_no_process_waiting(error, exits, said):
-    codes, outputs = run_to_exit(leave, 2, error)
+    codes, outputs, _ = run_to_exit(leave, 2, error)
     assert codes == exits
     for lines, words in zip(outputs, said):
         assert words in lines and lines.count("error: ") == bool(words)

@@ -269,7 +269,8 @@ def test_a_full_disk_during_a_run(folder, tmp_path, W):
     token = (tmp_path / ".lock").read_text().split()[-1]
     for name in ("checkpoint.pth", "backbone.pth", "features.npy"):
         (tmp_path / f"{name}.{token}.partial").write_bytes(b"left by a run that was killed")
-    codes, outputs, _ = run_to_exit(train_in_child, W, fill_the_disk, arguments_for(folder, tmp_path))
+    arguments = arguments_for(folder, tmp_path)
+    codes, outputs, _ = run_to_exit(train_in_child, W, fill_the_disk, arguments)
     assert codes == [2] * W
     output = "".join(outputs)
     assert output.count("error: ") == 1 and "Traceback" not in output
