@@ -1,8 +1,7 @@
 """The process group, and the few collectives that the method needs.
 
 Letters in all shapes of this repository: N images, B batch on this process, K clusters,
-d feature width, W processes. Without torchrun there is one process and no group, and every function
-here returns at once.
+d feature width, W processes. Without torchrun there is one process and no group.
 """
 
 import contextlib
@@ -28,8 +27,7 @@ def init(device="auto"):
     """
     device = choose_device(device)
     torch.set_float32_matmul_precision("highest")  # no TF32, though the environment asks for it
-    on_cuda = device.type == "cuda"
-    if on_cuda:
+    if on_cuda := device.type == "cuda":
         torch.cuda.set_device(device)
     if not os.environ.get("WORLD_SIZE") or dist.is_initialized():
         return device
@@ -48,26 +46,22 @@ def init(device="auto"):
 
 def choose_device(device):
     """The torch.device of this process."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    if not (match := re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)):
         raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:INDEX.")
     processes, available = _environment("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
-    if device == "auto":
-        device = "cuda" if available >= processes else "cpu"
-        if 0 < available < processes:
-            print_main(f"{processes} processes for {available} CUDA device(s): they run on the "
-                       "CPU. To use CUDA, start as many processes as devices.")
-    if device == "cpu":
+    if device == "auto" and 0 < available < processes:
+        print_main(f"{processes} processes run on the CPU; for CUDA start at most {available}.")
+    if device == "cpu" or device == "auto" and available < processes:
         return torch.device("cpu")
-    _, colon, index = device.partition(":")
-    index = int(index or _environment("LOCAL_RANK", 0))
-    if max(index, processes - 1) >= available or colon and processes > 1:
+    index = int(match[1] or _environment("LOCAL_RANK", 0))
+    if max(index, processes - 1) >= available or match[1] and processes > 1:
         raise UserError(f"--device {device}: this machine has {available} CUDA device(s), numbered "
                         "from 0, and each process needs its own; start fewer, or give cpu.")
     return torch.device("cuda", index)
 
 
 def check_same_device(store, rank, world_size, kind):
-    """Raise UserError everywhere if the kinds differ: NCCL would wait for a CPU for ever."""
+    """Raise UserError everywhere if kinds differ: NCCL would wait for a CPU for ever."""
     store.set(f"device {rank}", kind)
     kinds = [store.get(f"device {r}").decode() for r in range(world_size)]
     if len(set(kinds)) > 1:
@@ -178,8 +172,8 @@ def same_everywhere(value):
 def raise_everywhere():
     """Run a block without collectives on every process, and let all processes leave it alike.
 
-    If it raises UserError, Interrupted or OSError anywhere, every process raises that of the lowest
-    such rank, an OSError as a UserError.
+    If it raises UserError, Interrupted or OSError (which becomes a UserError) anywhere, every
+    process raises that of the lowest such rank.
     """
     error = None
     try:

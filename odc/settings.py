@@ -41,17 +41,16 @@ DEMO = RECIPE | dict(
     checkpoint_interval=100)
 PRESETS = {"recipe": RECIPE, "small": SMALL, "demo": DEMO}
 
-# Settings of one start, which a continued run does not take from its checkpoint.
-PER_START = {"data", "output", "workers", "device", "tensorboard", "export_only"}
 # Settings that may differ when a run is continued.
-MAY_DIFFER = PER_START | {"epochs", "checkpoint_interval"}
+MAY_DIFFER = {"data", "output", "workers", "device", "tensorboard", "export_only", "epochs",
+              "checkpoint_interval"}
 
 
 def make_parser():
     parser = Parser(
         "Online Deep Clustering: learn a ResNet from images without labels. A setting that is not "
-        f"given is that of --preset: recipe for {SMALL_SET:,} images or more, small for fewer, demo "
-        "for the drawn shapes. The three values are shown in this order; - follows from the images.")
+        f"given is that of --preset: recipe for {SMALL_SET:,} images or more, small for fewer, "
+        "demo for the drawn shapes. Here are all three; - follows from the images.")
 
     def group(title):
         add = parser.add_argument_group(title).add_argument
@@ -66,13 +65,13 @@ def make_parser():
         return argument
 
     add = group("data")
-    add("--data", metavar="PATH", type=path, help="folder of images, in any known layout, or the word shapes "
-        "(default: data/imagenet if it exists, else shapes)")
-    add("--output", metavar="DIR", type=path, default="out", help="where the run writes, and continues from")
+    add("--data", metavar="PATH", type=path, help="folder of images, or the word shapes (default: "
+        "data/imagenet if it exists, else shapes)")
+    add("--output", metavar="DIR", type=path, default="out", help="the run's folder, where it "
+        "also continues")
     add("--preset", choices=list(PRESETS), help="where settings come from that are not given")
     add("--image-size", metavar="PIXELS", type=whole(8, 4096), help="side of a crop")
-    add("--crop-scale", metavar="SHARE", type=number(0, 1, above=True),
-        help="smallest share of an image that a crop covers")
+    add("--crop-scale", metavar="SHARE", type=number(0, 1, above=True), help="smallest crop")
     add("--jitter", metavar=("B", "C", "S", "H"), type=number(0, 10), nargs=4,
         help="brightness, contrast, saturation and hue jitter")
     add("--workers", metavar="N", type=whole(0, 256), help="processes that read images, per "
@@ -84,12 +83,9 @@ def make_parser():
 
     add = group("clusters and memories")
     add("--num-clusters", metavar="K", type=whole(1), help="number of clusters")
-    add("--min-cluster-size", metavar="N", type=whole(0),
-        help="smaller clusters are dissolved and refilled")
-    add("--memory-momentum", metavar="M", type=number(0, 1),
-        help="share of the new feature in the samples memory")
-    add("--centroids-interval", metavar="STEPS", type=whole(1),
-        help="steps between two updates of the centroids memory")
+    add("--min-cluster-size", metavar="N", type=whole(0), help="smaller ones are dissolved")
+    add("--memory-momentum", metavar="M", type=number(0, 1), help="share of the new feature")
+    add("--centroids-interval", metavar="STEPS", type=whole(1), help="between their updates")
     add("--reweight-power", metavar="P", type=number(0, 4),
         help="a cluster's loss weight is its size to the power of -P")
     add("--initial", choices=["network", "pixels"], help="features of the initial k-means")
@@ -100,8 +96,7 @@ def make_parser():
 
     add = group("optimisation")
     add("--epochs", metavar="N", type=whole(1, 10**6), help="epochs in all")
-    add("--batch-size", metavar="N", type=whole(2, 10**6),
-        help="images in a step, of all processes together")
+    add("--batch-size", metavar="N", type=whole(2, 10**6), help="of all processes together")
     add("--lr", metavar="LR", type=number(0, 1e6), help="learning rate")
     add("--lr-schedule", choices=["step", "cosine"],
         help="step: x 0.4 after 10/11 of the epochs; cosine: down to 0")
@@ -112,18 +107,16 @@ def make_parser():
     add("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
     add("--amp", choices=["off", "bf16", "fp16"], help="mixed precision")
     add("--checkpoint-interval", metavar="STEPS", type=whole(1),
-        help="steps between two checkpoints, besides one at the end of each epoch")
+        help="steps between two checkpoints within an epoch")
     add("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
-    add("--export-only", action="store_true", help="do not train; write the final clusters and "
-        "files of the run in --output as it is")
+    add("--export-only", action="store_true", help="only write the files of the run in --output")
     return parser
 
 
 def _text(value):
     """A setting as it is written on a command line; - for one that follows from the images."""
-    if value is None:
-        return "-"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    values = value if isinstance(value, list) else ["-" if value is None else value]
+    return " ".join(map(str, values))
 
 
 def parse(arguments=None):
@@ -137,35 +130,32 @@ def parse(arguments=None):
 def resolve_defaults(args, dataset, saved, device):
     """Set what was not given: from the checkpoint `saved`, or from the preset.
 
-    Prints the preset and what differs from it. Raises UserError if the processes have different
-    arguments or see different checkpoints. A collective.
+    Raises UserError if the processes have different arguments or checkpoints. A collective.
     """
     own = {"data", "output", "workers"}  # of a machine
-    if not distributed.same_everywhere({k: v for k, v in vars(args).items() if k not in own}):
-        raise UserError("The processes have different arguments: start all machines with the same "
-                        "command.")
-    if not distributed.same_everywhere(saved and (saved["progress"], saved["log_position"])):
-        raise UserError(f"--output {args.output}: the processes see different checkpoints; it must "
-                        "be a folder that all machines share.")
+    for what, value in (("arguments", {k: v for k, v in vars(args).items() if k not in own}),
+                        ("checkpoints", saved and (saved["progress"], saved["log_position"]))):
+        if not distributed.same_everywhere(value):
+            raise UserError(f"The processes have different {what}: start all machines with the "
+                            "same command, and an --output that they share.")
     if args.workers is None:
         args.workers = default_workers(dataset.pixels is not None)
     if saved:
-        for name, value in _settings_of(saved, args.output).items():
-            if name not in PER_START and getattr(args, name) is None:
-                setattr(args, name, value)
-        return
-    if args.preset is None:
-        small = "small" if len(dataset) < SMALL_SET else "recipe"
-        args.preset = "demo" if args.data == "shapes" else small
+        return _fill(args, _settings_of(saved, args.output))
+    small = "small" if len(dataset) < SMALL_SET else "recipe"
+    args.preset = args.preset or ("demo" if args.data == "shapes" else small)
     given = [f"--{name.replace('_', '-')} {_text(value)}" for name in RECIPE
              if (value := getattr(args, name)) is not None]
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    _fill(args, PRESETS[args.preset])
     print_main(f"{len(dataset):,} images, preset {args.preset}"
                + (f", but {' '.join(given)}" if given else ""))
     if args.preset == "small":
         _follow_images(args, dataset, device)
+
+
+def _fill(args, values):
+    """Set what was not given."""
+    vars(args).update((k, v) for k, v in values.items() if getattr(args, k) is None)
 
 
 def _settings_of(saved, output):
@@ -183,59 +173,42 @@ def _settings_of(saved, output):
 def _follow_images(args, dataset, device):
     """The three formulas of preset small: size of the images, number of clusters, epochs."""
     N = len(dataset)
-
-    def choose(**values):
-        for name, value in values.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-
     # Process 0's: another machine may fail to read one of the files that are measured.
     side = int(distributed.broadcast(torch.tensor(dataset.typical_side())))
-    largest = 64 if device.type == "cpu" else 224
-    choose(image_size=max(24, min(side, largest)) // 4 * 4)
-    choose(arch="narrow" if args.image_size <= 64 and device.type == "cpu" else "resnet18")
-    choose(num_clusters=max(2, min(1000, N // 40)))
-    choose(min_cluster_size=max(1, N // args.num_clusters // 8))  # an eighth of the mean
-    choose(epochs=max(30, min(200, 2_000_000 // N)))
-    every = max(1, min(round(60_000 / N), args.epochs // 4))  # 60,000 images are drawn in between
-    choose(recluster_interval=every, offline_epochs=every)
+    on_cpu = device.type == "cpu"
+    _fill(args, dict(image_size=max(24, min(side, 64 if on_cpu else 224)) // 4 * 4,
+                     num_clusters=max(2, min(1000, N // 40)),
+                     epochs=max(30, min(200, 2_000_000 // N))))
+    # 60,000 images are drawn in between.
+    every = max(1, min(round(60_000 / N), args.epochs // 4))
+    _fill(args, dict(arch="narrow" if args.image_size <= 64 and on_cpu else "resnet18",
+                     min_cluster_size=max(1, N // args.num_clusters // 8),  # an eighth of the mean
+                     recluster_interval=every, offline_epochs=every))
 
 
 def validate(args, dataset, saved, device):
-    """Raise UserError for what cannot work and what cannot continue.
-
-    args: train.py's. dataset: an ImageSet. saved: the checkpoint in --output, or None.
-    """
+    """Raise UserError for what cannot work, and what cannot continue the checkpoint `saved`."""
     N, W = len(dataset), distributed.world_size()
-    if args.num_clusters > N:
-        raise UserError(f"--num-clusters {args.num_clusters}: there are only {N} images in "
-                        f"{args.data}; choose fewer.")
-    if (needed := args.min_cluster_size * args.num_clusters) > N:
-        raise UserError(f"--min-cluster-size {args.min_cluster_size}: {args.num_clusters} clusters "
-                        f"of that size need {needed} images and {args.data} has {N}; lower it or "
-                        "--num-clusters.")
+    needed = args.num_clusters * max(1, args.min_cluster_size)
+    if needed > N:
+        raise UserError(f"--num-clusters {args.num_clusters} with --min-cluster-size "
+                        f"{args.min_cluster_size} need {needed} images, and {args.data} has {N}; "
+                        "lower one of them.")
     if args.batch_size % W or args.batch_size < 2 * W:
         raise UserError(f"--batch-size {args.batch_size} cannot be split evenly over {W} "
                         "processes, at least 2 each: choose another.")
     if args.workers and os.path.isdir("/dev/shm"):  # two batches of each worker wait there
-        status = os.statvfs("/dev/shm")
-        free, batch = status.f_bavail * status.f_frsize, args.batch_size * 3 * args.image_size**2
-        if free < 2 * args.workers * batch:
+        status, batch = os.statvfs("/dev/shm"), args.batch_size * 3 * args.image_size**2
+        if status.f_bavail * status.f_frsize < 2 * args.workers * batch:
             raise UserError(f"--workers {args.workers}: their batches need "
-                            f"{2 * args.workers * batch >> 20} MiB of shared memory, and /dev/shm "
-                            f"has {free >> 20}: use fewer, or give a container more (--shm-size).")
+                            f"{2 * args.workers * batch >> 20} MiB of shared memory, more than "
+                            "/dev/shm has: use fewer, or give a container more (--shm-size).")
     if args.export_only and not saved:
-        raise UserError(f"--export-only: there is no run in --output {args.output}; name the "
-                        "folder of one, or leave it out.")
+        raise UserError(f"--export-only: there is no run in --output {args.output}.")
     if args.amp == "fp16" and device.type == "cpu" and not args.export_only:
-        remedy = "continue it on one" if saved else "on the CPU use --amp bf16 or off"
-        raise UserError(f"--amp fp16 needs a CUDA device; {remedy}.")
+        raise UserError("--amp fp16 needs a CUDA device; a CPU takes --amp bf16 or off.")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard, or "
-                        "leave it out.")
-    if N < 2 * needed:
-        print_main(f"{N} images are fewer than 2 x {args.num_clusters} clusters x "
-                   f"--min-cluster-size {args.min_cluster_size}: some clusters may stay empty.")
+        raise UserError("--tensorboard needs a package: pip install tensorboard.")
     if not saved:
         return
     before, now = ({"--" + name.replace("_", "-"): value for name, value in settings.items()
@@ -246,7 +219,3 @@ def validate(args, dataset, saved, device):
         raise UserError(f"{args.output} holds a run on other images than the {N} of {args.data} "
                         "(number, names, order or labels differ): restore the images, or choose "
                         "another --output.")
-    epochs = saved["settings"]["epochs"]
-    if args.lr_schedule == "cosine" and args.epochs != epochs and not args.export_only:
-        print_main(f"--epochs {args.epochs}: the run was set for {epochs}. The cosine schedule "
-                   "follows the new number, so the learning rate jumps here.")

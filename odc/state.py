@@ -1,6 +1,7 @@
 """The state of a run: all that learns or remembers, and how it is saved and restored."""
 
 import copy
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -37,73 +38,73 @@ class State:
     path: Path  # of the checkpoint
     memory: ODCMemory | None = None
     progress: Progress = field(default_factory=Progress)
-    labels_before: torch.Tensor | None = None  # [N], at the end of the epoch before
+    labels_before: torch.Tensor | None = None  # [N], at the end of the epoch before, on the CPU
     memory_parts: list = field(default_factory=list)  # files of the last checkpoint, see write_run
     final_clusters: dict | None = None  # neck and centroids for odc.assign, at the run's end
 
 
+def _content(state):
+    """The part of a checkpoint whose form follows from the settings."""
+    network = state.network
+    return dict(backbone=network.backbone.state_dict(), neck=network.neck.state_dict(),
+                head=network.head.state_dict(), memory=state.memory.state_dict(),
+                labels_before=state.labels_before, progress=asdict(state.progress))
+
+
 def save(state, dataset, log):
     """Write the checkpoint: all of it, or the old one stays. A collective. Raises UserError."""
-    path, network, progress = state.path, state.network, state.progress
+    path, backbone, progress = state.path, state.network.backbone, state.progress
     progress.interval["change_ratio"] = float(progress.interval["change_ratio"])  # off the device
+    if state.labels_before is None:
+        state.labels_before = state.memory.labels.cpu().clone()
     with distributed.raise_everywhere():
-        if not all(torch.isfinite(value).all() for value in network.parameters()):
+        if not all(torch.isfinite(value).all() for value in state.network.parameters()):
             raise UserError(f"The weights are not finite after step {progress.global_step}; {path} "
                             "is from before that. Start again with a lower --lr or --amp off, in "
                             "another --output.")
     state.memory_parts = checkpoint.write_run(path, dict(
-        program=checkpoint.PROGRAM, settings=state.settings, unreadable=dataset.left_out,
-        fingerprint=dataset.fingerprint,
-        arch=network.backbone.arch, small_stem=network.backbone.small_stem,
-        backbone=network.backbone.state_dict(), neck=network.neck.state_dict(),
-        head=network.head.state_dict(), optimizer=state.optimizer.state_dict(),
-        scaler=state.scaler.state_dict(), memory=state.memory.state_dict(),
-        labels_before=state.labels_before, final_clusters=state.final_clusters,
-        progress=asdict(progress), log_position=log.position(),
+        _content(state), program=checkpoint.PROGRAM, settings=state.settings,
+        unreadable=dataset.left_out, fingerprint=dataset.fingerprint, arch=backbone.arch,
+        small_stem=backbone.small_stem, optimizer=state.optimizer.state_dict(),
+        scaler=state.scaler.state_dict(), final_clusters=state.final_clusters,
+        log_position=log.position(),
     ), state.memory.features, len(dataset), state.memory_parts)
 
 
 def restore(state, saved):
     """Continue from the checkpoint `saved`, with any number of processes. A collective.
 
-    Raises UserError for content that no run has written.
+    Raises UserError for content that no run with these settings has written.
     """
-    network, memory = state.network, state.memory
+    network, memory, optimizer = state.network, state.memory, state.optimizer
+    state.labels_before = memory.labels
     with distributed.raise_everywhere(), checkpoint.reading(state.path):
+        features = checkpoint.read_rows(state.path, saved, memory.rows)
+        optimizer.load_state_dict({  # the copy is off the mapped file
+            "state": copy.deepcopy(saved["optimizer"]["state"]),
+            "param_groups": optimizer.state_dict()["param_groups"]})
+        pairs = [(saved[name], own) for name, own in _content(state).items()]
+        pairs += [(kept["momentum_buffer"], own.data) for own, kept in optimizer.state.items()]
+        pairs += [(features, memory.features)] if len(features) else []
+        labels = saved["memory"]["labels"]
+        if not all(_has_form(value, own) for value, own in pairs) or not (
+                0 <= labels.min() <= labels.max() < len(memory.centroids)):
+            raise ValueError("its content is not that of a run with these settings")
         for name in ("backbone", "neck", "head"):
             getattr(network, name).load_state_dict(saved[name])
-        groups = state.optimizer.state_dict()["param_groups"]  # they follow from the settings
-        state.optimizer.load_state_dict(  # the copy is off the mapped file
-            {"state": copy.deepcopy(saved["optimizer"]["state"]), "param_groups": groups})
+        memory.load_state_dict(saved["memory"], features)
         state.scaler.load_state_dict(saved["scaler"])
         state.progress = Progress(**saved["progress"])
         state.labels_before, state.final_clusters = saved["labels_before"], saved["final_clusters"]
         state.memory_parts = saved["memory_parts"]
-        features = checkpoint.read_rows(state.path, saved, memory.rows)
-        _check_content(state, saved["memory"], features)
-        memory.load_state_dict(saved["memory"], features)
 
 
-def _check_content(state, saved, features):
-    """Raise ValueError for types, shapes and values that would fail or spread in a later step."""
-    memory, progress, weights = state.memory, state.progress, [*state.network.state_dict().values()]
-    pairs = [(saved["labels"], memory.labels), (saved["centroids"], memory.centroids),
-             *zip(weights, weights)]
-    pairs += [(kept["momentum_buffer"], own) for own, kept in state.optimizer.state.items()]
-    if len(features):
-        pairs.append((features, memory.features))
-    if state.labels_before is not None:
-        pairs.append((state.labels_before, memory.labels))
-    for value, own in pairs:
-        same = value.shape == own.shape and value.dtype == own.dtype
-        if not same or not value.isfinite().all():
-            raise ValueError("a tensor has another shape or type, or is not finite")
-    if saved["labels"].min() < 0 or saved["labels"].max() >= len(memory.centroids):
-        raise ValueError("a label is of no cluster")
-
-    def kinds(progress):
-        return {name: type(v) for name, v in {**vars(progress), **progress.interval}.items()}
-
-    if kinds(progress) != kinds(Progress()) or min(
-            progress.epoch, progress.step, progress.global_step, progress.interval["steps"]) < 0:
-        raise ValueError("its progress is not that of a run")
+def _has_form(value, own):
+    """Whether value has own's types, keys and shapes, and finite numbers, from own's on."""
+    if type(value) is not type(own):
+        return False
+    if isinstance(own, dict):
+        return value.keys() == own.keys() and all(_has_form(value[name], own[name]) for name in own)
+    if torch.is_tensor(own):
+        return value.shape == own.shape and value.dtype == own.dtype and value.isfinite().all()
+    return own <= value < math.inf

@@ -1,9 +1,13 @@
-"""Run a test's function in W real processes that share a gloo group, one thread each."""
+"""Run a test's function, or a script, in real processes, which share a gloo group, one thread each.
+
+They are forked from a server that has imported torch once, which takes seconds.
+"""
 
 import multiprocessing
 import os
 import pickle
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,17 +15,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Children are forked from a server that has imported torch once, which takes seconds.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torchvision", "train"])
 
 
-def _child(function, arguments, group, path):
+def _redirect(out, err):
+    """Let what this process prints go to two files."""
+    for number, path in enumerate((os.devnull, out, err)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    sys.stdin, sys.stdout, sys.stderr = open(0), *(open(n, "w", buffering=1) for n in (1, 2))
+
+
+def _child(function, arguments, variables, path):
     """Run in a child: join the group, call the function, and leave its result and output."""
-    log = os.open(f"{path}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1), os.dup2(log, 2)
-    sys.stdout = sys.stderr = open(1, "w", closefd=False, buffering=1)
-    os.environ.update(group)
+    _redirect(f"{path}.log", f"{path}.log")
+    os.environ.update(variables)
     import torch
     from odc import distributed
     torch.set_num_threads(1)
@@ -33,10 +41,7 @@ def _child(function, arguments, group, path):
         torch.distributed.destroy_process_group()
 
 
-def free_port():
-    """A TCP port that nobody listens on at the moment."""
-    import socket
-
+def _free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -54,26 +59,22 @@ def run_processes(function, world_size, *arguments, timeout=300):
     function: defined at the top level of a test module. Arguments and results must be picklable.
     Raises AssertionError with every process's output if one fails.
     """
-    codes, outputs, results = _run(function, world_size, arguments, timeout)
+    codes, outputs, results = run_to_exit(function, world_size, *arguments, timeout=timeout)
     assert codes == [0] * world_size, "\n--- ".join(outputs)
     return results
 
 
-def run_to_exit(function, world_size, *arguments, timeout=300, **extra):
-    """As `run_processes` for a function that may end its process: exit codes, and outputs."""
-    return _run(function, world_size, arguments, timeout, **extra)[:2]
-
-
-def _run(function, world_size, arguments, timeout, port=None, **extra):
+def run_to_exit(function, world_size, *arguments, timeout=300, port=None, **extra):
+    """As `run_processes` for a function that may end its process: exit codes, outputs, results."""
     with tempfile.TemporaryDirectory() as folder:
-        paths, children, port = [], [], str(port or free_port())
-        for rank in range(world_size):
-            group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                         MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **extra)
-            paths.append(Path(folder, str(rank)))
-            children.append(FORKS.Process(
-                target=_child, args=(function, arguments, group, str(paths[-1]))))
-            children[-1].start()
+        paths = [Path(folder, str(rank)) for rank in range(world_size)]
+        group = dict(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=str(port or _free_port()), **extra)
+        children = [FORKS.Process(target=_child, args=(
+            function, arguments, {**group, "RANK": path.name, "LOCAL_RANK": path.name}, str(path)))
+            for path in paths]
+        for child in children:
+            child.start()
         for child in children:
             child.join(timeout)
             child.kill()
@@ -83,50 +84,41 @@ def _run(function, world_size, arguments, timeout, port=None, **extra):
                 [pickle.loads(path.read_bytes()) if path.exists() else None for path in paths])
 
 
-def command(script, *arguments, processes=1):
+def command(script, *arguments, processes=1, restarts=0):
     """The command line of a script at the top level, with torchrun for more than one process."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*start, str(ROOT / script), *map(str, arguments)]
+    start = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", restarts,
+             "--nproc_per_node", processes]
+    return list(map(str, [sys.executable, *(start if processes > 1 else []), ROOT / script,
+                          *arguments]))
 
 
 def _script(script, arguments, variables, out, err):
     """Run in a child: a script at the top level, as a command would."""
-    for path, number in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, closefd=False) for number, mode in ((os.open(os.devnull, 0), "r"),
-                                                               (1, "w"), (2, "w")))
+    _redirect(out, err)
     os.environ.update(variables)
     sys.argv = [script, *arguments]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-class ForkedScript:
+class ForkedScript(FORKS.Process):
     """A script in a process of its own that need not import torch, with Popen's methods."""
 
     def __init__(self, script, *arguments, out=os.devnull, err=os.devnull, **variables):
-        self.process = FORKS.Process(
-            target=_script, args=(script, list(map(str, arguments)), variables, out, err))
-        self.process.start()
-        self.pid = self.process.pid
+        super().__init__(target=_script, args=(script, [*map(str, arguments)], variables, out, err))
+        self.start()
 
     def poll(self):
-        return self.process.exitcode
+        return self.exitcode
 
     def wait(self, timeout=None):
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.process.kill()
+        self.join(timeout)
+        if self.exitcode is None:
+            self.kill()
             raise TimeoutError(f"no end in {timeout} s")
-        return self.process.exitcode
+        return self.exitcode
 
     def send_signal(self, number):
         os.kill(self.pid, number)
-
-    def kill(self):
-        self.process.kill()
 
 
 def run_script(script, *arguments, processes=1, timeout=300, **extra):

@@ -5,8 +5,8 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,27 +19,19 @@ from odc.data.images import ImageSet
 from odc.evaluation import knn
 from odc.memory import ODCMemory
 from odc.runtime import checkpoint, launch
-from tests.processes import command, environment, run_processes, run_script, run_to_exit
+from tests.processes import run_processes, run_script, run_to_exit
 from tests.runs import (
-    SMALL, assert_equal_state, assert_one_sentence, assert_same_run, log_of, run_main,
-    wait_for_step)
+    SMALL, assert_one_sentence, assert_same_run, log_of, run_main, start, wait_for_step)
+
+FREQUENT = ["--epochs", "3", "--checkpoint-interval", "1"]
 
 
 def arguments_for(folder, output, *extra):
-    return ["--data", folder, "--output", output, *SMALL, "--epochs", "3",
-            "--checkpoint-interval", "1", *extra]
+    return ["--data", folder, "--output", output, *SMALL, *FREQUENT, *extra]
 
 
-def start_two(folder, output, *torchrun):
-    line = command("train.py", *arguments_for(folder, output), processes=2)
-    line[line.index("--standalone") : line.index("--standalone")] = torchrun
-    return quiet(line)
-
-
-def quiet(line):
-    """Start a command whose output nobody reads."""
-    return subprocess.Popen(list(map(str, line)), env=environment(), stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)
+def start_two(folder, output):
+    return start(folder, output, *FREQUENT, processes=2)
 
 
 def workers_of(torchrun):
@@ -61,51 +53,43 @@ def kill(pid):
     return True
 
 
-def is_writing(output):
-    return any(output.glob("checkpoint.pth.*.partial"))
-
-
 @pytest.mark.slow
 def test_20_kills_of_a_random_process_at_random_moments(folder, tmp_path):
     """Half of the kills wait for a checkpoint's temporary file, to come within its write."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start_two(folder, whole).wait(600) == 0
-    killed.mkdir()
-    draw = random.Random(0)
+    draw, path = random.Random(0), killed / "checkpoint.pth"
     number = in_write = 0
     for _ in range(60):  # a run that ends before the kill does not count
         if number == 20:
             break
         run = start_two(folder, killed)
-        path = killed / "checkpoint.pth"
         done = checkpoint.read_dict(path)["progress"]["global_step"] if path.exists() else 0
         wait_for_step(run, killed, done + draw.randrange(4))
-        deadline = time.monotonic() + (5 if number % 2 else draw.uniform(0, 0.2))
-        while time.monotonic() < deadline and not (number % 2 and is_writing(killed)):
-            pass
-        writing = is_writing(killed)
+        deadline, writing = time.monotonic() + (5 if number % 2 else draw.uniform(0, 0.2)), False
+        while time.monotonic() < deadline and not (number % 2 and writing):
+            writing = any(killed.glob("checkpoint.pth.*.partial"))
         if (workers := workers_of(run)) and kill(draw.choice(workers)):
-            number += 1
-            in_write += writing
+            number, in_write = number + 1, in_write + writing
         run.wait(300)
         if (killed / "backbone.pth").exists():  # it had come to its end: once more, from the start
             shutil.rmtree(killed)
-            killed.mkdir()
     assert number == 20 and in_write > 0
     assert start_two(folder, killed).wait(600) == 0
     assert_same_run(whole, killed)
 
 
 @pytest.mark.slow
-def test_four_processes_go_on_to_the_last_bit(folder, tmp_path):
-    """With more than two, the order in which gradients are added matters."""
+@pytest.mark.parametrize("W, restarts", [(4, 0), (2, 3)])
+def test_torchrun_loses_a_process(folder, tmp_path, W, restarts):
+    """With four, the order in which gradients are added matters."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_script("train.py", *arguments_for(folder, whole), processes=4).returncode == 0
-    run = quiet(command("train.py", *arguments_for(folder, killed), processes=4))
+    assert start(folder, whole, *FREQUENT, processes=W).wait(600) == 0
+    run = start(folder, killed, *FREQUENT, processes=W, restarts=restarts)
     wait_for_step(run, killed, 4)
-    assert kill(workers_of(run)[2])
-    run.wait(300)
-    assert run_script("train.py", *arguments_for(folder, killed), processes=4).returncode == 0
+    assert kill(workers_of(run)[1])
+    assert (run.wait(600) == 0) == (restarts > 0)
+    assert restarts or start(folder, killed, *FREQUENT, processes=W).wait(600) == 0
     assert_same_run(whole, killed)
 
 
@@ -117,22 +101,11 @@ def join_and_be_lost():
 def test_processes_that_start_again_on_the_store_of_lost_ones():
     """torchrun's store outlives the processes. Process 0 would find process 1's old address."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for start in range(2):
-        codes, outputs = run_to_exit(
+    for restart in range(2):
+        codes, outputs, _ = run_to_exit(
             join_and_be_lost, 2, port=store.port, timeout=60, TORCHELASTIC_USE_AGENT_STORE="True",
-            TORCHELASTIC_RESTART_COUNT=str(start))
+            TORCHELASTIC_RESTART_COUNT=str(restart))
         assert codes == [0, 0], outputs
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_a_lost_process(folder, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start_two(folder, whole).wait(600) == 0
-    run = start_two(folder, killed, "--max-restarts", "3")
-    wait_for_step(run, killed, 3)
-    kill(workers_of(run)[1])
-    assert run.wait(600) == 0
-    assert_same_run(whole, killed)
 
 
 def train_in_child(change, *arguments):
@@ -143,33 +116,27 @@ def train_in_child(change, *arguments):
     launch.run_program(train.main, list(map(str, own)))
 
 
-def break_process_1():
+def at_step(step, do, of_rank):
+    """Make a process do something in this step of an epoch, the first of which is step 0."""
     check_step = train.check_step
 
-    def broken(args, progress, *rest):
-        if distributed.rank() == 1 and progress.step == 2:
-            raise RuntimeError("the disk is on fire")
+    def changed(args, progress, *rest):
+        if distributed.rank() == of_rank and progress.step == step:
+            do()
         return check_step(args, progress, *rest)
 
-    train.check_step = broken
+    train.check_step = changed
 
 
-def test_an_error_on_one_process_stops_the_other_and_is_shown(folder, tmp_path):
-    codes, outputs = run_to_exit(
-        train_in_child, 2, break_process_1, arguments_for(folder, tmp_path))
-    assert codes == [1, 1] and "the disk is on fire" in outputs[1]
-    assert "another process has stopped" in outputs[0]
-    assert checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 2
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.slow
 def test_1_2_4_1_processes(folder, tmp_path):
-    """The memories are handed on unchanged, however they are split."""
     for epoch, W in enumerate((1, 2, 4, 1), 1):
-        arguments = ["--data", folder, "--output", tmp_path, *SMALL]
-        if epoch > 1:
-            assert all(run_processes(restores_the_memory, W, tmp_path))
-        result = run_script("train.py", *arguments, "--epochs", epoch, processes=W)
+        result = run_script("train.py", "--data", folder, "--output", tmp_path, *SMALL,
+                            "--epochs", epoch, processes=W)
         assert result.returncode == 0, result.stderr
     epochs = [record["epoch"] for record in log_of(tmp_path) if "nmi" in record]
     assert epochs == [0, 1, 1, 2, 2, 3, 3, 4, 4]  # each start measures its final clusters, too
@@ -177,59 +144,35 @@ def test_1_2_4_1_processes(folder, tmp_path):
 
 def test_another_number_of_processes_within_an_epoch(folder, tmp_path, monkeypatch):
     """A step has as many images as before, so the epoch goes on where it was."""
-    check_step = train.check_step
-
-    def check_and_stop(args, progress, *rest):
-        if progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return check_step(args, progress, *rest)
-
     arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1"]
-    monkeypatch.setattr(launch, "_signal_received", None)
-    monkeypatch.setattr(train, "check_step", check_and_stop)
+    monkeypatch.setattr(train, "check_step", train.check_step)  # which is put back then
+    at_step(3, terminate, 0)
     assert run_main(*arguments) == 128 + signal.SIGTERM
     result = run_script("train.py", *arguments, processes=2)
-    assert result.returncode == 0 and "Epoch 1 of 1 from step 5." in result.stdout
+    assert result.returncode == 0 and "epoch 1 after step 4" in result.stdout
     assert [record["step"] for record in log_of(tmp_path) if "loss" in record] == [10]
-
-
-def restores_the_memory(output):
-    """Whether this process gets its rows of the features, whoever wrote them."""
-    path, state = output / "checkpoint.pth", checkpoint.read_dict(output / "checkpoint.pth")
-    saved = state["memory"]
-    memory = ODCMemory(len(saved["labels"]), 256, len(saved["centroids"]))
-    memory.load_state_dict(saved, checkpoint.read_rows(path, state, memory.rows))
-    whole = checkpoint.read_rows(path, state, slice(0, len(saved["labels"])))
-    assert_equal_state(memory.state_dict(), saved)
-    return torch.equal(memory.features, whole[memory.rows])
 
 
 # --- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", launch.SIGNALS)
-@pytest.mark.parametrize("phase", ["extract", "kmeans", "save"])
+@pytest.mark.parametrize("phase, number", [
+    ("extract", signal.SIGTERM), ("extract", signal.SIGHUP), ("kmeans", signal.SIGINT),
+    ("save", signal.SIGUSR1)])
 def test_a_signal_in_every_phase(folder, tmp_path, monkeypatch, phase, number):
     """In a step: test_train.test_a_signal_saves_and_stops."""
-    monkeypatch.setattr(launch, "_signal_received", None)
-    module = checkpoint if phase == "save" else train
-    original = getattr(module, phase)
+    original = getattr(train, phase)
 
     def interrupted(*arguments, **options):
         os.kill(os.getpid(), number)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(module, phase, interrupted)
-    if phase == "extract":
-        monkeypatch.setattr(train, "kmeans",
-                            lambda *_: pytest.fail("extraction has not seen the signal"))
-    assert run_main(*arguments_for(folder, tmp_path)) == 128 + number
-    path = tmp_path / "checkpoint.pth"
-    assert path.exists() == (phase == "save")  # before that there is nothing worth saving
-    if path.exists():
-        assert checkpoint.read_dict(path)["progress"]["global_step"] <= 1
-    monkeypatch.undo()
-    monkeypatch.setattr(launch, "_signal_received", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, phase, interrupted)
+        if phase == "extract":
+            patch.setattr(train, "kmeans", None)  # extraction sees the signal
+        assert run_main(*arguments_for(folder, tmp_path)) == 128 + number
+    assert (tmp_path / "checkpoint.pth").exists() == (phase == "save")  # else there is nothing yet
     assert run_main(*arguments_for(folder, tmp_path)) == 0
     epochs = [record["epoch"] for record in log_of(tmp_path) if "nmi" in record]
     assert epochs == [0, 1, 2, 3, 3]  # the last one is of the final clusters
@@ -244,32 +187,20 @@ def test_a_signal_during_the_measurement_at_an_epochs_end(folder, tmp_path, monk
 
     def interrupted(*rest, **options):
         if (stopped / "log.jsonl").read_text().count("loss") == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            terminate()
         return knn_accuracy(*rest, **options)
 
-    monkeypatch.setattr(launch, "_signal_received", None)
     monkeypatch.setattr(knn, "knn_accuracy", interrupted)
     assert run_main(*arguments_for(folder, stopped, *arguments)) == 128 + signal.SIGTERM
     assert checkpoint.read_dict(stopped / "checkpoint.pth")["progress"]["global_step"] == 20
     monkeypatch.undo()
-    monkeypatch.setattr(launch, "_signal_received", None)
     assert run_main(*arguments_for(folder, stopped, *arguments)) == 0
     assert_same_run(whole, stopped)
 
 
-def signal_process_1():
-    check_step = train.check_step
-
-    def signalled(args, progress, *rest):
-        if distributed.rank() == 1 and progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return check_step(args, progress, *rest)
-
-    train.check_step = signalled
-
-
 def test_a_signal_on_one_process_stops_all(folder, tmp_path):
-    codes, _ = run_to_exit(train_in_child, 2, signal_process_1, arguments_for(folder, tmp_path))
+    codes, *_ = run_to_exit(
+        train_in_child, 2, partial(at_step, 3, terminate, 1), arguments_for(folder, tmp_path))
     assert codes == [143, 143]
     assert checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 4
 
@@ -277,26 +208,23 @@ def test_a_signal_on_one_process_stops_all(folder, tmp_path):
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_stops(folder, tmp_path):
     """What SLURM sends before it requeues a job."""
-    run = quiet(command("train.py", *arguments_for(folder, tmp_path, "--epochs", "200"),
-                        processes=2))
+    run = start(folder, tmp_path, "--epochs", "200", "--checkpoint-interval", "1", processes=2)
     wait_for_step(run, tmp_path, 4)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) != 0
     assert 4 <= checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["global_step"] < 2000
 
 
-def signal_twice():
-    def stuck(*arguments):
-        for _ in range(2):  # the first one waits for the step to end
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1.5)
-            print("goes on", flush=True)
-
-    train.check_step = stuck
+def terminate_twice():
+    for _ in range(2):  # the first one waits for the step to end
+        terminate()
+        time.sleep(1.5)
+        print("goes on", flush=True)
 
 
 def test_a_second_signal_exits_at_once(folder, tmp_path):
-    codes, outputs = run_to_exit(train_in_child, 1, signal_twice, arguments_for(folder, tmp_path))
+    codes, outputs, _ = run_to_exit(
+        train_in_child, 1, partial(at_step, 0, terminate_twice, 0), arguments_for(folder, tmp_path))
     assert codes == [128 + signal.SIGTERM] and outputs[0].count("goes on") == 1
 
 
@@ -315,7 +243,8 @@ def test_a_full_disk_during_a_run(folder, tmp_path, W):
     token = (tmp_path / ".lock").read_text().split()[-1]
     for name in ("checkpoint.pth", "backbone.pth", "features.npy"):
         (tmp_path / f"{name}.{token}.partial").write_bytes(b"left by a run that was killed")
-    codes, outputs = run_to_exit(train_in_child, W, fill_the_disk, arguments_for(folder, tmp_path))
+    arguments = arguments_for(folder, tmp_path)
+    codes, outputs, _ = run_to_exit(train_in_child, W, fill_the_disk, arguments)
     assert codes == [2] * W
     output = "".join(outputs)
     assert output.count("error: ") == 1 and "Traceback" not in output
@@ -341,13 +270,13 @@ def kill_a_worker():
 def test_a_killed_worker_ends_the_run(folder, tmp_path):
     """With a sentence, and without waiting for the worker that is left."""
     arguments = arguments_for(folder, tmp_path, "--workers", "2")
-    codes, outputs = run_to_exit(train_in_child, 1, kill_a_worker, arguments)
+    codes, outputs, _ = run_to_exit(train_in_child, 1, kill_a_worker, arguments)
     assert codes == [2] and "error: a loader worker has died" in outputs[0]
 
 
 def assert_refused(words, *arguments):
     """Started with a list of arguments each, processes end with one sentence."""
-    codes, outputs = run_to_exit(train_in_child, len(arguments), None, *arguments, timeout=120)
+    codes, outputs, _ = run_to_exit(train_in_child, len(arguments), None, *arguments, timeout=120)
     assert codes == [2] * len(arguments) and words in outputs[0], outputs
     assert "".join(outputs).count("error: ") == 1
 
@@ -404,27 +333,22 @@ def test_any_number_is_a_sentence_or_a_working_run(folder, tmp_path, capsys, fla
             assert_one_sentence(capsys, code)
 
 
-@pytest.mark.parametrize("K, smallest", [(150, 0), (150, 1), (1, 20), (1, 150), (7, 21)])
-def test_extreme_numbers_of_clusters(folder, tmp_path, K, smallest):
+@pytest.mark.parametrize("K, smallest, batch", [
+    (150, 0, 64), (150, 1, 64), (1, 20, 64), (1, 150, 64), (7, 21, 64), (8, 5, 200)])
+def test_extreme_numbers_of_clusters(folder, tmp_path, K, smallest, batch):
+    """The last has a batch that is larger than the data."""
     assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "1",
                     "--num-clusters", K, "--min-cluster-size", smallest,
-                    "--batch-size", "64") == 0
-
-
-def test_a_batch_larger_than_the_data(folder, tmp_path):
-    assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--epochs", "2",
-                    "--batch-size", "200") == 0
-    assert [record["step"] for record in log_of(tmp_path) if "loss" in record] == [1, 2]
+                    "--batch-size", batch) == 0
+    steps = [record["step"] for record in log_of(tmp_path) if "loss" in record]
+    assert steps == [-(-150 // batch)]
 
 
 # --- long hours ----------------------------------------------------------------------------------
 
 
 def soak(steps):
-    """Steps of the memory alone: resident pages and open files over time, and the largest drift.
-
-    The drift is of a centroid, against its mean counted anew.
-    """
+    """Steps of the memory alone: resident pages and open files over time."""
     N, d, K, B = 1000, 16, 20, 8
     generator = torch.Generator().manual_seed(0)
     memory = ODCMemory(N, d, K)
@@ -441,11 +365,7 @@ def soak(steps):
         if step % 250 == 0:
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
             files.append(len(os.listdir("/proc/self/fd")))
-    memory.update_centroids()
-    recounted = ODCMemory(N, d, K)
-    recounted.load_state_dict(memory.state_dict(), memory.features)
-    recounted.update_centroids()
-    return resident, files, float((memory.centroids - recounted.centroids).abs().max())
+    return resident, files
 
 
 def assert_flat(values, tolerance):
@@ -456,16 +376,15 @@ def assert_flat(values, tolerance):
 
 @pytest.mark.slow
 def test_soak_of_the_memory():
-    for resident, files, drift in run_processes(soak, 2, 50_000, timeout=1500):
+    for resident, files in run_processes(soak, 2, 50_000, timeout=1500):
         assert_flat(resident, 0.02)
         assert max(files[len(files) // 2 :]) <= max(files[: len(files) // 2])
-        assert drift < 1e-4
 
 
 @pytest.mark.slow
 def test_soak_of_the_demonstration(tmp_path):
     """20 epochs; memory in use and open files of both processes, sampled from outside."""
-    run = quiet(command("train.py", "--output", tmp_path, "--epochs", "20", processes=2))
+    run = start("shapes", tmp_path, "--epochs", "20", "--batch-size", "64", processes=2)
     wait_for_step(run, tmp_path, 2)
     resident, files, log = {}, {}, tmp_path / "log.jsonl"
     # Up to the last epoch: the end opens files and imports what draws them.

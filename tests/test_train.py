@@ -175,7 +175,7 @@ def test_another_number_of_processes_goes_on(folder, finished, tmp_path):
     (["--memory-momentum", "1.5"], ["--memory-momentum", "1.5"]),
     (["--batch-size", "many"], ["--batch-size", "many"]),
     (["--num-clusters", "200", "--min-cluster-size", "0"],
-     ["--num-clusters 200", "there are only 150 images"]),
+     ["--num-clusters 200", "need 200 images"]),
     (["--min-cluster-size", "100"], ["--min-cluster-size 100", "800", "150"]),
     (["--amp", "fp16"], ["--amp fp16", "bf16"]),
     (["--device", "cuda:77"], ["--device cuda:77"]),

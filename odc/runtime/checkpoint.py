@@ -46,10 +46,10 @@ def write_atomically(path, write, in_place=False):
             raise  # a signal handler of torch raises the last one anywhere
         # torch turns an OSError inside its writer into a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        kept = "; the file from before is kept" if path.is_file() else ""
-        raise UserError(f"{path}: could not be written ({getattr(cause, 'strerror', None) or cause})"
-                        f"{kept}. Make room, or make the folder writable, and start the same "
-                        "command again.") from None
+        reason = getattr(cause, "strerror", None) or cause
+        raise UserError(f"{path}: could not be written ({reason}); a file from before is kept. "
+                        "Make room, or make the folder writable, and start the same command again."
+                        ) from None
 
 
 def write_dict(path, state, in_place=False):
@@ -93,9 +93,8 @@ def read_dict(path):
 def open_run(output):
     """Make the folder of a run, a Path, and lock it against other runs. A collective.
 
-    Returns its checkpoint, or None, and on process 0 the lock, an open file that ends with the
-    process. Raises UserError, before anything is written, unless the folder is new, empty, or a
-    run's.
+    Returns its checkpoint, or None, and on process 0 the lock, an open file. Raises UserError,
+    before anything is written, unless the folder is new, empty, or a run's.
     """
     path, lock = output / "checkpoint.pth", output / ".lock"
     with distributed.raise_everywhere():
@@ -109,20 +108,20 @@ def open_run(output):
             raise UserError(f"--output {output} holds other files and no run: choose a new folder.")
     with distributed.raise_everywhere():
         lock = _lock(output) if distributed.is_main() else None
-    with distributed.raise_everywhere():
         return _read_run(path), lock
 
 
 def _read_run(path):
     """The checkpoint of a run, or None if there is none yet."""
-    saved = read_dict(path) if path.exists() else None
-    if saved is not None and saved.get("program") != PROGRAM:
+    if not path.exists():
+        return None
+    saved = read_dict(path)
+    if saved.get("program") != PROGRAM:
         raise UserError(f"{path} is not a checkpoint of this version of train.py; choose another "
                         "--output.")
     with reading(path):
-        for name, kind in FIELDS.items() if saved else ():
-            if not isinstance(saved[name], kind):
-                raise TypeError(name)
+        if wrong := [name for name, kind in FIELDS.items() if not isinstance(saved[name], kind)]:
+            raise TypeError(wrong)
     return saved
 
 
@@ -162,10 +161,10 @@ def write_run(path, state, features, num_rows, before=()):
             folder.mkdir(exist_ok=True)
             write_dict(own, {"features": features}, in_place=True)
         with distributed.raise_everywhere():
+            if not all((folder / part).exists() for part, *_ in parts):
+                raise UserError(f"{folder} lacks what another process has written: --output must "
+                                "be a folder that all machines share.")
             if distributed.is_main():
-                if not all((folder / part).exists() for part, *_ in parts):
-                    raise UserError(f"{folder} lacks what another process has written: --output "
-                                    "must be a folder that all machines share.")
                 write_dict(path, {**state, "memory_parts": parts})
     except UserError:
         own.unlink(missing_ok=True)
@@ -185,26 +184,21 @@ def read_rows(path, state, rows):
     with reading(path):
         for name, start, stop in state["memory_parts"]:
             first, last = max(start, rows.start), min(stop, rows.stop)
-            part = path.parent / "memory" / Path(name).name
-            with reading(part):
-                if first < last:
+            if first < last:
+                with reading(part := path.parent / "memory" / Path(name).name):
                     content = read_dict(part)["features"]
-                    features.append(content[first - start : last - start])
-                    lengths = features[-1].norm(dim=1)
-                    is_unit = (lengths - 1).abs().lt(1e-3) | lengths.eq(0)
+                    lengths = content.norm(dim=1)
                     right = len(content) == stop - start and content.dtype == torch.float32
-                    if not right or not is_unit.all():
+                    if not right or not ((lengths - 1).abs().lt(1e-3) | lengths.eq(0)).all():
                         raise ValueError("its rows are not those of the checkpoint")
+                    features.append(content[first - start : last - start])
         if sum(map(len, features)) != rows.stop - rows.start:
             raise ValueError("rows of the memory are missing")
         return torch.cat(features) if features else torch.zeros(0, 1)
 
 
 def check_same_settings(where, before, now):
-    """Raise UserError naming the first setting in which a run differs from its checkpoint.
-
-    where: the path of the run. before, now: {name: value}.
-    """
+    """Raise UserError for the first of the settings, {name: value}, that differs from before."""
     for name in {**now, **before}:
         if before.get(name) != now.get(name):
             raise UserError(f"{where} holds a run with {name} {before.get(name)}, not "

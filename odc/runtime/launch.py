@@ -59,23 +59,20 @@ def is_dead_worker(error):
 def dead_worker(error):
     """The UserError for a loader worker that was killed or could not do its work."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return UserError(f"a loader worker has died ({reason}); if memory, or shared memory in "
-                     "/dev/shm, has run out, use fewer --workers or a smaller --batch-size, or "
-                     "give a container more with --shm-size.")
+    return UserError(f"a loader worker has died ({reason}); if memory or /dev/shm is full, use "
+                     "fewer --workers, or give a container more with --shm-size.")
 
 
 def _explain(error):
-    """(sentence, exit code) of an error, or None for a mistake of ours."""
+    """(sentence, exit code) of an error; it is raised again if it is a mistake of ours."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
         return f"there is too little memory ({text.splitlines()[0]}); lower --batch-size.", 2
-    if is_dead_worker(error):
-        return str(dead_worker(error)), 2
-    if not isinstance(error, RuntimeError):
-        return text, 2
+    if is_dead_worker(error) or not isinstance(error, RuntimeError):
+        return dead_worker(error) if is_dead_worker(error) else text, 2
     if isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text:
         return f"another process has stopped, or cannot be reached ({text.splitlines()[0]})", 1
-    return None
+    raise error
 
 
 def _kill_workers():
@@ -122,9 +119,7 @@ def run_program(main, *arguments):
     try:
         main(*arguments)
     except (UserError, RuntimeError, OSError, MemoryError) as error:
-        sentence, code = _explain(error) or (None, 1)
-        if sentence is None:
-            raise
+        sentence, code = _explain(error)
         # Every process raises a UserError alike. Of the others, this process alone may know.
         if distributed.is_main() or not isinstance(error, UserError):
             print(f"error: {sentence}", file=sys.stderr, flush=True)

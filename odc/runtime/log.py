@@ -24,9 +24,8 @@ def read_record(line):
 class Log:
     """log.jsonl, one JSON object a line. Process 0 writes it; the others hold no file.
 
-    position: the number of records that the log had at the checkpoint from which the run continues.
-    What lies behind them was written by steps that will run again, and is cut off.
-    tensorboard: write the same numbers for TensorBoard.
+    position: the number of records at the checkpoint from which the run continues. What lies behind
+    them is cut off: those steps run again. tensorboard: write the same numbers for TensorBoard.
     """
 
     def __init__(self, path, position=0, tensorboard=False):
@@ -34,14 +33,12 @@ class Log:
         if distributed.is_main():
             self.file = open(path, "a+b")
             self.file.seek(0)
-            step, is_whole = -1, True
-            while self.records < position and (line := self.file.readline()):
-                is_whole = line.endswith(b"\n")
+            step, end = -1, 0
+            while self.records < position and (line := self.file.readline()).endswith(b"\n"):
+                end = self.file.tell()
                 if record := read_record(line):
                     self.records, step = self.records + 1, record["step"]
-            self.file.truncate(self.file.tell())
-            if not is_whole:  # someone has cut it
-                self.file.write(b"\n")
+            self.file.truncate(end)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # optional, slow to import
                 self.events = SummaryWriter(Path(path).parent / "tensorboard", purge_step=step + 1)
@@ -61,10 +58,7 @@ class Log:
                                 "make room, and start the same command again.") from None
 
     def write_steps(self, progress, steps, cluster_sizes, lr, rate):
-        """Write and show the means since the last line, and the clusters as they are.
-
-        progress: train.py's. steps: of an epoch. rate: images a second.
-        """
+        """Write and show the means since the last line. steps: of an epoch; rate: images/s."""
         sums = progress.interval
         shown = dict(loss=sums["loss"] / sums["steps"],
                      change_ratio=float(sums["change_ratio"]) / sums["steps"],
@@ -90,6 +84,6 @@ def progress_bar(total, description, unit="step", initial=0):
 
 
 def print_settings(settings):
-    """Print the settings of a run as `name value` pairs, wrapped to 80 columns."""
+    """Print `name value` pairs, wrapped to 80 columns."""
     pairs = [f"{name} {value}" for name, value in settings.items() if value is not None]
     print_main(textwrap.fill("settings: " + ", ".join(pairs), 80, subsequent_indent="  "))

@@ -19,16 +19,23 @@ from tests.runs import assert_equal_state
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "checkpoint.pth"
-    state = {"weights": torch.arange(5000.0).view(50, 100), "epoch": 3,
-             "settings": {"lr": 0.06, "steps": [1, 2]}}
+    state = {"weights": torch.arange(5000.0).view(50, 100), "settings": {"steps": [1, 2]}}
     checkpoint.write_dict(path, state)
     return path, state
 
 
-def test_round_trip_and_plain_torch_load(saved):
-    path, state = saved
-    for loaded in (checkpoint.read_dict(path), torch.load(path, weights_only=True)):
-        assert_equal_state(loaded, state)
+@pytest.mark.parametrize("name", [b"link", b"name\xe9.pth"])
+def test_round_trip(saved, name):
+    """A link is replaced, not followed. A name need not be UTF-8."""
+    file, state = saved
+    before = file.read_bytes()
+    path = file.with_name(os.fsdecode(name))
+    if name == b"link":
+        path.symlink_to(file)
+    checkpoint.write_dict(path, {"epoch": 3})
+    assert checkpoint.read_dict(path) == torch.load(path, weights_only=True) == {"epoch": 3}
+    assert file.read_bytes() == before
+    assert_equal_state(checkpoint.read_dict(file), state)
 
 
 def refused(path):
@@ -53,22 +60,8 @@ def recompressed(path):
             archive.writestr(name, content)
 
 
-def bad_directory(path):
-    """A directory that claims a stored entry to be packed: zlib.error from the standard library."""
-    content = bytearray(path.read_bytes())
-    at = content.rindex(b"PK\x01\x02")
-    content[at + 10] = 8
-    path.write_bytes(content)
-
-
-def in_itself(path):
-    loop = {}
-    loop["loop"] = loop
-    torch.save([loop] * 300, path)
-
-
 @pytest.mark.parametrize("make", [
-    recompressed, bad_directory, in_itself, lambda path: (path.unlink(), os.mkfifo(path)),
+    recompressed, lambda path: (path.unlink(), os.mkfifo(path)),
     lambda path: (path.unlink(), path.mkdir()), lambda path: path.unlink(),
     lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"PK\x03\x04 not for long")])
 def test_another_programs_file(saved, make):
@@ -78,12 +71,13 @@ def test_another_programs_file(saved, make):
 
 
 def test_a_flipped_byte_anywhere(saved):
-    """It is refused, or it lies in padding and dates, which are not read."""
+    """It is refused, or lies in padding and dates, which are not read. The directory is the end."""
     path, state = saved
-    whole = path.read_bytes()
-    count = 0
-    for place in [0, len(whole) - 1, *random.Random(1).sample(range(len(whole)), 200)]:
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+    whole, count = path.read_bytes(), 0
+    for place in [*random.Random(1).sample(range(len(whole)), 200), *range(-300, 0)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 8
+        path.write_bytes(damaged)
         try:
             assert_equal_state(checkpoint.read_dict(path), state)
         except UserError:
@@ -93,16 +87,15 @@ def test_a_flipped_byte_anywhere(saved):
 
 class Evil:
     def __reduce__(self):
-        return os.system, ("echo this must not run > evil",)
+        return os.mkdir, ("evil",)
 
 
-def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(
+    pickle.dumps(content))])
+def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "checkpoint.pth"
-    checkpoint.write_dict(path, {"weights": Evil()})
-    refused(path)
-    path.write_bytes(pickle.dumps(Evil()))
-    refused(path)
+    write({"weights": Evil()}, tmp_path / "checkpoint.pth")
+    refused(tmp_path / "checkpoint.pth")
     assert not (tmp_path / "evil").exists()
 
 
@@ -135,29 +128,14 @@ def test_two_programs_with_one_output(saved):
     assert path.read_bytes() == b"of the first" and os.listdir(path.parent) == [path.name]
 
 
+# --- folders of runs -----------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("content", [[1, 2], torch.ones(3), {}, {"epoch": 3}])
 def test_files_that_hold_no_checkpoint_of_a_run(tmp_path, content):
     torch.save(content, tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match="checkpoint"):
         checkpoint.open_run(tmp_path)
-    assert (tmp_path / "checkpoint.pth").exists()
-
-
-def test_a_link_is_replaced_and_not_followed(tmp_path):
-    (tmp_path / "file").write_text("of someone")
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    checkpoint.write_dict(tmp_path / "link", {"epoch": 3})
-    assert (tmp_path / "file").read_text() == "of someone"
-    assert checkpoint.read_dict(tmp_path / "link") == {"epoch": 3}
-
-
-def test_a_name_that_is_not_utf8(tmp_path):
-    path = tmp_path / os.fsdecode(b"name\xe9.pth")
-    checkpoint.write_dict(path, {"epoch": 3})
-    assert checkpoint.read_dict(path) == {"epoch": 3}
-
-
-# --- folders of runs -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["film.mkv.partial", "memory/teacher.pth", "log.jsonl", ".lock"])
@@ -167,19 +145,15 @@ def test_a_folder_of_someone_else_is_refused_and_stays(tmp_path, name):
     file.write_text("of someone")
     with pytest.raises(UserError, match="holds other files"):
         checkpoint.open_run(tmp_path)
-    assert file.read_text() == "of someone"
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "of someone" and set(tmp_path.rglob("*")) <= {file, file.parent}
 
 
 @pytest.mark.parametrize("name", [".lock", "memory", "checkpoint.pth", "log.jsonl"])
 def test_links_out_of_the_folder(tmp_path, name):
-    (tmp_path / "elsewhere").mkdir()
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"{output / name} is a link"):
-        checkpoint.open_run(output)
-    assert not list((tmp_path / "elsewhere").iterdir())
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{tmp_path / name} is a link"):
+        checkpoint.open_run(tmp_path)
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_what_a_killed_process_has_left(tmp_path, monkeypatch):
@@ -250,38 +224,35 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch, fails_at
 
 
 def test_only_names_of_the_old_checkpoint_are_deleted(tmp_path):
-    (tmp_path / "memory" / "of someone").mkdir(parents=True)
-    (tmp_path / "memory" / "teacher.pth").write_text("of someone")
-    (tmp_path / "thesis.pth").write_text("of someone")
+    (tmp_path / "memory").mkdir()
+    others = tmp_path / "memory" / "teacher.pth", tmp_path / "thesis.pth"
+    for file in others:
+        file.write_text("of someone")
     for epoch in (1, 2, 3):
         save_my_rows(tmp_path, epoch)
-    assert len(os.listdir(tmp_path / "memory")) == 3
+    assert len(os.listdir(tmp_path / "memory")) == 2
     state = checkpoint.read_dict(tmp_path / "checkpoint.pth")
-    checkpoint.write_dict(tmp_path / "checkpoint.pth", {
-        **state, "memory_parts": [("../thesis.pth", 0, 10)]})  # made up by someone
+    state["memory_parts"] = [("../thesis.pth", 0, 10)]  # made up by someone
+    checkpoint.write_dict(tmp_path / "checkpoint.pth", state)
     save_my_rows(tmp_path, 4)
-    assert (tmp_path / "thesis.pth").exists() and (tmp_path / "memory" / "teacher.pth").exists()
+    assert all(file.exists() for file in others)
 
 
-@pytest.mark.parametrize("features", [
-    FEATURES[:9], FEATURES.clone().index_fill_(0, torch.tensor([4]), torch.nan), 2 * FEATURES,
-    (255 * FEATURES).byte(), FEATURES[:, 0], "no tensor"])
-def test_rows_are_not_believed(tmp_path, features):
-    save_my_rows(tmp_path, 0)
-    (part,) = (tmp_path / "memory").iterdir()
-    checkpoint.write_dict(part, {"features": features})
-    with pytest.raises(UserError, match=f"{part}: cannot be read"):
-        load_all(tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["flip", "remove"])
-def test_damaged_or_missing_rows(tmp_path, damage):
-    save_my_rows(tmp_path, 0)
-    (part,) = (tmp_path / "memory").iterdir()
+def flip(part):
     whole = part.read_bytes()
     at = whole.index(FEATURES[:2].numpy().tobytes())
-    part.unlink()
-    if damage == "flip":
-        part.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
-    with pytest.raises(UserError, match=f"{part}: cannot be read.*damaged"):
+    part.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
+
+
+@pytest.mark.parametrize("change", [
+    flip, os.unlink, FEATURES[:9], FEATURES.clone().index_fill_(0, torch.tensor([4]), torch.nan),
+    2 * FEATURES, (255 * FEATURES).byte(), FEATURES[:, 0], "no tensor"])
+def test_rows_are_not_believed(tmp_path, change):
+    save_my_rows(tmp_path, 0)
+    (part,) = (tmp_path / "memory").iterdir()
+    if callable(change) and not torch.is_tensor(change):
+        change(part)
+    else:
+        checkpoint.write_dict(part, {"features": change})
+    with pytest.raises(UserError, match=f"{part}: cannot be read"):
         load_all(tmp_path)
