@@ -29,7 +29,7 @@ def open_dataset(data, split="train", exclude=()):
     """The `ImageSet` of one split. No image is read, but for the small ones of CIFAR etc.
 
     data: a folder, or "shapes". split: "train" or "val". exclude: absolute paths of folders that
-    are not walked. Raises UserError if the path or this split is missing, empty or damaged.
+    are not walked. Raises UserError if this split is missing, empty or damaged.
     """
     if data == "shapes":
         images, labels = shapes.draw_shapes(*shapes.SPLITS[split])
@@ -50,8 +50,7 @@ def open_dataset(data, split="train", exclude=()):
         raise UserError(f"{folder}: the {split} split cannot be read ({type(error).__name__}: "
                         f"{error}); --data must be complete and readable.") from error
     if len(opened) == 0:
-        raise UserError(f"{opened.root}: no images found; the names of images end in "
-                        f"{' '.join(EXTENSIONS)}.")
+        raise UserError(f"{opened.root}: no images found; their names end in {EXTENSIONS}.")
     N, labels, classes = len(opened), opened.labels, opened.classes
     if labels is not None and not (len(labels) == N and 0 <= labels.min()
                                    and labels.max() < len(classes)):
@@ -90,8 +89,7 @@ def _read_list(path):
     pairs = [re.fullmatch(r"(.+?)(?:\s+(\d{1,6}))?", line).groups() for line in lines]
     labels = [int(label) for _, label in pairs if label]
     if labels and len(labels) < len(pairs):
-        raise UserError(f"{path}: {len(labels)} of its {len(pairs)} lines have a label; give all "
-                        "one, or none.")
+        raise UserError(f"{path}: {len(labels)} of its {len(pairs)} lines have a label: give all.")
     return [name for name, _ in pairs], labels
 
 
@@ -161,7 +159,7 @@ def fashion_mnist(folder, split):
 
 
 def _read_idx(path, dimensions):
-    """An IDX file of bytes: 4 bytes that name its type, 4 for each dimension, then the values."""
+    """An IDX file of bytes: 4 for its type, 4 for each dimension, then the values."""
     with open(path, "rb") if os.path.isfile(path) else gzip.open(f"{path}.gz") as file:
         content = file.read()
     shape = np.frombuffer(content, ">u4", dimensions, offset=4)

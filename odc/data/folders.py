@@ -15,7 +15,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp",
 # Folders of the splits, in any case; of several the first counts.
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
-# Where file servers and operating systems keep thumbnails and deleted files.
+# Thumbnails and deleted files of file servers and operating systems.
 SYSTEM_FOLDERS = {"@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot",
                   "$recycle.bin", "recycler", "system volume information", "lost+found",
                   "__macosx", "__pycache__"}
@@ -81,8 +81,8 @@ class _Walk:
     def labels(self, classes):
         """int64 [N], the position in classes of each image's folder."""
         if unknown := sorted(set(self.classes) - set(classes)):
-            raise UserError(f"{os.path.join(self.root, unknown[0])} is a class that the train "
-                            "split does not have: rename it or take it away.")
+            raise UserError(f"{self.root}/{unknown[0]} is a class that the train split does not "
+                            "have: rename it or take it away.")
         pairs = [(classes.index(name), self.images_in[name]) for name in self.classes]
         numbers, counts = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T
         return numbers.repeat_interleave(counts)
@@ -124,8 +124,7 @@ class _Walk:
         if name in SYSTEM_FOLDERS:
             return "system folders"
         if kind == "image" and not name.endswith(EXTENSIONS):
-            end = os.path.splitext(name)[1]
-            return f"{end} files" if end else "files without an extension"
+            return f"{os.path.splitext(name)[1] or 'other'} files"
         if entry.is_symlink():
             before, _, below = os.path.realpath(entry.path).partition(self.real_root + "/")
             image = kind == "folder" or below.lower().endswith(EXTENSIONS)

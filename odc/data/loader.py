@@ -2,7 +2,6 @@
 
 Seed, epoch and position in the epoch decide everything about an item. So the number of workers
 changes nothing, and a run that is resumed within an epoch sees the batches it would have seen.
-A batch comes from `BatchLoader`, `_Batches.__getitem__`, `ImageSet.load`, `read_image`.
 """
 
 import os
@@ -89,7 +88,6 @@ def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memo
     """Batches of the given rows in order, each once; the last one is as short as need be.
 
     rows: a slice, or int64 indices. transform: an RGB image -> uint8 [3, S, S].
-    unreadable_limit: how many images may be unreadable.
     """
     order = torch.arange(len(dataset))
     indices = order[rows]
@@ -176,9 +174,8 @@ class _Batches(torch.utils.data.Dataset):
                 pixels.append(self.transform(image))
                 continue
             generator = random.Random(_hash("item", self.seeds, position))
-            drawn = augment.draw_parameters(self.augmentation, generator, *image.size,
-                                            self.image_size)
-            draws.append(drawn._replace(order=order))
+            draws.append(augment.draw_parameters(
+                self.augmentation, generator, *image.size, self.image_size)._replace(order=order))
             pixels.append(augment.crop_and_flip(image, draws[-1], self.image_size))
         pixels = torch.stack(pixels) if pixels else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         draws = torch.tensor(draws) if draws else torch.empty(0, len(augment.Draw._fields))

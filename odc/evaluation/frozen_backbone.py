@@ -73,8 +73,7 @@ class FrozenBackbone:
             val_images=len(self.val), classes=len(self.val.classes),
             processes=distributed.world_size())
 
-    def label(self, args):
-        """The name of our row in a table."""
+    def label(self, args):  # of our row in a table
         return f"this run, {self.backbone.arch}, {os.path.relpath(args.weights)}"
 
 

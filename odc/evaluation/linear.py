@@ -65,8 +65,7 @@ PROTOCOLS = {
     "inaturalist2018": dataclasses.replace(
         MULTIHEAD, recipe="mhead_8xb32-steplr-84e", epochs=84, lr_steps=(24, 48, 72),
         train_transform="inaturalist2018"),
-    "imagenet-1percent": ONE_PERCENT,
-    "imagenet-10percent": TEN_PERCENT,
+    "imagenet-1percent": ONE_PERCENT, "imagenet-10percent": TEN_PERCENT,
     "finetune": dataclasses.replace(
         TEN_PERCENT, recipe="imagenet-10percent for other data", batch_size=64, lr=0.01),
     "short": dataclasses.replace(
@@ -140,8 +139,7 @@ def choose_images(dataset, subset=None, train_share=None, seed=0):
         return dataset.take(sorted(index[name] for name in wanted))
     if train_share:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        labels = dataset.labels[order]
-        classes = [order[labels == k] for k in range(len(dataset.classes))]
+        classes = [order[dataset.labels[order] == k] for k in range(len(dataset.classes))]
         chosen = torch.cat([rows[: max(1, round(len(rows) * train_share))] for rows in classes])
         return dataset.take(sorted(chosen.tolist()))
     return dataset
@@ -161,8 +159,8 @@ def make_optimizer(classifiers, protocol):
 class LinearClassifiers(nn.Module):
     """A linear classifier for each column, on one forward pass of a FrozenBackbone, on its device.
 
-    columns: of COLUMNS, each the recipe's pool -> batch norm -> Linear; AVGPOOL, the global average
-    of the last map -> Linear; or FINE_TUNED alone, the same on a backbone that learns, too.
+    columns: of COLUMNS, each pool -> batch norm -> Linear; AVGPOOL, the global average of the last
+    map -> Linear; or FINE_TUNED alone, the same on a backbone that learns, too.
     """
 
     def __init__(self, network, columns, seed=0):

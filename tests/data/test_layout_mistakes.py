@@ -22,7 +22,7 @@ NO_SPLIT = "has no (train|val) split: give a folder that holds train/ and val/"
 
 
 @pytest.mark.parametrize("files, split, sentence", [
-    (["notes.txt"], "train", "no images found; the names of images end in .jpg"),
+    (["notes.txt"], "train", "no images found; their names end in"),
     (["train/cat/", "train/dog/"], "train", "train: no images found"),
     (["train/cat/a.jpg", "train/dog/b.jpg"], "val", NO_SPLIT),
     (["val/cat/a.jpg", "val/dog/b.jpg"], "train", NO_SPLIT),
