@@ -3,10 +3,10 @@
     python eval_linear.py --weights out/backbone.pth --data shapes
     torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data /path/to/imagenet
 
-The linear classifiers of all maps train together on one forward pass. A protocol
-(odc/evaluation/linear.py) sets everything. The batch is split over the processes, and their
-gradients are summed. On GPUs their batch norm shares its statistics. On CPUs each process
-normalises by its own part of the batch, and the statistics of process 0 are judged and saved.
+The classifiers of all maps train together on one forward pass, as a protocol of
+odc/evaluation/linear.py says. The batch is split over the processes, and their gradients are
+summed. On GPUs their batch norm shares its statistics. On CPUs each process normalises by its own
+part of the batch, and the statistics of process 0 are judged and saved.
 """
 
 from dataclasses import asdict
@@ -48,10 +48,9 @@ def make_parser():
 
 
 def train(args, network, protocol, classifiers, optimizer):
-    """Train and judge the classifiers, from the checkpoint on if there is one.
+    """Train, from the checkpoint on if there is one -> for each epoch {column: [top-1, top-5]}.
 
-    Returns the accuracy of each epoch, [{column: [top-1, top-5]}]. Raises UserError if the loss is
-    not finite, Interrupted after a signal.
+    Raises UserError if the loss is not finite, Interrupted after a signal.
     """
     settings = settings_of(args, network, protocol)
     history = load_checkpoint(args, settings, classifiers, optimizer)
@@ -69,8 +68,7 @@ def train(args, network, protocol, classifiers, optimizer):
 
 def train_epoch(args, network, protocol, classifiers, optimizer, epoch):
     """One epoch, in which every image comes once; returns the mean loss of each column."""
-    device = network.device
-    drops = sum(epoch >= step for step in protocol.lr_steps)
+    drops, device = sum(epoch >= step for step in protocol.lr_steps), network.device
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * protocol.lr_gamma**drops
     batches = epoch_batches(
@@ -128,7 +126,6 @@ def checkpoint_path(args):
 
 
 def save_checkpoint(args, settings, classifiers, optimizer, history):
-    """Write what `load_checkpoint` reads, if there is an --output. A collective."""
     with distributed.raise_everywhere():
         if args.output and distributed.is_main():
             checkpoint.write_dict(checkpoint_path(args), dict(
@@ -169,8 +166,7 @@ def main():
     name, protocol, changed = linear.choose_protocol(args, network.train)
     print_main(f"protocol {name} on {len(network.train):,} images; changed: {changed or 'nothing'}")
     print_settings(asdict(protocol))
-    kept = checkpoint_path(args) if args.output else "none, as there is no --output"
-    print_main(f"checkpoint after each epoch: {kept}")
+    print_main(f"checkpoint after each epoch: {args.output and checkpoint_path(args)}")
 
     classifiers = linear.LinearClassifiers(network, protocol.columns, args.seed)
     optimizer = linear.make_optimizer(classifiers, protocol)

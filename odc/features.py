@@ -1,5 +1,6 @@
 """Features of all images by a frozen network: one row for every image."""
 
+import collections
 import hashlib
 import os
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from odc import distributed
-from odc.data.augmentation import MEAN, STD, normalise
+from odc.data.augmentation import mean_and_std, normalise
 from odc.data.loader import evaluation_batches
 from odc.errors import UserError
 from odc.runtime import checkpoint, launch
@@ -22,9 +23,8 @@ def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, 
 
     forward: normalised images [B, 3, S, S] on `device` -> features [B, dim].
     transform: an RGB image -> uint8 [3, S, S]. name: what the progress bar says.
-    Images that cannot be read leave `dataset`, on every process, and a line says so. The rows are
-    those of the images that stay. Raises UserError if more than unreadable_share of the images are
-    unreadable; 0 is for images that have been read before. A collective.
+    Images that cannot be read leave `dataset`, on every process. Raises UserError if they are more
+    than unreadable_share of it; 0 is for images that have been read before. A collective.
     """
     rows, unreadable = distributed.shard(len(dataset)), {}
     features = torch.empty(rows.stop - rows.start, dim, device=device)
@@ -33,20 +33,19 @@ def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, 
         unreadable_limit=len(dataset) if unreadable_share else 0))
     # Shards differ by one row, so the numbers of batches may differ. All processes count to the
     # larger one, as the collectives below want it.
-    longest = -(-len(dataset) // distributed.world_size())
-    done = 0
+    longest, done = -(-len(dataset) // distributed.world_size()), 0
     bar = progress_bar(len(features), name, "img")
     for _ in range(0, longest, batch_size):
         launch.check_signals()
         with distributed.raise_everywhere():
             batch = next(batches, None)
-            if batch is not None:
-                unreadable |= batch.unreadable
-            if batch is not None and len(batch.indices):
-                pixels = normalise(batch.images.to(device, non_blocking=True))
-                features[done : done + len(pixels)] = forward(pixels)
-                done += len(pixels)
-                bar.update(len(pixels))
+        if batch is not None:
+            unreadable |= batch.unreadable
+        if batch is not None and len(batch.indices):
+            pixels = normalise(batch.images.to(device, non_blocking=True))
+            features[done : done + len(pixels)] = forward(pixels)
+            done += len(pixels)
+            bar.update(len(pixels))
     bar.close()
     if distributed.any_process(unreadable):
         leave_out(dataset, unreadable, unreadable_share)
@@ -55,13 +54,9 @@ def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, 
 
 
 def leave_out(dataset, unreadable, share):
-    """Remove the images that any process found unreadable, {index: reason}. A collective.
-
-    Raises UserError if they are more than a share of all.
-    """
+    """Remove the images that any process found unreadable, {index: reason}. A collective."""
     own = {dataset.name_of(index): reason for index, reason in unreadable.items()}
-    everywhere = {name: reason for part in distributed.all_gather_objects(own)
-                  for name, reason in part.items()}
+    everywhere = dict(collections.ChainMap(*distributed.all_gather_objects(own)))
     name, reason = min(everywhere.items())
     text = (f"{len(everywhere):,} of {len(dataset):,} images in {dataset.root} cannot be read, "
             f"such as {name!r} ({reason})")
@@ -72,8 +67,7 @@ def leave_out(dataset, unreadable, share):
 
 
 def reshard(rows):
-    """Deal rows [n_r, ...] of uneven parts anew: each process gets its shard of all. A collective.
-    """
+    """Deal rows [n_r, ...] of uneven parts anew, a shard of all to each process. A collective."""
     counts = distributed.all_gather_rows(torch.tensor([len(rows)])).tolist()
     own, start, parts = distributed.shard(sum(counts)), 0, []
     for r, count in enumerate(counts):
@@ -85,23 +79,16 @@ def reshard(rows):
 
 
 def unit_pixels(images):
-    """Pixels in 0..1 of normalised images [B, 3, S, S], as unit vectors [B, 3 s s], s <= 32.
-
-    Larger images are averaged to s = 32.
-    """
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None]
-                 for values in (MEAN, STD))
+    """Pixels in 0..1 of normalised images [B, 3, S, S], 32 x 32 at most, as unit vectors."""
+    mean, std = mean_and_std(images.device)
     side = min(images.shape[-1], 32)
     return F.normalize(F.adaptive_avg_pool2d(images * std + mean, side).flatten(1))
 
 
-# --- rows of all processes in one file -----------------------------------------------------------
-
 def write_rows(path, features, num_rows):
     """Write the rows of all processes as one .npy file, all of it or nothing. A collective.
 
-    features: [n, d] of this process; in rank order they make up all num_rows. The processes write
-    in turn. Raises UserError.
+    features: [n, d] of this process, in rank order num_rows in all. Raises UserError.
     """
     token = distributed.all_gather_objects(checkpoint.TOKEN)[0]  # of process 0: see checkpoint.py
     partial = f"{path}.{token}.partial"
@@ -115,7 +102,7 @@ def write_rows(path, features, num_rows):
                             np.lib.format.write_array_header_1_0(
                                 file, dict(descr="<f4", fortran_order=False, shape=shape))
                         for part in features.split(65536):
-                            file.write(part.cpu().contiguous().numpy().data)
+                            file.write(part.cpu().numpy().tobytes())
                         file.flush()
                         os.fsync(file.fileno())
         with distributed.raise_everywhere():

@@ -38,7 +38,7 @@ class Augmentation:
     fixed_scale: bool = False
 
 
-# The training transforms of the linear evaluation, by protocol.
+# Of the linear evaluation, by protocol.
 _CROP_AND_FLIP = Augmentation(rotation=0.0, jitter=(0.0, 0.0, 0.0, 0.0), grayscale=0.0)
 LINEAR_AUGMENTATIONS = {
     "imagenet-multihead": replace(_CROP_AND_FLIP, jitter=(0.4, 0.4, 0.4, 0.0), lighting=0.1),
@@ -59,7 +59,7 @@ Draw = namedtuple("Draw", "resize top left height width flip angle brightness co
 def draw_parameters(augmentation, generator, width, height, size=224):
     """The Draw of an image of width x height pixels; the distributions are torchvision's.
 
-    generator: a `random.Random`. size: edge of the crop that is wanted.
+    generator: a `random.Random`. size: edge of the crop.
     """
     uniform, jitter = generator.uniform, augmentation.jitter
     if augmentation.fixed_scale:
@@ -120,7 +120,6 @@ def evaluation_transform(image_size):
 
 
 def _central_square(image, resize, crop):
-    """Resize the shorter edge of an image, then cut crop x crop pixels out of the middle."""
     width, height = image.size
     # Resized as a whole, a very long image would take gigabytes.
     image = TF.center_crop(image, [min(height, 8 * width), min(width, 8 * height)])
@@ -131,22 +130,24 @@ def _central_square(image, resize, crop):
 
 def normalise(images):
     """uint8 [B, 3, S, S] to float32 with ImageNet's mean 0 and standard deviation 1."""
-    mean, std = _mean_and_std(images.device)
+    mean, std = mean_and_std(images.device)
     return (images * (1 / (255 * std))).sub_(mean / std)
 
 
 @functools.cache  # else every batch would wait until they are on the device
-def _mean_and_std(device):
+def mean_and_std(device):
+    """Two float32 [3, 1, 1]."""
     return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
 
 
 def augment_batch(images, draws):
     """All that comes after `crop_and_flip`, normalisation included.
 
-    images: uint8 [B, 3, S, S], on any device. draws: float [B, 16] of Draw's columns, on the CPU:
-    what no image needs is skipped without waiting for the device. The order is the first row's.
-    Returns float32 [B, 3, S, S] on the images' device.
+    images: uint8 [B, 3, S, S], on any device. draws: float [B, 16] of Draw's columns, on the CPU;
+    the order is the first row's. Returns float32 [B, 3, S, S] on the images' device.
     """
+    if len(images) == 0:  # none of the batch could be read
+        return normalise(images)
     order = ORDERS[int(Draw(*draws[0]).order)]
     # Three megabytes stay in a CPU's cache through all operations: 2.3 times as fast at 224.
     rows = max(1, 700_000 // images[0].numel()) if images.device.type == "cpu" else len(images)
@@ -155,16 +156,15 @@ def augment_batch(images, draws):
 
 
 def _augment(images, draws, order):
-    """`augment_batch` for some of its rows, with the colour operations in this order."""
-    mean, std = _mean_and_std(images.device)
+    mean, std = mean_and_std(images.device)
     on_device = draws.float().to(images.device, non_blocking=True)[:, :, None, None]
     drawn, values = Draw(*draws.T), Draw(*on_device.split(1, 1))  # [B] here, [B, 1, 1, 1] there
     x = images * (1 / 255)
-    if drawn.angle.any():
+    if drawn.angle.any():  # what no image needs is skipped, without waiting for the device
         x = _rotate(x, values.angle)
     for operation in order:
-        value, neutral = getattr(values, operation), 0 if operation == "hue" else 1
-        if (getattr(drawn, operation) == neutral).all():
+        value = getattr(values, operation)
+        if (getattr(drawn, operation) == (operation != "hue")).all():  # 0 or 1 changes nothing
             continue
         if operation == "hue":
             _shift_hue(x, value[:, 0])

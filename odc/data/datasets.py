@@ -1,10 +1,10 @@
 """What `--data` may be: `open_dataset` recognises a data set by the files in the folder.
 
-`LAYOUTS` names those of the published sets, and has a function of a folder and a split for each
-that returns an ImageSet. Any other folder is one of images: see folders.py.
+`LAYOUTS` names those of the published sets. Any other folder is one of images: see folders.py.
 """
 
 import functools
+import glob
 import gzip
 import json
 import os
@@ -29,7 +29,7 @@ def open_dataset(data, split="train", exclude=()):
     """The `ImageSet` of one split. No image is read, but for the small ones of CIFAR etc.
 
     data: a folder, or "shapes". split: "train" or "val". exclude: absolute paths of folders that
-    are not walked. Raises UserError if the path or this split is missing, empty or damaged.
+    are not walked. Raises UserError if this split is missing, empty or damaged.
     """
     if data == "shapes":
         images, labels = shapes.draw_shapes(*shapes.SPLITS[split])
@@ -50,13 +50,12 @@ def open_dataset(data, split="train", exclude=()):
         raise UserError(f"{folder}: the {split} split cannot be read ({type(error).__name__}: "
                         f"{error}); --data must be complete and readable.") from error
     if len(opened) == 0:
-        raise UserError(f"{opened.root}: no images found; the names of images end in "
-                        f"{' '.join(EXTENSIONS)}.")
-    labels, count = opened.labels, len(opened.classes or [])
-    if labels is not None and (
-            len(labels) != len(opened) or labels.min() < 0 or labels.max() >= count):
-        raise UserError(f"{opened.root}: {len(labels)} labels of the {split} split do not fit its "
-                        f"{len(opened)} images and {count} classes; download the files again.")
+        raise UserError(f"{opened.root}: no images found; their names end in {EXTENSIONS}.")
+    N, labels, classes = len(opened), opened.labels, opened.classes
+    if labels is not None and not (len(labels) == N and 0 <= labels.min()
+                                   and labels.max() < len(classes)):
+        raise UserError(f"{opened.root}: the labels of the {split} split do not fit its {N} images "
+                        f"and {len(classes)} classes; download the files again.")
     return opened
 
 
@@ -72,30 +71,26 @@ def check_same_images(*image_sets):
 
 def text_list(name, pattern, images, root, split):
     """pattern: the lists of train and val. images: the folder that their paths are relative to."""
-    path, train = (os.path.join(root, pattern.format(kind)) for kind in (split, "train"))
-    names, labels = _read_list(path)
-    opened = ImageSet(name, split, os.path.join(root, images.format(split)), names, labels=labels)
-    if labels is not None:
+    lists = [os.path.join(root, pattern.format(kind)) for kind in (split, "train")]
+    names, labels = _read_list(lists[0])
+    opened = ImageSet(name, split, os.path.join(root, images.format(split)), Names(names))
+    if labels:
         # The lists do not name the classes. The train list has an image of each class.
-        all_labels = _read_list(train)[1] if split == "val" and os.path.isfile(train) else labels
-        opened.classes = [str(k) for k in range(int(max(all_labels.max(), labels.max())) + 1)]
+        every = [label for path in lists if os.path.isfile(path) for label in _read_list(path)[1]]
+        opened.labels = torch.tensor(labels)
+        opened.classes = [str(k) for k in range(max(every) + 1)]
     return opened
 
 
 def _read_list(path):
-    """Names, and labels (int64 [N]) or None: all lines are a path and a label, or all a path."""
-    names, labels = [], []
+    """Two lists, names and labels: all lines are a path and a label, or all a path."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(map(str.strip, file), 1):
-            if not line:
-                continue
-            name, label = re.fullmatch(r"(.+?)(?:\s+(\d{1,6}))?", line).groups()
-            if names and bool(label) != bool(labels):
-                raise UserError(f"{path}, line {number}: {line[:80]!r} has "
-                                f"{'no' if labels else 'a'} label, unlike the lines before it.")
-            names.append(name)
-            labels += [int(label)] if label else []
-    return Names(names), torch.tensor(labels) if labels else None
+        lines = [line.strip() for line in file if line.strip()]
+    pairs = [re.fullmatch(r"(.+?)(?:\s+(\d{1,6}))?", line).groups() for line in lines]
+    labels = [int(label) for _, label in pairs if label]
+    if labels and len(labels) < len(pairs):
+        raise UserError(f"{path}: {len(labels)} of its {len(pairs)} lines have a label: give all.")
+    return [name for name, _ in pairs], labels
 
 
 def inaturalist2018(root, split):
@@ -122,11 +117,9 @@ def voc07(folder, split):
         found = words(f"{name}_{stem}")
         target_of = dict(zip(found[::2], found[1::2]))
         targets.append([{"1": 1, "-1": -1, "0": 0}[target_of[i]] for i in ids])
-    beside = os.listdir(os.path.dirname(os.path.abspath(folder)))
-    others = sorted({f"VOC{year}" for year in range(2008, 2013)}.intersection(beside))
-    if split == "train" and others:
-        distributed.print_main(f"{folder}: this folder alone is read, not {', '.join(others)} "
-                               "beside it.")
+    beside = sorted(glob.glob("VOC20*", root_dir=os.path.join(folder, "..")))
+    if split == "train" and len(beside) > 1:
+        distributed.print_main(f"{folder}: of {', '.join(beside)} this folder alone is read.")
     return ImageSet("voc07", split, folder, Names(f"JPEGImages/{name}.jpg" for name in ids),
                     targets=torch.tensor(targets, dtype=torch.int8).T.contiguous(),
                     classes=list(VOC_CLASSES))
@@ -158,16 +151,15 @@ def stl10(folder, split):
 def fashion_mnist(folder, split):
     """The files may be gzipped, as Debian has them; torchvision's reader does not open those."""
     stem = os.path.join(folder, "train" if split == "train" else "t10k")
-    name, classes = "fashion-mnist", list(FashionMNIST.classes)
-    if "fashion" not in os.path.abspath(folder).lower():
-        name, classes = "mnist", [str(k) for k in range(10)]
-    return ImageSet(name, split, folder, pixels=_read_idx(f"{stem}-images-idx3-ubyte", 3),
+    fashion = "fashion" in os.path.abspath(folder).lower()
+    return ImageSet("fashion-mnist" if fashion else "mnist", split, folder,
+                    pixels=_read_idx(f"{stem}-images-idx3-ubyte", 3),
                     labels=torch.tensor(_read_idx(f"{stem}-labels-idx1-ubyte", 1)).long(),
-                    classes=classes)
+                    classes=FashionMNIST.classes if fashion else list("0123456789"))
 
 
 def _read_idx(path, dimensions):
-    """An IDX file of bytes: 4 bytes that name its type, 4 for each dimension, then the values."""
+    """An IDX file of bytes: 4 for its type, 4 for each dimension, then the values."""
     with open(path, "rb") if os.path.isfile(path) else gzip.open(f"{path}.gz") as file:
         content = file.read()
     shape = np.frombuffer(content, ">u4", dimensions, offset=4)

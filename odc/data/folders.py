@@ -15,7 +15,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp",
 # Folders of the splits, in any case; of several the first counts.
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
-# Where file servers and operating systems keep thumbnails and deleted files.
+# Thumbnails and deleted files of file servers and operating systems.
 SYSTEM_FOLDERS = {"@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot",
                   "$recycle.bin", "recycler", "system volume information", "lost+found",
                   "__macosx", "__pycache__"}
@@ -24,9 +24,9 @@ SYSTEM_FOLDERS = {"@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle"
 def image_folders(root, split, exclude=()):
     """The ImageSet of a split: all images in its folder, or in root if no folder is named so.
 
-    The images below each folder there share a label, the same in both splits; in root itself only
-    if every image is CLASS/IMAGE, as it may be any folder of pictures. For train, a line says what
-    people may not expect. exclude: see `open_dataset`.
+    The images below each folder there share a label; in root itself only if every image is
+    CLASS/IMAGE, as it may be any folder of pictures. For train, a line says what people may not
+    expect. exclude: see `open_dataset`.
     """
     names = sorted(name for name in os.listdir(root) if not name.startswith("."))
     folders = {name.lower(): name for name in names if os.path.isdir(os.path.join(root, name))}
@@ -71,9 +71,7 @@ class _Walk:
 
     def why_no_labels(self, nested):
         """The reason, or "". nested: whether images may lie in folders below the classes."""
-        if not self.classes:
-            return ""
-        if self.images_in[""]:
+        if self.images_in[""] and self.classes:
             return f"{self.images_in['']} images lie outside of its folders"
         if len(self.classes) == 1:
             return "there is only one folder"
@@ -83,19 +81,18 @@ class _Walk:
     def labels(self, classes):
         """int64 [N], the position in classes of each image's folder."""
         if unknown := sorted(set(self.classes) - set(classes)):
-            raise UserError(f"{os.path.join(self.root, unknown[0])} is a class that the train "
-                            "split does not have: rename it or take it away.")
-        number = {name: k for k, name in enumerate(classes)}
-        pairs = [(number[name], self.images_in[name]) for name in self.classes]
+            raise UserError(f"{self.root}/{unknown[0]} is a class that the train split does not "
+                            "have: rename it or take it away.")
+        pairs = [(classes.index(name), self.images_in[name]) for name in self.classes]
         numbers, counts = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T
         return numbers.repeat_interleave(counts)
 
     def _images_below(self, below):
         """Yield names. below: a folder relative to root, with a slash at its end, or ""."""
         folder = os.path.join(self.root, below)
-        real, run = os.path.realpath(folder), ("checkpoint.pth", "log.jsonl")
-        if real in self.read or below and all(
-                os.path.isfile(os.path.join(folder, name)) for name in run):
+        real = os.path.realpath(folder)
+        of_a_run = os.path.isfile(f"{real}/checkpoint.pth") and os.path.isfile(f"{real}/log.jsonl")
+        if real in self.read or below and of_a_run:
             self.passed_over["folders of runs, or reached twice"] += 1
             return
         self.read.add(real)
@@ -127,8 +124,7 @@ class _Walk:
         if name in SYSTEM_FOLDERS:
             return "system folders"
         if kind == "image" and not name.endswith(EXTENSIONS):
-            end = os.path.splitext(name)[1]
-            return f"{end} files" if end else "files without an extension"
+            return f"{os.path.splitext(name)[1] or 'other'} files"
         if entry.is_symlink():
             before, _, below = os.path.realpath(entry.path).partition(self.real_root + "/")
             image = kind == "folder" or below.lower().endswith(EXTENSIONS)

@@ -16,7 +16,6 @@ from PIL import Image, UnidentifiedImageError
 
 # Only these decoders are tried, whatever a file is called. Pillow has others that start programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # above it Pillow raises an error: 512 MiB as 24-bit RGB
 PAUSES = (0.1, 0.4)  # seconds before a file that a disk failed to give is read again
 PATIENT_PAUSES = (0.1, 0.4, 1.5, 3, 5)  # the same for a file that was read before in this run
 
@@ -37,12 +36,10 @@ class Names:
     """N file names as one block of bytes and an array of numbers; `names[i]` is a str.
 
     Loader workers are forks of the training process. A list of Python strings would be copied into
-    each of them, as reading a string changes its reference count. Names that are not valid UTF-8
-    are kept as they are.
+    each of them, as reading a string changes its reference count.
     """
 
     def __init__(self, names):
-        """names: an iterable of str; from a generator, they never exist all at once."""
         block, ends = bytearray(), array.array("q")
         for name in names:
             block += os.fsencode(name)
@@ -108,11 +105,10 @@ class ImageSet:
     @functools.cached_property
     def fingerprint(self):
         """16 hexadecimal digits that change with names, order, labels and number, not the root."""
-        content = [self.labels, self.targets, self.taken]
-        if self.pixels is None:
-            content += [self.names.block, self.names.ends]
-        return digest(f"{self.name} {self.split} {len(self)}".encode(),
-                      *(b"none" if v is None else np.asarray(v) for v in content)).hex()
+        names = (None, None) if self.names is None else (self.names.block, self.names.ends)
+        return digest(f"{self.name} {self.split} {len(self)}".encode(), *(
+            b"none" if part is None else np.asarray(part)
+            for part in (self.labels, self.targets, self.taken, *names))).hex()
 
     def load(self, i, patient=False):
         """Image i as an RGB `PIL.Image`. Raises UnreadableImage.
@@ -132,8 +128,7 @@ class ImageSet:
                     reason = "not an image in a known format"
                 final = number in (None, errno.ENOENT, errno.EACCES) and not patient
                 if final or pause is None:
-                    reason = reason or str(error).replace(repr(path), "it") or type(error).__name__
-                    raise UnreadableImage(reason) from None
+                    raise UnreadableImage(reason or str(error) or repr(error)) from None
                 time.sleep(pause)
 
 
@@ -147,9 +142,7 @@ def read_image(path):
         warnings.simplefilter("ignore")  # for images that are merely odd
         image = Image.open(file, formats=FORMATS)
         width, height = image.size
-        if width * height > MAX_PIXELS:  # nothing is decoded yet
-            raise ValueError(f"{width} x {height} pixels are more than Pillow's {MAX_PIXELS:,}")
-        if width * height > Image.MAX_IMAGE_PIXELS:
+        if width * height > Image.MAX_IMAGE_PIXELS:  # above twice of it, Pillow raises an error
             image.draft("RGB", (width // 4, height // 4))  # JPEG: decoded in a quarter of the size
         image.load()
         if image.mode.startswith("I"):  # "I;16", "I;16B" and "I" hold 0..65535

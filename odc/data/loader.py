@@ -2,7 +2,6 @@
 
 Seed, epoch and position in the epoch decide everything about an item. So the number of workers
 changes nothing, and a run that is resumed within an epoch sees the batches it would have seen.
-A batch comes from `BatchLoader`, `_Batches.__getitem__`, `ImageSet.load`, `read_image`.
 """
 
 import os
@@ -50,9 +49,8 @@ def training_batches(dataset, augmentation, image_size, batch_size, seed, epoch,
                      workers=0, pin_memory=False):
     """This process's batches of one epoch of pre-training, from first_step on.
 
-    The images are drawn with replacement, the same on all processes (the recipe's sampling). In
-    step t, process r has positions t*W*B + r*B up to t*W*B + (r+1)*B of the draw. All these images
-    have been read before: one that cannot be read now is a UserError.
+    The images are drawn with replacement (the recipe's sampling). In step t, process r has
+    positions t*W*B + r*B up to t*W*B + (r+1)*B of the draw. One that cannot be read is a UserError.
     """
     global_batch = world_size() * batch_size
     steps = steps_per_epoch(len(dataset), batch_size)
@@ -69,9 +67,8 @@ def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, fi
     """This process's batches of an epoch with every image once, in a seeded order, from first_step.
 
     A last global batch of at least W * B / 2 images is kept and split evenly; a smaller one is
-    joined to the batch before, which may be half as large again. So no step sees statistics of a
-    handful of images, every process has a row in each step, and any W that leaves B >= 2 has the
-    same steps. Raises UserError if N < W.
+    joined to the batch before. So no step sees statistics of a handful of images, and every process
+    has a row in each step. Raises UserError if N < W.
     """
     N, W, global_batch = len(dataset), world_size(), world_size() * batch_size
     if N < W:
@@ -91,7 +88,6 @@ def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memo
     """Batches of the given rows in order, each once; the last one is as short as need be.
 
     rows: a slice, or int64 indices. transform: an RGB image -> uint8 [3, S, S].
-    unreadable_limit: how many images may be unreadable.
     """
     order = torch.arange(len(dataset))
     indices = order[rows]
@@ -104,8 +100,8 @@ class BatchLoader(torch.utils.data.DataLoader):
     """An iterable over Batch, made by the functions above; `len()` is the number of steps.
 
     Iterating raises UserError if a worker has died or gives no batch, or if more than
-    unreadable_limit images of this process cannot be read; and Interrupted on a signal, if it has
-    to wait. If the limit is 0, all images were read before: a read is tried again for some seconds.
+    unreadable_limit images of this process cannot be read; and Interrupted on a signal. If the
+    limit is 0, all images were read before: a read is tried again for some seconds.
     """
 
     def __init__(self, batches, workers, pin_memory, unreadable_limit=0):
@@ -118,20 +114,17 @@ class BatchLoader(torch.utils.data.DataLoader):
     def __iter__(self):
         images, num_unreadable = self.dataset.image_set, 0
         # Workers inherit the blocked signals; the training process gets them, too, and decides.
-        signals = launch.SIGNALS if self.num_workers else ()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        try:
-            batches = super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, launch.SIGNALS)
+        batches = super().__iter__()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while batch := self._next(batches):
             num_unreadable += len(batch.unreadable)
             if num_unreadable > self.unreadable_limit:
                 index, reason = next(iter(batch.unreadable.items()))
                 path = os.path.join(images.root, images.name_of(index))
                 more = f" and {num_unreadable - 1} others" if num_unreadable > 1 else ""
-                raise UserError(f"{path}{more} cannot be read ({reason}): restore it, and start the "
-                                "same command again.")
+                raise UserError(f"{path}{more} cannot be read ({reason}): restore it, and start "
+                                "the same command again.")
             yield batch
 
     def _next(self, batches):
@@ -140,10 +133,10 @@ class BatchLoader(torch.utils.data.DataLoader):
             try:
                 return next(batches, None)
             except (RuntimeError, OSError, EOFError) as error:
-                # A dead worker shows as a message of torch's or as a connection that broke.
+                if launch.is_dead_worker(error):
+                    raise launch.dead_worker(error) from None
                 if "timed out" not in str(error):
-                    raise (launch.dead_worker(error) if launch.is_dead_worker(error)
-                           else error) from None
+                    raise
             if launch.signal_is_pending():
                 raise Interrupted("Stopped, as a signal asked.")
         raise launch.dead_worker(f"no batch in {LONGEST_WAIT} s")
@@ -181,9 +174,8 @@ class _Batches(torch.utils.data.Dataset):
                 pixels.append(self.transform(image))
                 continue
             generator = random.Random(_hash("item", self.seeds, position))
-            drawn = augment.draw_parameters(self.augmentation, generator, *image.size,
-                                            self.image_size)
-            draws.append(drawn._replace(order=order))
+            draws.append(augment.draw_parameters(
+                self.augmentation, generator, *image.size, self.image_size)._replace(order=order))
             pixels.append(augment.crop_and_flip(image, draws[-1], self.image_size))
         pixels = torch.stack(pixels) if pixels else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         draws = torch.tensor(draws) if draws else torch.empty(0, len(augment.Draw._fields))

@@ -73,15 +73,14 @@ class FrozenBackbone:
             val_images=len(self.val), classes=len(self.val.classes),
             processes=distributed.world_size())
 
-    def label(self, args):
-        """The name of our row in a table."""
+    def label(self, args):  # of our row in a table
         return f"this run, {self.backbone.arch}, {os.path.relpath(args.weights)}"
 
 
 def prepare(args, one_class=False):
     """Join the process group, open both splits and load the backbone -> FrozenBackbone.
 
-    one_class: each image must have one. Raises UserError for unfit data, weights or processes.
+    one_class: whether each image must have one. Raises UserError.
     """
     device = distributed.init(args.device)
     launch.catch_signals()
@@ -91,14 +90,13 @@ def prepare(args, one_class=False):
         if args.output:
             check_output("--output", args.output, tables.RESULT_START)
         in_memory = train.pixels is not None  # these are small
-        native = train.typical_side() if in_memory else 224
-        backbone, description = load_backbone(args.weights, args.arch, args.image_size or native,
-                                              args.seed)
-        size = args.image_size or trained_size(args.weights) or native
+        size = args.image_size or trained_size(args.weights) or (
+            train.typical_side() if in_memory else 224)
+        backbone, description = load_backbone(args.weights, args.arch, size, args.seed)
         if backbone.small_stem and not use_small_stem(size):
             raise UserError(f"--image-size {size}: {args.weights} is for 64 pixels or less.")
     check_same_images(train, val)
-    # Paths and workers may differ between machines. But all must write, or read, together.
+    # Paths and workers may differ between machines. But all must write.
     own = dict.fromkeys(("data", "weights", "subset", "low_shot_targets", "workers"))
     arguments = vars(args) | own | {"output": bool(args.output)}
     if not distributed.same_everywhere((arguments, size, weights_fingerprint(backbone))):
@@ -117,12 +115,10 @@ def trained_size(weights):
 
 
 def check_labels(data, train, val, one_class):
-    """Raise UserError if a split has no labels, or if the two have other classes."""
     if train.classes is None or val.classes is None:
-        raise UserError(f"{data} has no labels, and an evaluation needs them: give a folder with "
-                        "train/CLASS/IMAGE and val/CLASS/IMAGE alone, or another known layout.")
+        raise UserError(f"{data} has no labels: give a folder with train/CLASS/IMAGE and "
+                        "val/CLASS/IMAGE alone.")
     if train.classes != val.classes:
-        raise UserError(f"{data}: the train and the val split must have the same classes in one "
-                        "order; give splits of one data set.")
+        raise UserError(f"{data}: both splits must have the same classes in one order.")
     if one_class and train.labels is None:
         raise UserError(f"{train.name} has several classes an image: use eval_svm.py.")

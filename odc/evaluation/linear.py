@@ -65,14 +65,12 @@ PROTOCOLS = {
     "inaturalist2018": dataclasses.replace(
         MULTIHEAD, recipe="mhead_8xb32-steplr-84e", epochs=84, lr_steps=(24, 48, 72),
         train_transform="inaturalist2018"),
-    "imagenet-1percent": ONE_PERCENT,
-    "imagenet-10percent": TEN_PERCENT,
+    "imagenet-1percent": ONE_PERCENT, "imagenet-10percent": TEN_PERCENT,
     "finetune": dataclasses.replace(
-        TEN_PERCENT, recipe="a form of imagenet-10percent for other data", batch_size=64, lr=0.01),
-    # ImageNet's classifiers for fewer images: less of everything, and crops and flips alone.
+        TEN_PERCENT, recipe="imagenet-10percent for other data", batch_size=64, lr=0.01),
     "short": dataclasses.replace(
-        MULTIHEAD.shortened(12), recipe="a short form of imagenet-multihead", batch_size=64,
-        train_transform="inaturalist2018"),
+        MULTIHEAD.shortened(12), recipe="imagenet-multihead for fewer images", batch_size=64,
+        train_transform="inaturalist2018"),  # crops and flips alone
 }
 TABLES = {"imagenet-multihead": tables.IMAGENET_LINEAR, "imagenet-avgpool": tables.IMAGENET_LINEAR,
           "places205": tables.PLACES205_LINEAR, "inaturalist2018": tables.INATURALIST2018_LINEAR,
@@ -83,8 +81,8 @@ TABLES = {"imagenet-multihead": tables.IMAGENET_LINEAR, "imagenet-avgpool": tabl
 def choose_protocol(args, dataset):
     """(name, Protocol, {setting: value} that are not the recipe's).
 
-    args: eval_linear.py's; a setting that is None is the protocol's. dataset: the training images.
-    Raises UserError for arguments that do not fit each other or the number of processes.
+    args: eval_linear.py's. dataset: the training images. Raises UserError for arguments that do
+    not fit each other or the number of processes.
     """
     name = args.protocol
     if name is None:  # the first one whose table is of this data set
@@ -108,19 +106,19 @@ def choose_protocol(args, dataset):
 def published_table(name, changed, network):
     """The Table with which a run of this protocol may be compared, or None."""
     table = TABLES.get(name)
-    comparable = table and not changed and table.is_comparable(
-        network.train, network.val, network.backbone, network.image_size)
-    return table if comparable else None
+    if table and not changed and table.is_comparable(
+            network.train, network.val, network.backbone, network.image_size):
+        return table
 
 
 def choose_results(protocol, history):
     """{column: {"top1", "top5", "epoch"}} of the epoch that the protocol reports."""
     results = {}
     for column in protocol.columns:
-        top1s = [accuracy[column][0] for accuracy in history]
-        epoch = top1s.index(max(top1s)) if protocol.reported == "best" else len(history) - 1
-        top1, top5 = history[epoch][column]
-        results[column] = dict(top1=top1, top5=top5, epoch=epoch + 1)
+        epochs = [dict(top1=accuracy[column][0], top5=accuracy[column][1], epoch=epoch)
+                  for epoch, accuracy in enumerate(history, 1)]
+        best = protocol.reported == "best"
+        results[column] = max(epochs, key=lambda e: e["top1"]) if best else epochs[-1]
     return results
 
 
@@ -128,8 +126,7 @@ def choose_images(dataset, subset=None, train_share=None, seed=0):
     """The images of an ImageSet to train on: all, or those of a list, or a share of each class.
 
     subset: a text file with an image's path in each line, perhaps followed by its label.
-    train_share: 0 < share <= 1; at least one image of each class is drawn, from the seed.
-    Raises UserError for a list that does not fit the data.
+    train_share: 0 < share <= 1, of each class at least one image. Raises UserError.
     """
     if subset:
         with open(subset, encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -142,8 +139,7 @@ def choose_images(dataset, subset=None, train_share=None, seed=0):
         return dataset.take(sorted(index[name] for name in wanted))
     if train_share:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        labels = dataset.labels[order]
-        classes = [order[labels == k] for k in range(len(dataset.classes))]
+        classes = [order[dataset.labels[order] == k] for k in range(len(dataset.classes))]
         chosen = torch.cat([rows[: max(1, round(len(rows) * train_share))] for rows in classes])
         return dataset.take(sorted(chosen.tolist()))
     return dataset
@@ -163,9 +159,8 @@ def make_optimizer(classifiers, protocol):
 class LinearClassifiers(nn.Module):
     """A linear classifier for each column, on one forward pass of a FrozenBackbone, on its device.
 
-    columns: of COLUMNS, each the recipe's pool -> batch norm -> Linear; AVGPOOL, the global average
-    of the last map -> Linear; or FINE_TUNED alone, the same on a backbone that learns, too.
-    seed: of the weights, which start as N(0, 0.01), with biases 0.
+    columns: of COLUMNS, each pool -> batch norm -> Linear; AVGPOOL, the global average of the last
+    map -> Linear; or FINE_TUNED alone, the same on a backbone that learns, too.
     """
 
     def __init__(self, network, columns, seed=0):

@@ -167,6 +167,11 @@ def test_whole_recipe_in_a_batch(photograph, order, size):
         assert (steps > 0.5).float().mean() < 0.001  # pixels half-way between two
 
 
+def test_a_batch_without_a_readable_image():
+    images = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    assert augment.augment_batch(images, torch.empty(0, 16)).shape == images.shape
+
+
 # --- evaluation transforms -----------------------------------------------------------------------
 
 

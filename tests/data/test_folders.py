@@ -92,7 +92,7 @@ def test_images_without_labels(tmp_path, capsys, files, reason):
 @pytest.mark.parametrize("files, count, what", [
     ([".hidden.jpg", "._a.jpg", ".cache/b.jpg", ".Trash-1000/c.jpg"], 0, ""),
     (["b.HEIC", "x/c.heic", "x/y/d.Heic", "x/e.jpg"], 3, ".heic files"),
-    (["IMG_1234", "x/e.jpg", "x/f"], 2, "files without an extension"),
+    (["IMG_1234", "x/e.jpg", "x/f"], 2, "other files"),
     (["@eaDir/a.jpg/THUMB_M.jpg", "#recycle/b.jpg", "__MACOSX/c.jpg", "$RECYCLE.BIN/d.jpg",
       "lost+found/"], 5, "system folders"),
     (["empty/", "deep/er/notes.txt"], 2, "folders without images"),

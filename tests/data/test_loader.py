@@ -23,15 +23,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 class Numbered(ImageSet):
     """N images of different sizes; image i is all of colour (i % 256, i // 256, 7).
 
-    bad: the unreadable ones."""
+    bad: the unreadable ones. pause: seconds that reading takes."""
 
-    def __init__(self, count, bad=()):
+    def __init__(self, count, bad=(), pause=0):
         super().__init__("folder", "train", "made up", pixels=np.zeros((count, 1, 1), np.uint8))
-        self.bad = set(bad)
+        self.bad, self.pause = bad, pause
 
     def load(self, i, patient=False):
+        time.sleep(self.pause)
         if i in self.bad:
-            raise UnreadableImage("made so")
+            raise UnreadableImage(f"patient {patient}")
         return Image.new("RGB", (20 + i % 13, 20 + i % 7), (i % 256, i // 256, 7))
 
 
@@ -56,13 +57,14 @@ def train(dataset, seed=0, epoch=0, batch_size=8, **options):
     return list(training_batches(dataset, Augmentation(), 16, batch_size, seed, epoch, **options))
 
 
-def make(kind, **options):
-    if kind == "training":
-        return training_batches(noise(), Augmentation(), 16, 8, 0, 3, **options)
-    if kind == "epoch":
-        augmentation = LINEAR_AUGMENTATIONS["imagenet-multihead"]
-        return epoch_batches(noise(), augmentation, 16, 8, 0, 3, **options)
-    return evaluation_batches(noise(), slice(2, 50), augment.evaluation_transform(16), 8, **options)
+def make(kind, dataset=None, **options):
+    dataset = dataset or noise()
+    if kind == "evaluation":
+        transform = augment.evaluation_transform(16)
+        return evaluation_batches(dataset, slice(2, 50), transform, 8, **options)
+    augmentation = LINEAR_AUGMENTATIONS["imagenet-multihead"]
+    batches = training_batches if kind == "training" else epoch_batches
+    return batches(dataset, augmentation, 16, 8, 0, 3, **options)
 
 
 @pytest.mark.parametrize("kind", ["training", "epoch", "evaluation"])
@@ -86,9 +88,8 @@ def test_seed_and_epoch_decide():
     first = train(dataset)
     assert same(first, train(dataset))
     for other in (train(dataset, seed=1), train(dataset, epoch=1)):
-        for name in ("indices", "draws"):
-            ours, others = (torch.cat([getattr(b, name) for b in part]) for part in (first, other))
-            assert not torch.equal(ours, others)
+        assert not torch.equal(first[0].indices, other[0].indices)
+        assert not torch.equal(first[0].draws, other[0].draws)
 
 
 def test_training_draws_with_replacement():
@@ -135,13 +136,17 @@ def indices_of(kind, count, batch_size):
 def test_processes_share_the_draw_of_one(kind):
     """The rows of two processes, in rank order, are those of one process with twice the batch."""
     (alone, drawn), = run_processes(indices_of, 1, kind, 101, 8)
-    parts = run_processes(indices_of, 2, kind, 101, 4)
-    assert len(alone) == len(parts[0][0]) == len(parts[1][0]) == 13
-    for step in range(13):
-        assert torch.equal(torch.cat([indices[step] for indices, _ in parts]), alone[step])
-        assert torch.equal(torch.cat([parameters[step] for _, parameters in parts]), drawn[step])
+    (first, first_draws), (second, second_draws) = run_processes(indices_of, 2, kind, 101, 4)
+    assert len(alone) == len(first) == len(second) == 13
+    for ours, *parts in (*zip(alone, first, second), *zip(drawn, first_draws, second_draws)):
+        assert torch.equal(torch.cat(parts), ours)
     orders = [set(draws[:, Draw._fields.index("order")].tolist()) for draws in drawn]
     assert {len(order) for order in orders} == {1} and len(set.union(*orders)) > 3
+
+
+def set_world_size(monkeypatch, world_size):
+    monkeypatch.setattr("odc.data.loader.world_size", lambda: world_size)
+    monkeypatch.setattr("odc.distributed.world_size", lambda: world_size)
 
 
 @pytest.mark.parametrize("count, batch_size, world_size", [
@@ -149,33 +154,30 @@ def test_processes_share_the_draw_of_one(kind):
     (1000, 1, 7)])
 def test_an_epoch_has_every_image_once_and_no_idle_process(monkeypatch, count, batch_size,
                                                            world_size):
-    indices, steps = [], []
-    monkeypatch.setattr("odc.data.loader.world_size", lambda: world_size)
-    monkeypatch.setattr("odc.distributed.world_size", lambda: world_size)
+    indices, steps = [], set()
+    set_world_size(monkeypatch, world_size)
     for rank in range(world_size):
         monkeypatch.setattr("odc.distributed.rank", lambda: rank)
-        batches = epoch_batches(Numbered(count), Augmentation(), 16, batch_size, 0, 0)
-        parts = [batch.indices for batch in batches]
+        parts = [batch.indices for batch in epoch_batches(
+            Numbered(count), Augmentation(), 16, batch_size, 0, 0)]
         sizes = [len(part) for part in parts]
         assert min(sizes) >= 1 and max(sizes) <= max(batch_size * 1.5, batch_size + 1) + 1
         indices += parts
-        steps.append(len(batches))
-    assert len(set(steps)) == 1
+        steps.add(len(parts))
+    assert len(steps) == 1
     assert torch.equal(torch.cat(indices).sort().values, torch.arange(count))
 
 
 @pytest.mark.parametrize("count", [127, 128, 129, 131, 159, 160, 161, 191])
 def test_the_steps_of_an_epoch_do_not_depend_on_the_number_of_processes(monkeypatch, count):
-    steps = set()
     for world_size in (1, 2, 4, 32):
-        monkeypatch.setattr("odc.data.loader.world_size", lambda: world_size)
-        monkeypatch.setattr("odc.distributed.world_size", lambda: world_size)
-        steps.add(len(epoch_batches(Numbered(count), Augmentation(), 16, 64 // world_size, 0, 0)))
-    assert steps == {2 if count < 160 else 3}
+        set_world_size(monkeypatch, world_size)
+        batches = epoch_batches(Numbered(count), Augmentation(), 16, 64 // world_size, 0, 0)
+        assert len(batches) == (2 if count < 160 else 3)
 
 
 def test_an_epoch_of_fewer_images_than_processes_is_refused(monkeypatch):
-    monkeypatch.setattr("odc.data.loader.world_size", lambda: 4)
+    set_world_size(monkeypatch, 4)
     with pytest.raises(UserError, match="3 images for 4 processes"):
         epoch_batches(Numbered(3), Augmentation(), 16, 8, 0, 0)
 
@@ -195,45 +197,25 @@ def test_default_workers(monkeypatch, in_memory, cores, processes, answer):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["epoch", "evaluation"])
 def test_unreadable_images_have_no_row_up_to_a_limit(kind, workers):
-    dataset = Numbered(300, bad=(3, 41))
-    if kind == "epoch":
-        batches = epoch_batches(dataset, Augmentation(), 16, 8, 0, 0, workers=workers)
-    else:
-        batches = evaluation_batches(dataset, slice(None), augment.evaluation_transform(16), 8,
-                                     workers, unreadable_limit=2)
-    batches = list(batches)
+    options = dict(unreadable_limit=2) if kind == "evaluation" else {}  # else 1% of 300
+    batches = list(make(kind, Numbered(300, bad=(3, 41)), workers=workers, **options))
     found = torch.cat([batch.indices for batch in batches]).sort().values.tolist()
-    assert found == [i for i in range(300) if i not in (3, 41)]
+    wanted = range(2, 50) if kind == "evaluation" else range(300)
+    assert found == [i for i in wanted if i not in (3, 41)]
     assert {i for batch in batches for i in batch.unreadable.items()} == {
-        (3, "made so"), (41, "made so")}
+        (3, "patient False"), (41, "patient False")}
     assert all(torch.equal(shown(batch), batch.indices) for batch in batches)
-    dataset.bad = set(range(40, 44))
-    if kind == "epoch":
-        with pytest.raises(UserError, match="made up/4. and 3 others cannot be read .made so"):
-            list(epoch_batches(dataset, Augmentation(), 16, 8, 0, 0, workers=workers))
+    with pytest.raises(UserError, match="made up/4. and . others? cannot be read .patient False"):
+        list(make(kind, Numbered(300, bad=range(40, 44)), workers=workers, **options))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_training_cannot_read_any_more_is_waited_for_and_named(workers):
-    class Patient(Numbered):
-        def load(self, i, patient=False):
-            assert patient
-            return super().load(i)
-
-    assert train(Patient(20), workers=workers)
-    with pytest.raises(UserError, match="made up/7 cannot be read .made so.: restore it"):
-        train(Patient(20, bad=[7]), epoch=1, workers=workers)
+    with pytest.raises(UserError, match="made up/7 cannot be read .patient True.: restore it"):
+        train(Numbered(20, bad=[7]), epoch=1, workers=workers)
 
 
 # --- workers and signals -------------------------------------------------------------------------
-
-
-class Slow(Numbered):
-    """Takes a while to read."""
-
-    def load(self, i, patient=False):
-        time.sleep(0.01)
-        return super().load(i)
 
 
 CHILDREN = f"/proc/self/task/{os.getpid()}/children"
@@ -250,21 +232,19 @@ def children():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_workers_leave_signals_to_the_training_process(number):
     before = children()
-    batches = iter(training_batches(Slow(64), Augmentation(), 16, 4, 0, 0, workers=2))
-    count = 1
+    batches = iter(make("training", Numbered(64, pause=0.01), workers=2))
     next(batches)
     workers = children() - before
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker, number)
-    count += sum(1 for _ in batches)
-    assert count == 16
+    assert len(list(batches)) == 7
 
 
 @needs_proc
 def test_a_killed_worker_stops_the_run_with_a_sentence():
     before = children()
-    batches = iter(training_batches(Slow(400), Augmentation(), 16, 4, 0, 0, workers=1))
+    batches = iter(make("training", Numbered(400, pause=0.01), workers=1))
     next(batches)
     (worker,) = children() - before
     os.kill(worker, signal.SIGKILL)
@@ -275,7 +255,7 @@ def test_a_killed_worker_stops_the_run_with_a_sentence():
 @needs_proc
 def test_workers_end_with_the_epoch():
     before = children()
-    batches = iter(training_batches(noise(), Augmentation(), 16, 4, 0, 0, workers=2))
+    batches = iter(make("training", workers=2))
     next(batches)
     del batches  # in the middle of the epoch, as when a run stops
     assert children() <= before

@@ -16,13 +16,12 @@ from PIL import Image
 import eval_knn
 import odc
 from odc import distributed
-from odc.data.datasets import VOC_CLASSES
 from odc.errors import UserError
 from odc.evaluation import frozen_backbone
 from odc.model import ODC, ResNet
 from odc.outputs import results
 from odc.runtime import checkpoint
-from tests.layouts import put_inaturalist
+from tests.layouts import put_files, put_inaturalist, put_voc
 from tests.processes import ForkedScript, run_processes
 
 
@@ -35,43 +34,17 @@ def weights(tmp_path_factory):
     return str(path)
 
 
-def put_image(path, label, generator):
-    """A noisy image whose colour and stripes tell its label."""
-    pixels = generator.integers(0, 90, (36, 44, 3))
-    pixels[:, :, label % 3] += 60
-    pixels[:: 2 + label // 3] += 50
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, "JPEG", quality=95)
-
-
-def put_imagenet(root, classes=3, train=12, val=7):
+def put_imagenet(root, train=12, val=7):
+    """Noisy images of three classes, each of its colour."""
     generator = np.random.default_rng(0)
-    for k in range(classes):
-        for split, count in (("train", train), ("val", val)):
+    for split, count in (("train", train), ("val", val)):
+        for k in range(3):
+            (root / split / f"n0000000{k}").mkdir(parents=True)
             for i in range(count):
-                put_image(f"{root}/{split}/n0000000{k}/{split}_{i}.JPEG", k, generator)
-    return str(root)
-
-
-def put_voc(root, train=66, val=31):
-    """20 classes, several in an image, some difficult; a class is one stripe of the image's 20."""
-    generator, base = np.random.default_rng(3), f"{root}/VOCdevkit/VOC2007"
-    os.makedirs(f"{base}/ImageSets/Main")
-    os.makedirs(f"{base}/JPEGImages")
-    for stem, count in (("trainval", train), ("test", val)):
-        targets = np.where(generator.random((count, 20)) < 0.15, 1, -1)
-        targets[np.arange(count), np.arange(count) % 20] = 1
-        targets[generator.random((count, 20)) < 0.03] = 0
-        ids = [f"{stem}{i:04d}" for i in range(count)]
-        for name, row in zip(ids, targets):
-            pixels = generator.integers(0, 100, (40, 40, 3))
-            pixels[(row == 1).repeat(2)] += 120
-            image = Image.fromarray(pixels.astype(np.uint8))
-            image.save(f"{base}/JPEGImages/{name}.jpg", quality=95)
-        open(f"{base}/ImageSets/Main/{stem}.txt", "w").write("\n".join(ids))
-        for k, label in enumerate(VOC_CLASSES):
-            lines = [f"{name} {target:2d}" for name, target in zip(ids, targets[:, k])]
-            open(f"{base}/ImageSets/Main/{label}_{stem}.txt", "w").write("\n".join(lines))
+                pixels = generator.integers(0, 90, (36, 44, 3), dtype=np.uint8)
+                pixels[:, :, k] += 60
+                path = root / split / f"n0000000{k}" / f"{split}_{i}.JPEG"
+                Image.fromarray(pixels).save(path, quality=95)
     return str(root)
 
 
@@ -88,9 +61,7 @@ def call(monkeypatch, capsys):
 
 
 def results_of(path):
-    content = json.loads(path.read_text())
-    content.pop("processes")
-    return content
+    return json.loads(path.read_text()) | {"processes": None}
 
 
 SMALL = ("--image-size", 32, "--workers", 0, "--device", "cpu")
@@ -134,24 +105,23 @@ def test_linear(tmp_path, weights, call, protocol, columns):
     # Started again, the finished run is read, though fine-tuning has changed the backbone.
     call("eval_linear", *arguments)
     assert results_of(tmp_path / "one.json") == one
-    for other in (["--lr", 0.02], ["--weights", "random", "--arch", "narrow"]):
-        with pytest.raises(UserError, match="one.checkpoint.pth holds a run with (lr|weights)"):
+    for other in (["--lr", 0.02], ["--seed", 1], ["--weights", "random", "--arch", "narrow"]):
+        with pytest.raises(UserError, match="checkpoint.pth holds a run with (lr|seed|weights) "):
             call("eval_linear", *arguments, *other)
     with pytest.raises(UserError, match="none.txt: No such file"):
         call("eval_linear", *arguments, "--subset", tmp_path / "none.txt")
 
 
 def test_svm_on_voc07(tmp_path, weights, call):
-    data = put_voc(tmp_path / "data")
-    out = call("eval_svm", "--weights", weights, "--data", data, *SMALL, "--output",
+    put_voc(tmp_path, 66, 31)
+    out = call("eval_svm", "--weights", weights, "--data", tmp_path, *SMALL, "--output",
                tmp_path / "one.json")
     one = results_of(tmp_path / "one.json")
-    assert one["results"]["SVM"] > 20 and one["train_images_used"] == 66  # chance is about 15
-    assert set(one["full"]["feature2"]["classes"]) == set(VOC_CLASSES)
+    assert one["results"]["SVM"] > 70 and one["train_images_used"] == 66  # chance is about 40
     assert "Best Layer" in out and "published" not in out
     for script in ("eval_knn", "eval_linear"):
-        with pytest.raises(UserError, match="several classes an image: use eval_svm.py"):
-            call(script, "--weights", weights, "--data", data)
+        with pytest.raises(UserError, match="several classes an image"):
+            call(script, "--weights", weights, "--data", tmp_path)
 
 
 @pytest.mark.parametrize("script, more", [
@@ -159,9 +129,9 @@ def test_svm_on_voc07(tmp_path, weights, call):
     ("eval_linear", ("--epochs", 1, "--train-share", 0.2))])
 def test_unreadable_images_are_left_out(tmp_path, weights, call, script, more):
     data = put_imagenet(tmp_path / "data", train=101, val=40)
-    broken = [f"{data}/val/n00000001/val_5.JPEG", f"{data}/train/n00000001/train_5.JPEG"]
-    if script == "eval_linear":  # without the image it would train in another order
-        broken.pop()
+    broken = [f"{data}/val/n00000001/val_5.JPEG"]
+    if script != "eval_linear":  # without the image it would train in another order
+        broken.append(f"{data}/train/n00000001/train_5.JPEG")
     for path in broken:
         os.truncate(path, 100)
     arguments = (script, "--weights", weights, "--data", data, *SMALL, *more, "--output")
@@ -170,8 +140,8 @@ def test_unreadable_images_are_left_out(tmp_path, weights, call, script, more):
     for path in broken:
         os.remove(path)
     call(*arguments, tmp_path / "without.json")
-    one, other = (results_of(tmp_path / f"{name}.json") for name in ("with", "without"))
-    assert one == other and one["val_images"] == 119
+    one = results_of(tmp_path / "with.json")
+    assert one == results_of(tmp_path / "without.json") and one["val_images"] == 119
 
 
 def prepared(*arguments):
@@ -188,11 +158,8 @@ def test_the_image_size_comes_with_the_weights(tmp_path, weights):
         settings={"data": "shapes", "image_size": 48}))
     for name in ("backbone.pth", "checkpoint.pth"):
         assert prepared("--weights", tmp_path / name, "--data", data).image_size == 48
-    given = ("--weights", tmp_path / "backbone.pth", "--data", data, "--image-size")
-    assert prepared(*given, 32).image_size == 32
-    with pytest.raises(UserError, match="--image-size 72: .* is for 64 pixels or less"):
-        prepared(*given, 72)
-    with pytest.raises(UserError, match="--image-size 224: "):
+    assert prepared("--weights", weights, "--data", data, "--image-size", 32).image_size == 32
+    with pytest.raises(UserError, match="--image-size 224: .* is for 64 pixels or less"):
         prepared("--weights", weights, "--data", data)  # without the size
     assert prepared("--weights", weights, "--data", "shapes").image_size == 32
     torch.save(ResNet("narrow").state_dict(), tmp_path / "other.pth")
@@ -200,30 +167,22 @@ def test_the_image_size_comes_with_the_weights(tmp_path, weights):
 
 
 def test_mistakes_of_all_scripts(tmp_path, weights):
-    def mistake(*arguments):
-        with pytest.raises(UserError) as error:
-            prepared(*arguments)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
     data = put_imagenet(tmp_path / "data", train=2, val=2)
-    good = ("--weights", weights, "--data", data)
-    assert "--weights" in mistake("--data", data)
-    assert "No such file" in mistake("--weights", tmp_path / "absent.pth", "--data", data)
-    assert "does not exist" in mistake("--weights", weights, "--data", tmp_path / "absent")
-    assert "resnet50" in mistake(*good, "--arch", "resnet50")
-    assert "writable" in mistake(*good, "--output", tmp_path / "no" / "a.json")
-    assert "it is no file" in mistake(*good, "--output", tmp_path)
     put_inaturalist(tmp_path / "plants")
     path = tmp_path / "plants" / "val2018.json"
     path.write_text(path.read_text().replace("plant 1", "tree"))
-    assert "same classes in one order" in mistake(*good, "--data", tmp_path / "plants")
-    for split in ("train", "val"):
-        for i in range(2):
-            put_image(f"{tmp_path}/other/{split}/{i}.png", i, np.random.default_rng(i))
-    assert "no labels" in mistake("--weights", weights, "--data", tmp_path / "other")
-    shutil.rmtree(tmp_path / "other" / "val")
-    assert "val" in mistake("--weights", weights, "--data", tmp_path / "other")
+    put_files(tmp_path, "other/train/a.jpg", "other/val/b.jpg", "alone/train/a.jpg")
+    for arguments, sentence in [
+            (["--weights", tmp_path / "absent.pth"], "No such file"),
+            (["--data", tmp_path / "absent"], "does not exist"),
+            (["--arch", "resnet50"], "resnet50"),
+            (["--output", tmp_path / "no" / "a.json"], "writable"),
+            (["--output", tmp_path], "it is no file"),
+            (["--data", tmp_path / "plants"], "same classes in one order"),
+            (["--data", tmp_path / "other"], "has no labels"),
+            (["--data", tmp_path / "alone"], "has no val split")]:
+        with pytest.raises(UserError, match=sentence):
+            prepared("--weights", weights, "--data", data, *arguments)
 
 
 def test_an_output_that_is_an_input_is_refused(tmp_path, weights, call):
@@ -237,23 +196,20 @@ def test_an_output_that_is_an_input_is_refused(tmp_path, weights, call):
         with pytest.raises(UserError, match="not a result of this program"):
             call("eval_linear", *arguments, "--subset", tmp_path / "list.txt", "--output", file)
     assert open(weights, "rb").read() == before
-    for _ in range(2):  # an earlier result may be replaced, and an empty file
-        (tmp_path / "a.json").touch()
+    (tmp_path / "a.json").touch()
+    for _ in range(2):  # an empty file may be replaced, and an earlier result
         call("eval_knn", *arguments[:4], *SMALL, "--k", 1, "--output", tmp_path / "a.json")
 
 
 def answers_of_ranks(choices):
     """What `prepare` says, for each list with the arguments of rank 0 and of rank 1."""
-    messages = []
+    answers = []
     for arguments in choices:
-        parser = eval_knn.make_parser()
-        parser.add_argument("--low-shot-targets")  # of eval_svm.py
-        args = parser.parse_args(list(map(str, arguments[distributed.rank()])))
         try:
-            messages.append(frozen_backbone.prepare(args).image_size)
+            answers.append(prepared(*arguments[distributed.rank()]).image_size)
         except UserError as error:
-            messages.append(str(error))
-    return messages
+            answers.append(str(error))
+    return answers
 
 
 def test_processes_with_different_arguments_or_weights(tmp_path, weights):
@@ -264,22 +220,20 @@ def test_processes_with_different_arguments_or_weights(tmp_path, weights):
     good = ["--data", put_imagenet(tmp_path / "data"), *SMALL, "--weights", weights]
     others = (["--weights", tmp_path / "other.pth"], ["--batch-size", 30], ["--seed", 1],
               ["--output", tmp_path / "o.json"],
-              ["--weights", tmp_path / "same.pth", "--low-shot-targets", "a", "--workers", 1])
+              ["--weights", tmp_path / "same.pth", "--workers", 1])
     for answers in run_processes(answers_of_ranks, 2, [(good, good + more) for more in others]):
         assert answers.pop() == 32
         assert all("The processes have different arguments or weights" in a for a in answers)
 
 
 @pytest.mark.parametrize("script", ["eval_knn", "eval_linear", "eval_svm"])
-def test_help_fits_80_columns(script, monkeypatch, capsys):
+def test_help_fits_80_columns(script, capsys):
     for option in ("--help", "--version"):
-        monkeypatch.setattr(sys, "argv", [script, option])
         with pytest.raises(SystemExit):
-            importlib.import_module(script).make_parser().parse_args()
+            importlib.import_module(script).make_parser().parse_args([option])
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    for group in ("data:", "network:", "run:", "--weights", "--output", odc.__version__):
-        assert group in text
+    assert "--weights" in text and "--output" in text and odc.__version__ in text
 
 
 def test_signal_stops_and_the_same_command_continues(tmp_path, weights, call):

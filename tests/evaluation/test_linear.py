@@ -12,9 +12,10 @@ from torch import nn
 
 import eval_linear
 from eval_linear import (
-    evaluate, load_checkpoint, make_parser, save_checkpoint, settings_of, train, train_epoch)
+    evaluate, load_checkpoint, make_parser, settings_of, train, train_epoch)
 from odc import distributed
-from odc.data.augmentation import LINEAR_AUGMENTATIONS, augment_batch
+from odc.data.augmentation import (
+    LINEAR_AUGMENTATIONS, Augmentation, augment_batch, normalise)
 from odc.data.images import ImageSet, Names
 from odc.data.loader import epoch_batches
 from odc.errors import Interrupted, UserError
@@ -43,9 +44,8 @@ def test_values_of_protocols(name, columns, epochs, lr, steps, gamma, decay, hea
     assert (p.nesterov, p.batch_size) == (columns == COLUMNS, 256)
     assert p.train_transform == ("imagenet-avgpool" if "percent" in name else name)
     if columns != COLUMNS:
-        crops = LINEAR_AUGMENTATIONS[p.train_transform]
-        assert (crops.min_scale, crops.flip, crops.fixed_scale) == (0.08, 0.5, False)
-        assert crops.jitter == (0,) * 4 and crops.rotation == crops.grayscale == crops.lighting == 0
+        assert LINEAR_AUGMENTATIONS[p.train_transform] == Augmentation(
+            min_scale=0.08, flip=0.5, rotation=0, jitter=(0,) * 4, grayscale=0)
 
 
 def choose(name, classes, *arguments):
@@ -64,12 +64,11 @@ def test_protocol_of_the_data(data, classes, name):
 
 
 def test_settings_that_can_be_given():
-    _, protocol, changed = choose("imagenet", 1000, "--epochs", "30", "--batch-size", "64",
-                                  "--lr", "0.5")
+    given = ["--epochs", "30", "--batch-size", "64", "--lr", "0.5"]
+    _, protocol, changed = choose("imagenet", 1000, *given)
     assert changed == dict(epochs=30, lr_steps=(10, 20), batch_size=64, lr=0.5)
     assert dataclasses.asdict(protocol).items() >= changed.items()
-    fine_tuning = choose("shapes", 3, "--protocol", "finetune", "--head-lr", "7")
-    assert fine_tuning[2] == dict(head_lr=7)
+    assert choose("shapes", 3, "--protocol", "finetune", "--head-lr", "7")[2] == dict(head_lr=7)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -82,42 +81,32 @@ def test_settings_that_do_not_go_together(arguments, message):
         choose("shapes", 3, *arguments)
 
 
-def named_images():
-    """12 images of three classes, some with spaces in their names."""
+@pytest.mark.parametrize("lines, expected", [
+    (["\ufeffclass 2/image 3.png", "class 0/image 1.png 0", "", "class 1/image 0.png 1"],
+     ["class 0/image 1.png", "class 1/image 0.png", "class 2/image 3.png"]),
+    (["class 0/image 1.png", "class 0/none.png"], "1 of its 2 images are not .*'class 0/none.png'"),
+    ([], "0 of its 0 images"), (["\x80\udcff"], "1 of its 1 images")])
+def test_subset(tmp_path, lines, expected):
+    (tmp_path / "list").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     names = [f"class {k}/image {i}.png" for k in range(3) for i in range(4)]
-    return ImageSet("folder", "train", "/data", names=Names(names), classes=list("abc"),
-                    labels=torch.arange(12) // 4)
-
-
-def test_subset(tmp_path):
-    lines = ["\ufeffclass 2/image 3.png", "class 0/image 1.png 0", "", "class 1/image 0.png 1"]
-    (tmp_path / "list.txt").write_text("\n".join(lines), encoding="utf-8")
-    chosen = choose_images(named_images(), str(tmp_path / "list.txt"))
-    assert [chosen.name_of(i) for i in range(3)] == [
-        "class 0/image 1.png", "class 1/image 0.png", "class 2/image 3.png"]
-    assert chosen.labels.tolist() == [0, 1, 2] and chosen.classes == list("abc")
-
-
-@pytest.mark.parametrize("text, message", [
-    ("class 0/image 1.png\nclass 0/none.png\n", "1 of its 2 images are not .*'class 0/none.png'"),
-    ("", "0 of its 0 images"), ("\x80\udcff", "1 of its 1 images")])
-def test_subset_that_does_not_fit(tmp_path, text, message):
-    (tmp_path / "list.txt").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match=f"--subset .*list.txt: {message}"):
-        choose_images(named_images(), str(tmp_path / "list.txt"))
+    dataset = ImageSet("folder", "train", "/data", names=Names(names), labels=torch.arange(12) // 4)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=f"--subset .*list: {expected}"):
+            choose_images(dataset, str(tmp_path / "list"))
+    else:
+        chosen = choose_images(dataset, str(tmp_path / "list"))
+        assert [chosen.name_of(i) for i in range(3)] == expected
+        assert chosen.labels.tolist() == [0, 1, 2]
 
 
 def test_train_share():
     dataset = ImageSet("shapes", "train", "shapes", pixels=np.arange(100, dtype=np.uint8),
                        labels=torch.tensor([0] * 60 + [1] * 30 + [2] * 10), classes=list("abc"))
-    chosen = choose_images(dataset, train_share=0.1, seed=1)
+    chosen, again, other = (choose_images(dataset, None, 0.1, seed) for seed in (1, 1, 2))
     assert chosen.labels.bincount().tolist() == [6, 3, 1]
     assert (dataset.labels[chosen.pixels.astype(int)] == chosen.labels).all()
-    again, other = (choose_images(dataset, train_share=0.1, seed=seed) for seed in (1, 2))
-    assert (again.pixels == chosen.pixels).all() and (other.pixels != chosen.pixels).any()
     assert again.fingerprint == chosen.fingerprint != other.fingerprint
     assert choose_images(dataset, train_share=0.01).labels.tolist() == [0, 1, 2]
-    assert choose_images(dataset) is dataset
 
 
 def colours(split, count, seed):
@@ -140,30 +129,25 @@ FINE_TUNING = dataclasses.replace(PROTOCOLS["finetune"].shortened(3), batch_size
 class Run:
     """eval_linear.py's parts on made-up images, as its `main` puts them together."""
 
-    def __init__(self, path=None, protocol=PROTOCOL, val_seed=1, seed=0):
+    def __init__(self, path=None, protocol=PROTOCOL):
         torch.manual_seed(7)
         backbone = ResNet("narrow", True).eval().requires_grad_(False)
-        args = SimpleNamespace(output=path and str(path.with_name("run.json")), seed=seed)
+        args = SimpleNamespace(output=path and str(path.with_name("run.json")), seed=0)
         self.network = FrozenBackbone(backbone, "made up", colours("train", 74, 0),
-                                      colours("val", 40, val_seed), 16, 0, torch.device("cpu"))
+                                      colours("val", 40, 1), 16, 0, torch.device("cpu"))
         self.protocol = protocol
-        self.settings = settings_of(args, self.network, protocol)
         self.classifiers = LinearClassifiers(self.network, protocol.columns)
-        self.saved = self.classifiers, make_optimizer(self.classifiers, protocol)
-        self.parts = args, self.network, protocol, *self.saved
+        self.parts = (args, self.network, protocol, self.classifiers,
+                      make_optimizer(self.classifiers, protocol))
 
     def load(self):
         """The history of the checkpoint."""
-        return load_checkpoint(self.parts[0], self.settings, *self.saved)
-
-    def save(self):
-        """Save with no epoch done."""
-        save_checkpoint(self.parts[0], self.settings, *self.saved, [])
+        args, network, protocol, *saved = self.parts
+        return load_checkpoint(args, settings_of(args, network, protocol), *saved)
 
 
 @pytest.fixture
 def path(tmp_path):
-    """The checkpoint of a Run."""
     return tmp_path / "run.checkpoint.pth"
 
 
@@ -180,58 +164,45 @@ class PlainClassifiers(nn.Module):
         shapes = map_shapes(self.backbone, 16)
         self.maps = [COLUMNS.index(c) if c in COLUMNS else 4 for c in run.protocol.columns]
         for column, i in zip(run.protocol.columns, self.maps):
-            channels, grid = shapes[i][0], min(GRIDS[column], shapes[i][1])
-            norm = nn.BatchNorm2d(channels, affine=False, momentum=0.1)
+            norm = nn.BatchNorm2d(shapes[i][0], affine=False, momentum=0.1)
             self.heads.append(nn.Sequential(
-                nn.AdaptiveAvgPool2d(grid), norm if column in COLUMNS else nn.Identity(),
-                nn.Flatten(), nn.Linear(channels * grid**2, 3)))
-            self.heads[-1][3].load_state_dict(run.classifiers.linears[column].state_dict())
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.backbone.train(mode and self.fine_tuning)
-        return self
+                nn.AdaptiveAvgPool2d(min(GRIDS[column], shapes[i][1])),
+                norm if column in COLUMNS else nn.Identity(), nn.Flatten(),
+                copy.deepcopy(run.classifiers.linears[column])))
 
     def forward(self, images):
-        maps = self.backbone(images)
+        maps = self.backbone.train(self.fine_tuning)(images)
         return [head(maps[i]) for head, i in zip(self.heads, self.maps)]
 
 
 def plain_epoch(run, W):
-    """The first epoch by PlainClassifiers, one copy for each of W processes: copies, losses.
+    """The first epoch by PlainClassifiers, as W processes share it: the module, its losses.
 
-    A copy has its part of each batch, and normalises by it. The gradients of all are summed.
+    Each part of a batch is normalised by itself, and the statistics are those of the first part.
     """
-    p, images = run.protocol, run.network.train
-    copies = [PlainClassifiers(run).train()]
-    groups = [dict(params=copies[0].heads.parameters(), lr=p.lr * p.head_lr)]
-    if copies[0].fine_tuning:
-        copies[0].backbone.requires_grad_(True)
-        groups.append(dict(params=copies[0].backbone.parameters(), lr=p.lr))
-    copies += [copy.deepcopy(copies[0]) for _ in range(W - 1)]
+    p, images, module = run.protocol, run.network.train, PlainClassifiers(run)
+    groups = [dict(params=module.heads.parameters(), lr=p.lr * p.head_lr)]
+    if module.fine_tuning:
+        module.backbone.requires_grad_(True)
+        groups.append(dict(params=module.backbone.parameters(), lr=p.lr))
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=p.nesterov,
                                 weight_decay=p.weight_decay)
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     losses = []
     for batch in epoch_batches(images, LINEAR_AUGMENTATIONS[p.train_transform], 16, p.batch_size,
                                seed=0, epoch=0):
-        labels = images.labels[batch.indices]
+        labels, parts = images.labels[batch.indices], []
         ends = [len(labels) * r // W for r in range(W + 1)]
-        losses.append(0)
-        for module, part in zip(copies, map(slice, ends, ends[1:])):
-            losses[-1] += torch.stack([
-                F.cross_entropy(logits, labels[part], reduction="sum") / len(labels)
-                for logits in module(augment_batch(batch.images[part], batch.draws[part]))])
+        for r, part in enumerate(map(slice, ends, ends[1:])):
+            for norm in norms:
+                norm.momentum = 0.1 if r == 0 else 0.0
+            parts.append(module(augment_batch(batch.images[part], batch.draws[part])))
+        losses.append(torch.stack([F.cross_entropy(torch.cat(logits), labels)
+                                   for logits in zip(*parts)]))
         optimizer.zero_grad()
         losses[-1].sum().backward()
-        for parameters in zip(*(module.parameters() for module in copies)):
-            for other in parameters[1:] if parameters[0].grad is not None else ():
-                parameters[0].grad += other.grad
-                other.grad = None
         optimizer.step()
-        for module in copies[1:]:
-            for own, first in zip(module.parameters(), copies[0].parameters()):
-                own.data.copy_(first.data)
-    return copies[0], torch.stack(losses).mean(0).tolist()
+    return module, torch.stack(losses).mean(0).tolist()
 
 
 def first_epoch(protocol):
@@ -239,14 +210,12 @@ def first_epoch(protocol):
     run = Run(protocol=protocol)
     losses = train_epoch(*run.parts, 0)
     distributed.share_statistics(run.classifiers)
-    return losses, {name: value.clone() for name, value in run.classifiers.state_dict().items()}
+    return losses, run.classifiers.state_dict()
 
 
 @pytest.mark.parametrize("W", [1, 2])
 @pytest.mark.parametrize("protocol", [ALL_COLUMNS, FINE_TUNING], ids=["linear", "fine-tuning"])
 def test_an_epoch_is_plain_pytorch(protocol, W):
-    """On a CPU each process normalises by its own part; then all have the statistics of the first.
-    """
     plain, expected = plain_epoch(Run(protocol=protocol), W)
     runs = [first_epoch(protocol)] if W == 1 else run_processes(first_epoch, W, protocol)
     for losses, state in runs:
@@ -258,7 +227,8 @@ def test_an_epoch_is_plain_pytorch(protocol, W):
                 torch.testing.assert_close(state[f"features.{column}.1.running_var"],
                                            head[1].running_var)
         for name, value in plain.backbone.state_dict().items() if plain.fine_tuning else ():
-            torch.testing.assert_close(state[f"backbone.{name}"], value, rtol=1e-3, atol=5e-5)
+            if value.is_floating_point():
+                torch.testing.assert_close(state[f"backbone.{name}"], value, rtol=1e-3, atol=5e-5)
 
 
 def test_cuda_processes_share_their_batch_norm(monkeypatch):
@@ -272,21 +242,18 @@ def test_cuda_processes_share_their_batch_norm(monkeypatch):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in modules)
 
 
-@pytest.mark.parametrize("column", ["Feature2", FINE_TUNED])
-def test_initial_weights(column):
-    first, second, other = (
-        LinearClassifiers(Run().network, [column], seed).linears[column] for seed in (0, 0, 1))
-    assert first.weight.std().item() == pytest.approx(0.01, rel=0.15)  # 48 to 1728 numbers
-    assert abs(first.weight.mean().item()) < 2e-3 and not first.bias.any()
-    assert torch.equal(first.weight, second.weight) and not torch.equal(first.weight, other.weight)
+def test_initial_weights():
+    first, again, other = (
+        LinearClassifiers(Run().network, [AVGPOOL], seed).linears[AVGPOOL] for seed in (0, 0, 1))
+    assert first.weight.std().item() == pytest.approx(0.01, rel=0.15) and not first.bias.any()
+    assert torch.equal(first.weight, again.weight) and not torch.equal(first.weight, other.weight)
 
 
 def test_learns_and_leaves_the_backbone_alone():
     run = Run()
     before = weights_fingerprint(run.network.backbone)
-    results = choose_results(run.protocol, train(*run.parts))
-    assert results["Feature2"]["top1"] > 60 and results["Feature2"]["epoch"] == 4
-    assert results["Feature2"]["top5"] == 100  # of three classes
+    top1, top5 = train(*run.parts)[-1]["Feature2"]
+    assert top1 > 60 and top5 == 100  # of three classes
     assert weights_fingerprint(run.network.backbone) == before
 
 
@@ -308,16 +275,10 @@ def test_resumed_run_is_the_same_run(path, monkeypatch, protocol, stop):
     """A signal comes after some of 15 or 20 steps. The epoch begins anew."""
     whole = Run(protocol=protocol)
     history = train(*whole.parts)
-    count, step = 0, torch.optim.SGD.step
-
-    def counted(*arguments):
-        nonlocal count
-        count += 1
-        return step(*arguments)
-
+    steps, step = [], torch.optim.SGD.step
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.SGD, "step", counted)
-        patch.setattr(launch, "signal_is_pending", lambda: count == stop)
+        patch.setattr(torch.optim.SGD, "step", lambda *args: (steps.append(1), step(*args)))
+        patch.setattr(launch, "signal_is_pending", lambda: len(steps) == stop)
         with pytest.raises(Interrupted):
             train(*Run(path, protocol).parts)
     assert path.exists() == (stop >= 5)
@@ -330,21 +291,9 @@ def test_resumed_run_is_the_same_run(path, monkeypatch, protocol, stop):
     assert train(*Run(path, protocol).parts) == history
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(protocol=dataclasses.replace(PROTOCOL, lr=0.06)), "run with lr 0.05, not 0.06"),
-    (dict(val_seed=2), "val images"), (dict(seed=1), "seed 0, not 1")])
-def test_other_run_is_refused(path, change, message):
-    Run(path).save()
-    with pytest.raises(UserError, match=message):
-        Run(path, **change).load()
-
-
 def test_other_file_is_refused(path):
     checkpoint.write_dict(path, {"program": "odc train"})
     with pytest.raises(UserError, match="no checkpoint of eval_linear.py"):
-        Run(path).load()
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="run.checkpoint.pth"):
         Run(path).load()
 
 
@@ -354,38 +303,22 @@ def test_a_loss_that_is_not_finite_is_not_saved(path):
     assert not path.exists()
 
 
-def test_last_or_best_epoch():
+@pytest.mark.parametrize("reported, top1, epoch", [("last", 60.0, 4), ("best", 70.0, 2)])
+def test_last_or_best_epoch(reported, top1, epoch):
     history = [{"Feature5": [top1, 99.0]} for top1 in (50.0, 70.0, 70.0, 60.0)]
-    for reported, top1, epoch in (("last", 60.0, 4), ("best", 70.0, 2)):
-        protocol = dataclasses.replace(PROTOCOL, columns=("Feature5",), reported=reported)
-        assert choose_results(protocol, history) == {
-            "Feature5": dict(top1=top1, top5=99.0, epoch=epoch)}
+    protocol = dataclasses.replace(PROTOCOL, columns=("Feature5",), reported=reported)
+    assert choose_results(protocol, history)["Feature5"] == dict(top1=top1, top5=99, epoch=epoch)
 
 
-class Answers(nn.Module):
-    """Gives fixed answers [N] to the images in their order."""
-
-    columns = ["Feature2"]
-
-    def __init__(self, answers):
-        super().__init__()
-        self.answers = answers
-
-    def forward(self, images):
-        now, self.answers = self.answers.split([len(images), len(self.answers) - len(images)])
-        return {"Feature2": F.one_hot(now, 3).float()}
-
-
-def accuracy_of_fixed_answers():
-    """The accuracy of fixed answers [40], from 1 or 2 processes."""
-    run, answers = Run(), torch.tensor([0, 1, 2]).repeat(14)[:40]
-    accuracy = evaluate(run.network, run.protocol, Answers(answers[distributed.shard(40)]))
-    return answers, run.network.val.labels, accuracy
+def accuracy_of_a_run():
+    run = Run()
+    return evaluate(run.network, run.protocol, run.classifiers)
 
 
 def test_accuracy_counts_every_val_image_once():
-    answers, labels, accuracy = accuracy_of_fixed_answers()
-    hits = (answers == labels).double()
-    assert accuracy["Feature2"] == pytest.approx([100 * hits.mean().item(), 100])
-    for *_, other in run_processes(accuracy_of_fixed_answers, 2):
-        assert other == accuracy
+    run = Run()
+    images = torch.stack([run.network.transform(run.network.val.load(i)) for i in range(40)])
+    logits = run.classifiers.eval()(normalise(images))["Feature5"]
+    top1 = 100 * (logits.argmax(1) == run.network.val.labels).double().mean().item()
+    for accuracy in accuracy_of_a_run(), *run_processes(accuracy_of_a_run, 2):
+        assert accuracy["Feature5"] == pytest.approx([top1, 100])  # of three classes
