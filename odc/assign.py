@@ -29,54 +29,45 @@ def make_parser():
     parser = Parser("Find the cluster of every image in a folder, by a finished run of train.py.")
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", type=path, required=True, help="checkpoint.pth of train.py")
-    add("--data", metavar="PATH", type=path, required=True,
-        help="folder of images, in any known layout, or the word shapes")
+    add("--data", metavar="PATH", type=path, required=True, help="images in any known layout")
     add("--output", metavar="FILE.csv", type=path, default="clusters.csv", help="the table")
     add("--folders", metavar="DIR", type=path, help="a new folder with links, DIR/CLUSTER/IMAGE")
     add("--features", metavar="FILE.npy", type=path, help="vectors of the images with a cluster")
     add("--neighbours", metavar="N", type=whole(0, 1000), default=0,
         help="how many of the most similar training images the table names")
-    add("--train-data", metavar="PATH", type=path,
-        help="the images of the run (default: where they were)")
+    add("--train-data", metavar="PATH", type=path, help="the run's images, if they were moved")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
     return parser
 
 
 def load_run(path, device):
-    """What a run has left: (its checkpoint, network, centroids [K, d]). Raises UserError.
-
-    network: normalised images [B, 3, S, S] -> unit features [B, d].
-    """
+    """(checkpoint of a run, network: images [B, 3, S, S] -> unit features [B, d], centroids)."""
     state = checkpoint.read_dict(path)
     if state.get("program") != checkpoint.PROGRAM or not state.get("final_clusters"):
         raise UserError(f"--checkpoint {path}: is not of a run of this version of train.py that "
                         "has come to its end; run its command again, with --export-only.")
     with checkpoint.reading(path):  # another program may have written what is in it
         centroids = state["final_clusters"]["centroids"].to(device)
-        backbone = ResNet(state["arch"], state["small_stem"])
-        neck = Neck(backbone.out_channels[-1])
+        backbone = ResNet(state["arch"], state["small_stem"]).to(device).eval()
+        neck = Neck(backbone.out_channels[-1]).to(device).eval()
         backbone.load_state_dict(state["backbone"])
         neck.load_state_dict(state["final_clusters"]["neck"])
         values = [*backbone.state_dict().values(), *neck.state_dict().values(), centroids]
         if centroids.shape[1:] != (FEATURE_DIM,) or not all(v.isfinite().all() for v in values):
             raise ValueError("sizes that do not fit, or values that are not finite")
-    backbone.to(device, memory_format=torch.channels_last).eval()
-    neck.to(device).eval()
+    backbone.to(memory_format=torch.channels_last)
     return state, lambda images: unit_features(neck, backbone(images)[-1].mean((2, 3))), centroids
 
 
 def open_training_images(path, vectors_path, state, network, transform, device):
-    """(the ImageSet of the run, its unit features [N, d], memory-mapped). Raises UserError.
-
-    Three features are computed again: a run that was killed may have left those of another epoch.
-    """
+    """(the ImageSet of the run, its unit features [N, d], memory-mapped). Raises UserError."""
     dataset = open_dataset(path)
     if dataset.fingerprint != state["fingerprint"]:
-        raise UserError(f"{path} holds other images than those of the run; give those with "
-                        "--train-data.")
+        raise UserError(f"{path} holds other images than the run had; give --train-data.")
     dataset.leave_out(state["unreadable"])
     try:
         vectors = torch.from_numpy(np.load(vectors_path, mmap_mode="c"))
+        # A run that was killed may have left the vectors of another epoch: compute three again.
         some = [0, len(dataset) // 2, len(dataset) - 1]
         images = torch.stack([transform(dataset.load(i)) for i in some]).to(device)
         cosine = (network(normalise(images)).cpu() * vectors[some]).sum(1)
@@ -90,11 +81,10 @@ def open_training_images(path, vectors_path, state, network, transform, device):
 
 def link_images(folder, dataset, labels):
     """A link to every image in a new folder: folder/CLUSTER/INDEX-NAME; from memory, PNG files."""
-    os.mkdir(folder)
     for i, cluster in enumerate(labels.tolist()):
         source = Path(dataset.root, dataset.name_of(i))
         target = Path(folder, str(cluster), f"{i}-{source.name}")
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if dataset.pixels is None:
             target.symlink_to(source)
         else:
@@ -106,7 +96,7 @@ def main(arguments=None):
     args = make_parser().parse_args(arguments)
     device = distributed.init(args.device)
     launch.catch_signals()
-    train, neighbours = None, None
+    train = neighbours = None
     with distributed.raise_everywhere():
         vectors_path = Path(args.checkpoint).with_name("features.npy")
         inputs = [args.checkpoint, vectors_path, args.folders or args.checkpoint]
@@ -117,16 +107,14 @@ def main(arguments=None):
                              or Path(args.folders).is_relative_to(args.data)):
             raise UserError(f"--folders {args.folders}: choose a new folder, outside --data.")
         state, network, centroids = load_run(args.checkpoint, device)
-        settings = state["settings"]
-        transform = evaluation_transform(settings["image_size"])
+        transform = evaluation_transform(state["settings"]["image_size"])
         dataset = open_dataset(args.data)
         if args.neighbours:
-            train, vectors = open_training_images(args.train_data or settings["data"], vectors_path,
-                                                  state, network, transform, device)
+            train, vectors = open_training_images(args.train_data or state["settings"]["data"],
+                                                  vectors_path, state, network, transform, device)
     check_same_images(dataset, *([train] if train else []))
     distributed.print_main(f"{len(dataset):,} images, {len(centroids):,} clusters after epoch "
-                           f"{state['progress']['epoch']} of a run on {settings['data']}")
-
+                           f"{state['progress']['epoch']} of a run on {state['settings']['data']}")
     listed = dataset.names  # of all images; those that cannot be read leave the dataset now
     features = extract(network, dataset, transform, FEATURE_DIM, device, 128,
                        default_workers(dataset.pixels is not None), unreadable_share=1.0)

@@ -1,9 +1,8 @@
 """Clusters of the unaugmented images, by the current network: the ones that a user gets.
 
-The memory's features come from augmented images, with dropout, by the weights of many steps, and
+The memory's features come from augmented images, with dropout and the weights of many steps, and
 the neck's batch norm statistics lag behind (momentum 0.001). So all images pass through the network
-once more. K-means continues on these features, from the memory's clusters. `odc.assign` compares
-new images with the centroids that it finds.
+once more, and k-means continues on these features, from the memory's clusters.
 """
 
 import copy
@@ -17,8 +16,6 @@ from odc.data.augmentation import evaluation_transform
 from odc.features import extract
 from odc.kmeans import ClusterSums, kmeans
 
-ITERATIONS = 50  # of k-means
-
 
 @dataclass
 class Clustering:
@@ -26,17 +23,17 @@ class Clustering:
 
     labels: torch.Tensor  # int64 [N], on the CPU
     similarity: torch.Tensor  # float32 [N], cosine to the centroid of the own cluster, on the CPU
-    centroids: torch.Tensor  # float32 [K, d], on the CPU
+    centroids: torch.Tensor  # float32 [K, d], on the CPU; rows of -1 for empty clusters
     features: torch.Tensor  # float32 [n, d], unit rows: of this process, or of all images
     neck: torch.nn.Module | None = None  # the network's, with batch norm statistics of all images
 
 
 def cluster_images(network, dataset, memory, image_size, workers=0):
-    """Cluster the unaugmented images by the current network.
+    """The Clustering of the unaugmented images by the current network. A collective.
 
     memory: an ODCMemory; k-means starts from its clusters. Clusters smaller than its
     min_cluster_size give way to halves of wide ones, while there are any.
-    Returns a Clustering. Raises UserError if an image cannot be read any more. A collective.
+    Raises UserError if an image cannot be read any more.
     """
     device, K = memory.labels.device, len(memory.centroids)
     backbone, neck = network.backbone.eval(), copy.deepcopy(network.neck).eval()
@@ -52,14 +49,16 @@ def cluster_images(network, dataset, memory, image_size, workers=0):
     first = torch.cat([(torch.cdist(part, start) < 2**-8).byte().argmax(1)
                        for part in start.split(1024)])
     start[first != torch.arange(K, device=device)] = 0
-    own_labels, centroids = kmeans(features, K, ITERATIONS, initial_centroids=start,
+    own_labels, centroids = kmeans(features, K, 50, initial_centroids=start,
                                    min_size=memory.min_cluster_size)
     labels = distributed.all_gather_uneven_rows(own_labels)
-    if empty := K - len(labels.unique()):
-        distributed.print_main(f"{empty:,} of {K:,} clusters are empty: the others are too small "
-                               "to split, or hold copies of one image.")
-    similarity = cosine_to_centroid(features, centroids, own_labels)
-    similarity = distributed.all_gather_uneven_rows(similarity)
+    empty = labels.bincount(minlength=K) == 0
+    centroids[empty] = -1  # far from all that the neck's ReLU gives: no new image is assigned to it
+    if empty.any():
+        distributed.print_main(f"{int(empty.sum()):,} of {K:,} clusters are empty: the others are "
+                               "too small to split, or hold copies of one image.")
+    similarity = distributed.all_gather_uneven_rows(
+        cosine_to_centroid(features, centroids, own_labels))
     return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck)
 
 
@@ -71,15 +70,11 @@ def unit_features(neck, pooled):
 
 @torch.no_grad()
 def estimate_statistics(neck, pooled, num_images):
-    """Set the running mean and variance of the neck's batch norm to those of all images.
-
-    pooled: [n, C], the rows of this process. A collective.
-    """
-    hidden = neck.bn1.num_features
-    sums = torch.zeros(2, hidden, dtype=torch.float64, device=pooled.device)
+    """Give the neck's batch norm the mean and variance of all images. A collective."""
+    sums = torch.zeros(2, neck.bn1.num_features, dtype=torch.float64, device=pooled.device)
     for rows in pooled.split(4096):
-        x = neck.fc1(rows).double()
-        sums += torch.stack([x.sum(0), x.square().sum(0)])
+        hidden = neck.fc1(rows).double()
+        sums += torch.stack([hidden.sum(0), hidden.square().sum(0)])
     mean, square = distributed.all_reduce(sums) / num_images
     neck.bn1.running_mean.copy_(mean)
     neck.bn1.running_var.copy_((square - mean.square()).clamp(min=0))

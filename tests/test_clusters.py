@@ -115,6 +115,8 @@ def test_a_group_without_spread_is_not_split(folder, monkeypatch, capsys, differ
     empty = 8 - len(found.labels.unique())
     assert (f"{empty} of 8 clusters are empty" in capsys.readouterr().out) == (different < 60)
     assert torch.equal(found.labels, nearest_centroids(found.features, found.centroids))
+    new = torch.cat([torch.eye(32), torch.zeros(1, 32)])  # features that no training image had
+    assert torch.isin(nearest_centroids(new, found.centroids), found.labels).all()
 
 
 def test_export_only_makes_the_clusters_of_a_run_that_was_stopped(folder, tmp_path, capsys):

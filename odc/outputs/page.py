@@ -2,10 +2,10 @@
 
 It shows the curves of log.jsonl and, once there are clusters, all of them: a map, a card for each
 cluster, near-duplicates and outliers. Python writes the numbers as JSON and the thumbnails as
-sprite sheets; page.template.html beside this file lays them out.
+sprite sheets; page.template.html beside this file draws them.
 
-A log and file names are other people's text. What comes from the log is a number, all other text
-is escaped, and the page's policy lets the browser run the template's script alone.
+What comes from the log is a number, and the script enters all other text, such as file names, as
+text. The page's policy lets the browser run no other script.
 """
 
 import base64
@@ -23,9 +23,10 @@ from PIL import Image
 
 from odc.data.augmentation import evaluation_transform
 from odc.data.loader import evaluation_batches
-from odc.outputs import curves
 from odc.runtime.checkpoint import write_atomically
+from odc.runtime.log import read_record
 
+POINTS = 400  # of a longer curve, about so many are drawn
 IMAGES = 10_000  # a page shows all images up to so many, above that a sample of each cluster
 CENTRAL, EDGE = 8, 4  # images that a card shows, from both ends of its cluster
 NEAR, PAIRS, OUTLIERS = 5, 24, 48  # neighbours of a cluster, near-duplicate pairs, outliers
@@ -38,22 +39,42 @@ def write_page(folder, dataset=None, clustering=None, workers=0):
     dataset, clustering: an ImageSet and its Clustering with the features of all images; without
     both the page has curves alone.
     """
-    records = curves.read_log(folder / "log.jsonl")
-    summary, data, sheets = "no step yet", {}, ""
-    if records:
-        summary = f"epoch {records[-1]['epoch']}, step {records[-1]['step']:,}"
+    records, data, sheets = read_log(folder / "log.jsonl"), {}, ""
+    summary = "epoch {epoch}, step {step:,}".format(**records[-1]) if records else "no step yet"
     if clustering is not None:
         data, shown = contents(dataset, clustering)
         summary += f" · {len(dataset):,} images in {len(data['clusters']):,} clusters"
         sheets = sprite_sheets(dataset, shown, workers)
+    data["curves"] = curves(records)
     template = Path(__file__).with_name("page.template.html").read_text(encoding="utf-8")
     script = re.search("<script>(.*?)</script>", template, re.DOTALL)[1]
     parts = dict(title=html.escape(folder.resolve().name), summary=summary, sheets=sheets,
                  script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-                 curves=curves.draw_charts(records), data=json.dumps(data).replace("<", "\\u003c"))
+                 data=json.dumps(data).replace("<", "\\u003c"))
     page = re.sub(r"\{\{(\w+)\}\}", lambda marker: parts[marker[1]], template)
-    write_atomically(folder / "report.html",
-                     lambda file: file.write(page.encode("utf-8", errors="replace")))
+    page = page.encode("utf-8", errors="replace")
+    write_atomically(folder / "report.html", lambda file: file.write(page))
+
+
+def read_log(path):
+    """The records of a log.jsonl, [{name: number}], without what else people may have put there."""
+    records = []
+    for line in path.read_bytes().splitlines():
+        record = {name: value for name, value in (read_record(line) or {}).items()
+                  if type(value) in (int, float) and abs(value) < 1e15}  # nor a NaN
+        if all(type(record.get(name)) is int for name in ("epoch", "step")):
+            records.append(record)
+    return records
+
+
+def curves(records):
+    """{name: [(step, value), ...]} of all that the log has; about POINTS of a longer curve."""
+    found = {}
+    for record in records:
+        for name, value in record.items():
+            found.setdefault(name, []).append((record["step"], value))
+    return {name: [*points[: -1 : 1 + len(points) // POINTS], points[-1]]
+            for name, points in found.items() if name not in ("epoch", "step")}
 
 
 def contents(dataset, clustering):
@@ -65,16 +86,12 @@ def contents(dataset, clustering):
         images = sample(members[record["id"]].tolist(), per_cluster)
         record.update(first=len(shown), count=len(images))
         shown += images
-    notes = []
-    if len(shown) < len(dataset):
-        notes.append(f"This page shows {len(shown):,} of {len(dataset):,} images: of each cluster "
-                     "the central ones, those at its edge, and some between.")
     pairs = near_duplicates(clustering.features, members)
     outliers = clustering.similarity.argsort(stable=True)[:OUTLIERS].tolist()
     shown += sorted({*outliers, *(i for _, *pair in pairs for i in pair)}.difference(shown))
     position = {image: n for n, image in enumerate(shown)}
     data = dict(
-        clusters=records, notes=notes, outliers=[position[i] for i in outliers],
+        clusters=records, outliers=[position[i] for i in outliers],
         pairs=[dict(similarity=score, images=[position[i], position[j]]) for score, i, j in pairs],
         classes=class_names(dataset),
         images=dict(path=[dataset.name_of(i).encode("utf-8", "replace").decode() for i in shown],
@@ -92,8 +109,8 @@ def class_names(dataset):
 
 
 def cluster_records(dataset, clustering):
-    """(a dict for each cluster with images, the largest first; the images of all K clusters, int64
-    arrays, the most similar to the centroid first)."""
+    """(a dict for each cluster with images, the largest first; the images of all K clusters, the
+    most similar to the centroid first)."""
     # As clusters.csv has the similarities: equal there, images keep their order.
     similarity = clustering.similarity.double().round(decimals=4)
     order = np.lexsort((-similarity.numpy(), clustering.labels.numpy()))
@@ -137,14 +154,12 @@ def neighbours_and_map(centroids):
     return near, [[round(x, 3), round(y, 3)] for x, y in places.tolist()]
 
 
-# --- near-duplicates, and pictures ---------------------------------------------------------------
-
 def near_duplicates(features, members):
     """Pairs of very similar images of one cluster, [(similarity, i, j)], the best first.
 
-    features: unit rows [N, d]. members: for each cluster its images, ordered by similarity to the
-    centroid. Copies are about equally similar to it, so each image is compared with the 2,048 of
-    its block alone. An image is in one pair at most: many copies do not fill the list.
+    features: unit rows [N, d]. members: each cluster's images, by similarity to the centroid.
+    Copies are equally similar to it, so an image is compared with the 2,048 of its block alone.
+    An image is in one pair at most: many copies do not fill the list.
     """
     pairs = []
     for images in members:
@@ -163,21 +178,16 @@ def near_duplicates(features, members):
 
 
 def sprite_sheets(dataset, shown, workers=0):
-    """CSS rules .sheet0, .sheet1, ...: the thumbnails of images, TILES x TILES in a picture.
-
-    Raises UserError if an image cannot be read any more.
-    """
+    """CSS rules .sheet0, .sheet1, ...: the thumbnails of images, TILES x TILES in a picture."""
     side = 96 if len(shown) <= IMAGES / 4 else 64 if len(shown) <= IMAGES * 1.1 else 32
-    batches = evaluation_batches(dataset, torch.tensor(shown), evaluation_transform(side),
-                                 TILES**2, workers)
     rules = []
-    for n, batch in enumerate(batches):
+    for n, batch in enumerate(evaluation_batches(
+            dataset, torch.tensor(shown), evaluation_transform(side), TILES**2, workers)):
         tiles = torch.zeros(TILES**2, 3, side, side, dtype=torch.uint8)
         tiles[: len(batch.images)] = batch.images
         sheet = tiles.view(TILES, TILES, 3, side, side).permute(0, 3, 1, 4, 2)  # rows of tiles
-        file = io.BytesIO()
-        Image.fromarray(sheet.reshape(TILES * side, TILES * side, 3).numpy()).save(
-            file, "WEBP", quality=70)
+        sheet = Image.fromarray(sheet.reshape(TILES * side, TILES * side, 3).numpy())
+        sheet.save(file := io.BytesIO(), "WEBP", quality=70)
         code = base64.b64encode(file.getvalue()).decode()
         rules.append(f".sheet{n} {{ background-image: url(data:image/webp;base64,{code}) }}")
     return "\n".join(rules)

@@ -42,23 +42,17 @@ def write_table(path, dataset, labels, similarity, neighbours=None, listed=None)
     for n in range(images.shape[1]):
         columns += [f"neighbour_{n + 1}", f"similarity_{n + 1}"]
 
-    def rows():
-        yield columns
-        i = 0
-        for name in listed or map(dataset.name_of, range(len(dataset))):
-            if name in dataset.left_out:
-                yield [name] + [""] * (len(columns) - 1)
-                continue
-            row = [name, int(labels[i]), f"{similarity[i]:.4f}"]
-            for image, score in zip(images[i], scores[i]):
-                row += [train.name_of(image), f"{score:.4f}"]
-            yield row
-            i += 1
-
     def write(file):
-        for row in rows():
-            line = ",".join(map(quote, row)) + "\n"
-            file.write(line.encode("utf-8", errors="surrogateescape"))
+        file.write((",".join(columns) + "\n").encode())
+        rows = zip(labels.tolist(), similarity, images, scores)
+        for name in listed or map(dataset.name_of, range(len(dataset))):
+            row = [name] + [""] * (len(columns) - 1)
+            if name not in dataset.left_out:
+                cluster, cosine, found, near = next(rows)
+                row = [name, cluster, f"{cosine:.4f}"]
+                for image, score in zip(found, near):
+                    row += [train.name_of(image), f"{score:.4f}"]
+            file.write((",".join(map(quote, row)) + "\n").encode("utf-8", "surrogateescape"))
 
     write_atomically(path, write)
 
