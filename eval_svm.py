@@ -60,23 +60,21 @@ def draw_images(dataset, count, seed):
 
 def classes_to_judge(targets, val_targets, names):
     """Indices of the classes with enough images; a line names the others. Raises UserError."""
-    enough = (((targets == 1).sum(0) >= voc.FOLDS) & ((targets != 1).sum(0) >= voc.FOLDS)
-              & ((val_targets == 1).sum(0) > 0))
-    need = f"{voc.FOLDS} training images of a class, {voc.FOLDS} others, and a val image of it"
+    positives = (targets == 1).sum(0)
+    enough = ((positives >= voc.FOLDS) & (len(targets) - positives >= voc.FOLDS)
+              & (val_targets == 1).any(0))
+    need = f"{voc.FOLDS} training images, {voc.FOLDS} of other classes, and a val image"
     if not enough.any():
-        raise UserError(f"No class can be judged, which takes {need}: give a larger "
-                        "--train-images, or other --data.")
-    if not enough.all():
-        without = [name for name, judged in zip(names, enough.tolist()) if not judged]
-        print_main(f"left out, as to judge a class takes {need}: {', '.join(without)}")
+        raise UserError(f"No class has {need}: give a larger --train-images, or other --data.")
+    if without := [name for name, judged in zip(names, enough.tolist()) if not judged]:
+        print_main(f"left out, as a class needs {need}: {', '.join(without)}")
     return enough.nonzero()[:, 0]
 
 
 def say(name, result):
     """Print the mAP of a map, or of a number of shots."""
-    lost = f" ({result.unconverged} fits did not converge and were left out)"
-    print_main(f"{name}: mAP {100 * result.mean_average_precision:.2f}"
-               + (lost if result.unconverged else ""))
+    lost = f" ({result.unconverged} fits did not converge)" if result.unconverged else ""
+    print_main(f"{name}: mAP {100 * result.mean_average_precision:.2f}{lost}")
 
 
 def main():
@@ -113,8 +111,7 @@ def main():
                        network.workers, name=name)
         return [distributed.all_gather_uneven_rows(part).cpu() for part in rows.split(dims, dim=1)]
 
-    drawn = "published" if args.low_shot_targets else f"{voc.SAMPLES} drawn"
-    print_main(f"protocol {protocol}: {count:,} train images, {drawn} low-shot samples")
+    print_main(f"protocol {protocol}: {count:,} train images")
     train, val = features(train_set, "train"), features(val_set, "val")
     if args.low_shot_targets and train_set.left_out:
         raise UserError("--low-shot-targets: the published samples need every training image; "

@@ -184,11 +184,11 @@ def full_svm(train, train_targets, test, test_targets):
                 result[3:] += step_average_precision(labels[i, held_out] == 1,
                                                      decisions[:, f, i, held_out].T).cpu() / FOLDS
             result[3:].masked_fill_(~converged[:, :, i].all(1), torch.nan)
-            s = _first_best(result[3:])
+            result[1] = s = _first_best(result[3:])
             b = coefficients[s, FOLDS, i]
             scores = (test @ (b @ train) + b.sum())[:, None]
             result[0] = voc_average_precision(test_targets[:, c].to(b.device), scores)
-            result[1], result[2] = s, (~converged[:, :, i]).sum()
+            result[2] = (~converged[:, :, i]).sum()
     results = distributed.all_gather_uneven_rows(results)
     precision, chosen, unconverged, validation = results.split([1, 1, 1, len(COSTS)], dim=1)
     _refuse_unsolved(validation)
