@@ -68,8 +68,10 @@ def _explain(error):
     text = str(error).strip() or type(error).__name__
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
         return f"there is too little memory ({text.splitlines()[0]}); lower --batch-size.", 2
-    if is_dead_worker(error) or not isinstance(error, RuntimeError):
-        return dead_worker(error) if is_dead_worker(error) else text, 2
+    if is_dead_worker(error):
+        return dead_worker(error), 2
+    if not isinstance(error, RuntimeError):
+        return text, 2
     if isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text:
         return f"another process has stopped, or cannot be reached ({text.splitlines()[0]})", 1
     raise error
