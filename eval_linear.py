@@ -69,8 +69,8 @@ def train(args, network, protocol, classifiers, optimizer):
 def train_epoch(args, network, protocol, classifiers, optimizer, epoch):
     """One epoch, in which every image comes once; returns the mean loss of each column."""
     drops, device = sum(epoch >= step for step in protocol.lr_steps), network.device
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * protocol.lr_gamma**drops
+    for group, factor in zip(optimizer.param_groups, (protocol.head_lr, 1)):
+        group["lr"] = protocol.lr * factor * protocol.lr_gamma**drops
     batches = epoch_batches(
         network.train, LINEAR_AUGMENTATIONS[protocol.train_transform], network.image_size,
         protocol.batch_size // distributed.world_size(), args.seed, epoch,
@@ -108,8 +108,7 @@ def evaluate(network, protocol, classifiers):
     classifiers.eval()
     columns, k = classifiers.columns, min(5, len(network.val.classes))
 
-    def best_classes(images):
-        """[B, 3, S, S] -> [B, columns * k], the best class first."""
+    def best_classes(images):  # [B, 3, S, S] -> [B, columns * k], the best class first
         return torch.cat([logits.topk(k).indices for logits in classifiers(images).values()], 1)
 
     best = extract(best_classes, network.val, network.transform, len(columns) * k, network.device,
@@ -178,9 +177,8 @@ def main():
         script="eval_linear", protocol=name, settings=asdict(protocol), not_the_recipes=changed,
         **network.description(), results=results, history=history,
         published=tables.published_rows(published)))
-    rows = {f"{network.label(args)}, top-{n}": {column: result[f"top{n}"]
-                                                for column, result in results.items()}
-            for n in (1, 5)}
+    rows = {f"{network.label(args)}, top-{n}": {
+        column: result[f"top{n}"] for column, result in results.items()} for n in (1, 5)}
     tables.show(f"{network.train.name} (%), protocol {name}", protocol.columns, rows, published)
 
 

@@ -39,13 +39,13 @@ def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, 
         launch.check_signals()
         with distributed.raise_everywhere():
             batch = next(batches, None)
-        if batch is not None:
-            unreadable |= batch.unreadable
-        if batch is not None and len(batch.indices):
-            pixels = normalise(batch.images.to(device, non_blocking=True))
-            features[done : done + len(pixels)] = forward(pixels)
-            done += len(pixels)
-            bar.update(len(pixels))
+            if batch is not None:
+                unreadable |= batch.unreadable
+            if batch is not None and len(batch.indices):
+                pixels = normalise(batch.images.to(device, non_blocking=True))
+                features[done : done + len(pixels)] = forward(pixels)
+                done += len(pixels)
+                bar.update(len(pixels))
     bar.close()
     if distributed.any_process(unreadable):
         leave_out(dataset, unreadable, unreadable_share)

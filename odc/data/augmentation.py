@@ -39,7 +39,7 @@ class Augmentation:
 
 
 # Of the linear evaluation, by protocol.
-_CROP_AND_FLIP = Augmentation(rotation=0.0, jitter=(0.0, 0.0, 0.0, 0.0), grayscale=0.0)
+_CROP_AND_FLIP = Augmentation(rotation=0.0, jitter=(0.0,) * 4, grayscale=0.0)
 LINEAR_AUGMENTATIONS = {
     "imagenet-multihead": replace(_CROP_AND_FLIP, jitter=(0.4, 0.4, 0.4, 0.0), lighting=0.1),
     "imagenet-avgpool": _CROP_AND_FLIP,
@@ -104,7 +104,7 @@ def crop_and_flip(image, drawn, size):
 # --- evaluation transforms: an RGB image to uint8 [3, size, size] --------------------------------
 
 def resize_center_crop(image, resize=256, crop=224):
-    """Resize the shorter edge, then cut the middle: the transform of all recipes but VOC07's."""
+    """Resize the shorter edge, then cut the middle: as in all recipes but VOC07's."""
     return TF.pil_to_tensor(_central_square(image, resize, crop))
 
 
@@ -136,7 +136,6 @@ def normalise(images):
 
 @functools.cache  # else every batch would wait until they are on the device
 def mean_and_std(device):
-    """Two float32 [3, 1, 1]."""
     return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
 
 

@@ -67,8 +67,6 @@ def check_same_images(*image_sets):
                             "give all machines the same files.")
 
 
-# --- images named in lists -----------------------------------------------------------------------
-
 def text_list(name, pattern, images, root, split):
     """pattern: the lists of train and val. images: the folder that their paths are relative to."""
     lists = [os.path.join(root, pattern.format(kind)) for kind in (split, "train")]
@@ -124,8 +122,6 @@ def voc07(folder, split):
                     targets=torch.tensor(targets, dtype=torch.int8).T.contiguous(),
                     classes=list(VOC_CLASSES))
 
-
-# --- all images in a few large files -------------------------------------------------------------
 
 def cifar(name, reader, folder, split):
     # It compares checksums first, as these pickles could run a program.

@@ -135,8 +135,7 @@ class ImageSet:
 def read_image(path):
     """The first frame of a file as an RGB `PIL.Image`, as torchvision reads it: EXIF is ignored.
 
-    Transparent images lie on white, as viewers show them. 16-bit gray is scaled to 8 bits, where
-    Pillow alone would clip it to white.
+    Transparent images lie on white. 16-bit gray is scaled, where Pillow alone would clip it.
     """
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for images that are merely odd

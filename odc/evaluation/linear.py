@@ -146,13 +146,11 @@ def choose_images(dataset, subset=None, train_share=None, seed=0):
 
 
 def make_optimizer(classifiers, protocol):
-    """SGD. In fine-tuning, the linear layer has a learning rate of its own."""
-    groups = [dict(params=classifiers.linears.parameters(), lr=protocol.lr * protocol.head_lr)]
+    """SGD with a group for the linear layers and, in fine-tuning, one for the backbone."""
+    groups = [dict(params=classifiers.linears.parameters())]
     if protocol.columns == (FINE_TUNED,):
-        groups.append(dict(params=classifiers.backbone.parameters(), lr=protocol.lr))
-    for group in groups:
-        group["initial_lr"] = group["lr"]
-    return torch.optim.SGD(groups, momentum=0.9, weight_decay=protocol.weight_decay,
+        groups.append(dict(params=classifiers.backbone.parameters()))
+    return torch.optim.SGD(groups, protocol.lr, momentum=0.9, weight_decay=protocol.weight_decay,
                            nesterov=protocol.nesterov)
 
 

@@ -42,9 +42,6 @@ def drawn(count, *arguments, augmentation=Augmentation(), **options):
     return [draw_parameters(augmentation, generator, *arguments, **options) for _ in range(count)]
 
 
-# --- in the worker -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("width, height, size", [
     (640, 427, 64), (1, 1, 32), (1, 300, 32), (300, 1, 16), (3, 2, 64), (32, 32, 32)])
 def test_crop_is_pillows_to_one_step(photograph, width, height, size):
@@ -118,9 +115,6 @@ def test_defaults_are_the_recipes_values():
     assert Augmentation() == Augmentation(0.08, 0.5, 2.0, (0.4, 0.4, 1.0, 0.5), 0.2, 0.0, False)
 
 
-# --- on the device -------------------------------------------------------------------------------
-
-
 def test_nothing_drawn_nothing_done_but_to_normalise(photograph):
     images = a_batch(photograph)
     expected = TF.normalize(images / 255, augment.MEAN, augment.STD)
@@ -172,23 +166,17 @@ def test_a_batch_without_a_readable_image():
     assert augment.augment_batch(images, torch.empty(0, 16)).shape == images.shape
 
 
-# --- evaluation transforms -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("width, height", [
     (500, 375), (256, 256), (100, 30), (33, 77), (1, 1), (30, 3), (3, 30), (3000, 3), (2, 3000)])
 def test_evaluation_transforms_are_torchvisions(photograph, width, height):
     """A long image loses no row."""
     image = photograph.resize((width, height))
-    small = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])
-    normal = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
-    voc = transforms.Compose([transforms.Resize(256), transforms.Resize((224, 224))])
-    pairs = [(augment.evaluation_transform(32), small)]
+    pairs = [(augment.evaluation_transform(32), transforms.CenterCrop(32), 32)]
     if max(width, height) <= 500:
-        pairs += [(augment.evaluation_transform(224), normal), (augment.resize_exact, voc),
-                  (augment.resize_center_crop, normal)]
-    for ours, theirs in pairs:
-        assert torch.equal(ours(image), TF.pil_to_tensor(theirs(image)))
+        pairs += [(augment.evaluation_transform(224), transforms.CenterCrop(224), 256),
+                  (augment.resize_exact, transforms.Resize((224, 224)), 256)]
+    for ours, theirs, resize in pairs:
+        assert torch.equal(ours(image), TF.pil_to_tensor(theirs(TF.resize(image, resize))))
 
 
 def test_a_very_long_image_does_not_fill_the_memory():
