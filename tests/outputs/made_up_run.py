@@ -43,8 +43,7 @@ def clusters():
 
 def write_log(folder, *more):
     """log.jsonl with a few records, and more lines after them."""
-    lines = [f'{{"epoch": {1 + step // 3}, "step": {step}, "loss": {4 - step / 9}}}'
-             for step in range(1, 9)]
+    lines = [json.dumps(dict(epoch=1 + s // 3, step=s, loss=4 - s / 9)) for s in range(1, 9)]
     (folder / "log.jsonl").write_text("\n".join([*lines, *more]) + "\n")
 
 
