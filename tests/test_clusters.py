@@ -69,23 +69,7 @@ def table(path):
         return {row["path"]: int(row["cluster"]) for row in csv.DictReader(file)}
 
 
-def assign_again(run, images):
-    """The table of a run's own images by odc.assign."""
-    assign.main(["--checkpoint", str(run / "checkpoint.pth"), "--data", str(images),
-                 "--output", str(run / "again.csv")])
-    return table(run / "again.csv")
-
-
-def test_assign_agrees_with_the_table_and_uses_every_cluster(tmp_path, monkeypatch):
-    monkeypatch.setattr("odc.data.shapes.SPLITS", {"train": (600, 0), "val": (100, 1)})
-    assert run_main("--data", "shapes", "--output", tmp_path, *SMALL, "--epochs", "3",
-                    "--num-clusters", "12") == 0
-    again, written = assign_again(tmp_path, "shapes"), table(tmp_path / "clusters.csv")
-    assert sum(again[path] == written[path] for path in written) >= 0.99 * len(written)
-    assert set(again.values()) == set(range(12))
-
-
-def test_copies_of_an_image_are_in_one_cluster(tmp_path):
+def test_assign_agrees_with_the_table_and_copies_are_in_one_cluster(tmp_path):
     """200 images and 201 copies of one, in the run's table and in that of odc.assign."""
     images, run = tmp_path / "images", tmp_path / "run"
     images.mkdir()
@@ -95,7 +79,9 @@ def test_copies_of_an_image_are_in_one_cluster(tmp_path):
         image.save(images / f"{7 * i % 401:03d}-{i >= 200}.png")
     assert run_main("--data", images, "--output", run, *SMALL, "--epochs", "2") == 0
     written = table(run / "clusters.csv")
-    assert written == assign_again(run, images)
+    assign.main(["--checkpoint", str(run / "checkpoint.pth"), "--data", str(images),
+                 "--output", str(run / "again.csv")])
+    assert written == table(run / "again.csv")
     assert len({cluster for path, cluster in written.items() if "True" in path}) == 1
 
 

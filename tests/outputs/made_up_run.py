@@ -28,35 +28,34 @@ def images():
                     classes=CLASSES)
 
 
-def clusters(noise=0.4):
+def clusters():
     """Clusters whose centroids lie around a circle of the first two dimensions."""
     K, N = len(SIZES), sum(SIZES)
     labels = torch.arange(K).repeat_interleave(torch.tensor(SIZES))
     angle = torch.arange(K) * (2 * torch.pi / K)
     centroids = F.pad(torch.stack([angle.cos(), angle.sin()], 1), (0, 6))
-    scale = noise * torch.linspace(0.2, 1, K)[labels, None]
-    generator = torch.Generator().manual_seed(1)
-    features = F.normalize(centroids[labels] + scale * torch.randn(N, 8, generator=generator))
+    noise = torch.randn(N, 8, generator=torch.Generator().manual_seed(1))
+    noise *= torch.linspace(0.08, 0.4, K)[labels, None]
+    features = F.normalize(centroids[labels] + noise)
     similarity = F.cosine_similarity(features, centroids[labels]).round(decimals=4)
     return Clustering(labels, similarity, centroids, features)
 
 
 def write_log(folder, *more):
     """log.jsonl with a few records, and more lines after them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dict(epoch=1 + step // 3, step=step, loss=4 - step / 9))
-             for step in range(1, 9)]
+    lines = [json.dumps(dict(epoch=1 + s // 3, step=s, loss=4 - s / 9)) for s in range(1, 9)]
     (folder / "log.jsonl").write_text("\n".join([*lines, *more]) + "\n")
 
 
 def write_run(root):
-    """A run's folder with its page, images of one colour each: (folder, ImageSet, Clustering)."""
+    """A folder with a page, and what it shows: images of one colour each, and their clusters."""
     folder, dataset, made = root / "<b>run & co", images(), clusters()
     for i in range(len(dataset)):
         path = root / "images" / dataset.name_of(i)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (12, 12), (i % 256, 90, 255 - i % 256)).save(path, "PNG")
     dataset.root = str(root / "images")
+    folder.mkdir()
     write_log(folder)
     page.write_page(folder, dataset, made)
     return folder, dataset, made

@@ -102,11 +102,9 @@ def test_images_in_memory_become_files(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("odc.data.shapes.SPLITS", {"train": (5, 0)})
     rows = run_assign(finished / "checkpoint.pth", "shapes", tmp_path / "new.csv",
                       "--folders", tmp_path / "sorted")
-    dataset = open_dataset("shapes")
-    for row in rows:
+    for row, pixels in zip(rows, open_dataset("shapes").pixels, strict=True):
         image = Image.open(tmp_path / "sorted" / row["cluster"] / f"{row['path']}.png")
-        assert (np.asarray(image) == dataset.pixels[int(row["path"])]).all()
-    assert len(rows) == 5 and list(rows[0]) == ["path", "cluster", "similarity"]
+        assert (np.asarray(image) == pixels).all()
 
 
 @pytest.mark.filterwarnings("ignore:the image")
@@ -123,17 +121,6 @@ def test_broken_files_have_no_cluster_and_stop_nothing(finished, tmp_path):
     assert len(np.load(tmp_path / "new.npy")) == 6
 
 
-def test_training_images_that_were_left_out_are_nobodys_neighbours(finished, folder, tmp_path):
-    names = [open_dataset(str(folder)).name_of(i) for i in range(150)]
-    path = copy_run(finished, tmp_path / "run",
-                    lambda state: state.update(unreadable={names[7]: "", names[20]: ""}))
-    vectors = np.load(finished / "features.npy")
-    np.save(tmp_path / "run" / "features.npy", np.delete(vectors, [7, 20], 0))
-    rows = run_assign(path, folder, tmp_path / "new.csv", "--neighbours", 999)
-    assert {rows[3][f"neighbour_{n}"] for n in range(1, 149)} == set(names) - {names[7], names[20]}
-    assert rows[30]["neighbour_1"] == names[30] and "neighbour_149" not in rows[30]
-
-
 @given(st.lists(st.text('a,"\r\n \';é\udcff', min_size=1), min_size=1, unique=True), st.data())
 def test_any_name_survives_the_table(tmp_path_factory, names, data):
     broken = set(data.draw(st.lists(st.sampled_from(names))))
@@ -148,9 +135,6 @@ def test_any_name_survives_the_table(tmp_path_factory, names, data):
     assert [row["cluster"] for row in rows if row["cluster"]] == [str(i) for i in range(N)]
 
 
-# --- mistakes ------------------------------------------------------------------------------------
-
-
 def test_training_images_elsewhere(finished, folder, tmp_path):
     path = copy_run(finished, tmp_path / "run",
                     lambda state: state["settings"].update(data=str(folder / "class1")))
@@ -162,18 +146,12 @@ def test_training_images_elsewhere(finished, folder, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda vectors: None, "No such file"), (lambda vectors: b"no array", "pickle"),
-    (lambda vectors: vectors[:149], "out of bounds"),
+    (lambda vectors: vectors[:0], "out of bounds"), (lambda vectors: vectors[:, 1:], "size"),
     (lambda vectors: np.concatenate([vectors[:76], vectors[74:]]), "gives others"),
-    (lambda vectors: vectors[:, 1:], "size"), (lambda vectors: vectors[::-1], "gives others"),
-    (lambda vectors: vectors * np.nan, "gives others")])
+    (lambda vectors: vectors[::-1], "gives others"), (lambda vectors: vectors * np.nan, "others")])
 def test_vectors_that_do_not_belong_to_the_checkpoint(finished, folder, tmp_path, change, words):
-    path, new = copy_run(finished, tmp_path), change(np.load(finished / "features.npy"))
-    os.remove(tmp_path / "features.npy")
-    if isinstance(new, bytes):
-        (tmp_path / "features.npy").write_bytes(new)
-    elif new is not None:
-        np.save(tmp_path / "features.npy", new)
+    path = copy_run(finished, tmp_path)
+    np.save(tmp_path / "features.npy", change(np.load(finished / "features.npy")))
     with pytest.raises(UserError, match=f"features.npy: .*{words}.*--export-only"):
         run_assign(path, folder, tmp_path / "new.csv", "--neighbours", 1)
 
@@ -181,7 +159,6 @@ def test_vectors_that_do_not_belong_to_the_checkpoint(finished, folder, tmp_path
 @pytest.mark.parametrize("change, words", [
     (lambda state: state.update(final_clusters=None), "come to its end.*--export-only"),
     (lambda state: state.update(program="odc train 1"), "this version"),
-    (lambda state: state["final_clusters"]["centroids"][3].mul_(torch.nan), "not finite"),
     (lambda state: state["backbone"]["conv1.weight"].mul_(torch.inf), "not finite"),
     (lambda state: state["final_clusters"].update(centroids=torch.zeros(8, 31)), "do not fit"),
     (lambda state: state.pop("backbone"), "'backbone'.*damaged"),
@@ -195,12 +172,9 @@ def test_checkpoints_that_are_not_of_a_finished_run(finished, folder, tmp_path, 
 @pytest.mark.parametrize("change, words", [
     (dict(checkpoint="nothing.pth"), "nothing.pth"), (dict(checkpoint="."), "it is no file"),
     (dict(checkpoint="backbone.pth"), "backbone.pth"), (dict(data="nowhere"), "nowhere"),
-    (dict(output="nowhere/new.csv"), "--output .*/nowhere/new.csv: its folder is missing"),
-    (dict(output="."), "--output .*: it is no file"),
     (dict(output="backbone.pth"), "--output .*/backbone.pth: .* not a result of this program"),
     (dict(output="linked.csv"), "--output .*/linked.csv: it is read, or written"),
     (dict(features="./features.npy"), "--features .*/features.npy: it is read, or written"),
-    (dict(output="a.csv", folders="a.csv"), "--output .*/a.csv: it is read, or written"),
     (dict(output="a", features="a"), "--features .*/a: it is read, or written"),
     (dict(folders="memory"), "--folders .*/memory: choose a new folder"),
     (dict(data=".", folders="sorted"), "--folders .*/sorted: choose a new folder, outside --data")])

@@ -116,8 +116,8 @@ def test_a_large_run_shows_a_sample_of_each_cluster(run, tmp_path, monkeypatch):
     for cluster in data["clusters"]:
         assert cluster["count"] == min(cluster["size"], 200 // 9)
         members = (clusters.labels == cluster["id"]).nonzero()[:, 0].tolist()
-        paths = [shown_name(dataset, i) for i in sorted(
-            members, key=lambda i: -clusters.similarity[i])]
+        members.sort(key=lambda i: -clusters.similarity[i])
+        paths = [shown_name(dataset, i) for i in members]
         shown = data["images"]["path"][cluster["first"] : cluster["first"] + cluster["count"]]
         assert shown == sorted(set(shown), key=paths.index)
         assert shown[:8] == paths[:8] and shown[-4:] == paths[-4:]  # both ends
