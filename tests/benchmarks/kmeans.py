@@ -1,10 +1,12 @@
-"""k-means against faiss with the same initial centroids, and against the bare products.
+"""k-means against faiss with the same initial centroids.
 
 python -m tests.benchmarks.kmeans            100,000 x 256, K = 1,000, up to 20 iterations
 python -m tests.benchmarks.kmeans --large    256,000 x 256, K = 10,000, 5 iterations
 
 Both give centroids and the labels that belong to them, which takes a last search in each.
 """
+
+import functools
 
 import faiss
 import torch
@@ -52,13 +54,6 @@ def faiss_kmeans(algorithm, features, initial, iterations):
     return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(K, d))
 
 
-def bare_products(features, centroids, iterations, block=2048):
-    products = centroids.new_empty(block, len(centroids))
-    for _ in range(iterations + 1):
-        for part in features.split(block):
-            torch.mm(part, centroids.T, out=products[: len(part)])
-
-
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("--large", action="store_true",
@@ -73,16 +68,18 @@ def main():
     features = unit_features(n, 256)
     initial = features[torch.randperm(n, generator=torch.Generator().manual_seed(1))[:K]].clone()
     on_device, start = features.to(arguments.device), initial.to(arguments.device)
-    searches = {"ours": lambda: kmeans(on_device, K, iterations, initial_centroids=start)[1].cpu()}
-    for name in ("Clustering", "SuperKMeans"):
-        if hasattr(faiss, name):  # SuperKMeans is new in faiss 1.15
-            searches[f"faiss.{name}"] = lambda algorithm=getattr(faiss, name): faiss_kmeans(
-                algorithm, features, initial, iterations)
     results = {}
-    functions = {name: lambda name=name, search=search: results.update({name: search()})
-                 for name, search in searches.items()}
-    functions["bare products"] = lambda: bare_products(on_device, start, iterations)
-    times = interleave(functions, arguments.rounds, warm_up=0 if arguments.large else 1)
+
+    def ours():
+        results["ours"] = kmeans(on_device, K, iterations, initial_centroids=start)[1].cpu()
+
+    def peer(name):
+        results[name] = faiss_kmeans(getattr(faiss, name), features, initial, iterations)
+
+    functions = {name: functools.partial(peer, name) for name in ("Clustering", "SuperKMeans")
+                 if hasattr(faiss, name)}  # SuperKMeans is new in faiss 1.15
+    times = interleave({"ours": ours, **functions}, arguments.rounds,
+                       warm_up=0 if arguments.large else 1)
     extra = {name: f"objective {objective(features, centroids):.1f}"
              for name, centroids in results.items()}
     table(f"k-means, {n:,} x 256, K = {K:,}, {iterations} iterations", times, "ours", extra,

@@ -1,7 +1,6 @@
-"""A memory step against its bare product, against N, and with splits.
+"""A memory step against its bare product, and with splits.
 
     python -m tests.benchmarks.memory            ImageNet: N = 1,281,167, K = 10,000, B = 512
-    python -m tests.benchmarks.memory --scale    N = 128 thousand against 12.8 million
     python -m tests.benchmarks.memory --splits   a step in which 20 clusters must be refilled
 """
 
@@ -14,36 +13,22 @@ from tests.benchmarks.timing import interleave, make_parser, table
 N, K, d, B = 1_281_167, 10_000, 256, 512
 
 
-def make_memory(num_images, device):
-    generator = torch.Generator().manual_seed(0)
-    memory = ODCMemory(num_images, d, K, device=device)
-    for part in memory.features.split(65536):
-        part.copy_(torch.rand(part.shape, generator=generator))
-    labels = torch.randint(K, (num_images,), generator=generator)
-    memory.initialize(memory.features, labels)
+def make_memory(device):
+    memory = ODCMemory(N, d, K, device=device)
+    memory.initialize(memory.features.uniform_(), torch.randint(K, (N,)))
     return memory
-
-
-def batches(num_images, device="cpu", seed=1):
-    """Endless batches like the memory's own features a little later."""
-    generator = torch.Generator().manual_seed(seed)
-    pool = torch.rand(8 * B, d, generator=generator).to(device)  # drawing them must not be timed
-    while True:
-        for z in pool.split(B):
-            yield torch.randint(num_images, (B,), generator=generator), z
 
 
 class Steps:
     """One call is one step of the memory as train.py does it."""
 
-    def __init__(self, memory, splits=True):
-        self.memory, self.number, self.splits = memory, 0, splits
-        self.batches = batches(len(memory.labels), memory.labels.device)
+    def __init__(self, memory):
+        self.memory, self.number, self.splits = memory, 0, True
+        self.z = torch.rand(8, B, d).to(memory.labels.device)  # drawing them must not be timed
 
     def __call__(self):
-        indices, z = next(self.batches)
         self.number += 1
-        self.memory.update_samples(indices, z)
+        self.memory.update_samples(torch.randint(N, (B,)), self.z[self.number % 8])
         if self.number % 10 == 0:
             self.memory.update_centroids()
         if self.splits:
@@ -52,7 +37,7 @@ class Steps:
 
 
 def imagenet(device):
-    memory = make_memory(N, device)
+    memory = make_memory(device)
     rows = F.normalize(torch.rand(B, d)).to(device)
     times = interleave({
         "memory step": Steps(memory),
@@ -62,24 +47,16 @@ def imagenet(device):
     table(f"N = {N:,}, K = {K:,}, d = {d}, B = {B}", times, "memory step", device=device)
 
 
-def scale(device):
-    steps = {f"N = {n:,}": Steps(make_memory(n, device), splits=False)
-             for n in (128_000, 12_800_000)}
-    times = interleave(steps, rounds=8, calls=20)
-    table(f"K = {K:,}, d = {d}, B = {B}, no splits", times, f"N = {12_800_000:,}", device=device)
-
-
 def splits(device):
-    memory = make_memory(N, device)
+    memory = make_memory(device)
     step = Steps(memory)
     for _ in range(20):
         step()
-    generator = torch.Generator().manual_seed(2)
 
     def shrink():
         """Leave 20 clusters with 10 images each; not timed."""
         labels = memory.labels.clone()
-        for c in torch.randperm(K, generator=generator)[:20].tolist():
+        for c in torch.randperm(K)[:20].tolist():
             labels[(labels == c).nonzero()[10:, 0]] = (c + 1) % K
         memory.initialize(memory.features, labels)
 
@@ -96,8 +73,7 @@ def splits(device):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--scale", action="store_true")
     parser.add_argument("--splits", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    (scale if args.scale else splits if args.splits else imagenet)(args.device)
+    (splits if args.splits else imagenet)(args.device)

@@ -7,13 +7,11 @@ This process is rank 0 of W. The others do not exist: a collective returns this 
 the figures are of computing and memory, without the network. Features are random.
 """
 
-import itertools
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -24,7 +22,7 @@ from odc.data.images import Names
 from odc.kmeans import nearest_centroids
 from odc.memory import ODCMemory
 from odc.runtime import checkpoint
-from tests.benchmarks.timing import make_parser
+from tests.benchmarks.timing import interleave, make_parser
 
 SIZES = [
     (1_281_167, 8, 10_000, 512),
@@ -48,12 +46,7 @@ def pretend(world_size):
 
 def clock(function, rounds=1):
     """Median seconds of a call."""
-    seconds = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    return statistics.median(interleave({"": function}, rounds, warm_up=0)[""])
 
 
 def measure(N, W, K, batch, device, d=256):
@@ -72,22 +65,15 @@ def measure(N, W, K, batch, device, d=256):
     search = clock(lambda: nearest_centroids(some, memory.centroids)) / len(some)
     row["k-means, 20 iterations, min"] = f"{21 * search * len(memory.features) / 60:.1f}"
     with tempfile.TemporaryDirectory() as folder:
-        save = clock(
-            lambda: checkpoint.write_run(
-                Path(folder, "checkpoint.pth"), memory.state_dict(), memory.features, N
-            )
-        )
-        row["save, s"] = f"{save:.1f}"
-        row["its size on process 0, GiB"] = (
-            f"{sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()) / 2**30:.2f}"
-        )
-    count = min(N, 2_000_000)
-    paths = (f"n{i // 1300:08}/n{i // 1300:08}_{i}.JPEG" for i in itertools.islice(range(N), count))
-    names = []
-    row["names of images, s"] = f"{clock(lambda: names.append(Names(paths))) * N / count:.0f}"
-    row["names, GiB a process"] = (
-        f"{(names[0].block.nbytes + names[0].ends.nbytes) * N / count / 2**30:.2f}"
-    )
+        save = clock(lambda: checkpoint.write_run(
+            Path(folder, "checkpoint.pth"), memory.state_dict(), memory.features, N))
+        size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+        row["save: s, GiB of process 0"] = f"{save:.1f}, {size / 2**30:.2f}"
+    count, names = min(N, 2_000_000), []
+    paths = (f"n{i // 1300:08}/n{i // 1300:08}_{i}.JPEG" for i in range(count))
+    seconds = clock(lambda: names.append(Names(paths))) * N / count
+    size = (names[0].block.nbytes + names[0].ends.nbytes) * N / count
+    row["names of images: s, GiB a process"] = f"{seconds:.0f}, {size / 2**30:.2f}"
     return row
 
 

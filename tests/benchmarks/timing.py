@@ -51,11 +51,8 @@ def table(title, times, ours, extra=None, device="cpu"):
     for name, seconds in times.items():
         median = statistics.median(seconds)
         ratio = "" if name == ours else f"{reference / median:.3f}"
-        print(
-            f"| {name} | {_show(median)} | {_show(min(seconds))} | {ratio} |"
-            + (f" {extra.get(name, '')} |" if extra else ""),
-            flush=True,
-        )
+        print(f"| {name} | {_show(median)} | {_show(min(seconds))} | {ratio} |"
+              + (f" {extra.get(name, '')} |" if extra else ""), flush=True)
 
 
 def _show(seconds):
@@ -66,13 +63,6 @@ def machine(device="cpu"):
     """The card, or the processor and the threads in use."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if "model name" in line
-        ]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
+    lines = [line for path in Path("/proc").glob("cpuinfo") for line in path.open()]
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
