@@ -22,14 +22,15 @@ def nearest_centroids(features, centroids, inner_product=False):
     choose otherwise between two that differ by rounding alone. Not to be called under autocast.
     """
     n, K, device = len(features), len(centroids), features.device
-    bias = centroids.square().sum(1) / -2  # |f - c|^2 = |f|^2 - 2 (<f, c> - |c|^2 / 2)
+    bias = torch.zeros(K, device=device)
+    if not inner_product:  # |f - c|^2 = |f|^2 - 2 (<f, c> - |c|^2 / 2)
+        bias -= centroids.square().sum(1) / 2
     labels = torch.empty(n, dtype=torch.int64, device=device)
     block = max(1, BLOCK_BYTES // (4 * K))
     scores = torch.empty(min(n, block), -(-K // GROUP) * GROUP, device=device)
     scores[:, K:] = -torch.inf
     for rows, own in zip(features.split(block), labels.split(block)):
-        torch.addmm(bias, rows.float(), centroids.T, beta=0 if inner_product else 1,
-                    out=scores[: len(rows), :K])
+        torch.addmm(bias, rows.float(), centroids.T, out=scores[: len(rows), :K])
         # argmax over all columns would take as long as the product. So first the best group.
         groups = scores[: len(rows)].unflatten(1, (-1, GROUP))  # [rows, K / GROUP, GROUP]
         best = groups.amax(2).argmax(1)
@@ -59,8 +60,7 @@ class ClusterSums:
             self.values.index_add_(0, own, whole, alpha=sign)
 
     def means(self, sizes, clusters=slice(None)):
-        """The mean features [k, d] of some clusters of sizes [K], 0 for an empty one; a collective.
-        """
+        """The means [k, d] of some of the clusters of sizes [K], 0 if empty. A collective."""
         total = distributed.all_reduce(self.values[clusters].clone())
         return total / (sizes[clusters, None].clamp(min=1) * self.one)  # float32
 

@@ -37,8 +37,7 @@ class ODCMemory:
         self.sums = ClusterSums(num_clusters, dim, num_images, device)
 
     def initialize(self, features, labels):
-        """Start from features [n, d] of this process's rows, which must be finite, and labels [N].
-        """
+        """Start from finite features [n, d] of this process's rows, and labels [N]."""
         if distributed.any_process(not torch.isfinite(features.sum())):
             raise UserError("The network's features are not finite: start from other weights.")
         F.normalize(features.float(), out=self.features)

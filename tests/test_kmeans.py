@@ -59,19 +59,6 @@ def test_the_lowest_index_wins_ties(K, inner_product):
     assert not nearest_centroids(features, torch.ones(K, 24), inner_product).any()
 
 
-@pytest.mark.parametrize("inner_product", [False, True])
-def test_rows_that_are_not_numbers_get_a_label_in_range(inner_product):
-    features, centroids = unit_features(40, 24), unit_features(70, 24, 1)
-    expected = nearest_centroids(features, centroids, inner_product)
-    features[3, 5], features[7], features[9, 0] = float("nan"), float("inf"), -float("inf")
-    labels = nearest_centroids(features, centroids, inner_product)
-    assert labels[3] == 0 and 0 <= labels.min() and labels.max() < 70
-    good = [i for i in range(40) if i not in (3, 7, 9)]
-    assert torch.equal(labels[good], expected[good])
-    centroids[:] = float("nan")
-    assert nearest_centroids(features, centroids, inner_product).max() < 70
-
-
 # --- k-means -------------------------------------------------------------------------------------
 
 
@@ -181,10 +168,3 @@ def test_a_signal_is_asked_for_every_iteration_and_standing_still_stops(monkeypa
     monkeypatch.setattr(launch, "_signal_received", 15)
     with pytest.raises(Interrupted):
         kmeans(features, 20, 4)
-
-
-def test_features_in_half_precision():
-    """Their sum is beyond the range of float16."""
-    features = F.normalize(torch.rand(20_000, 64, generator=torch.Generator().manual_seed(0)))
-    labels, centroids = kmeans(features.half(), 10, 2)
-    assert torch.equal(labels, nearest_centroids(features.half(), centroids))

@@ -65,6 +65,9 @@ def measure(N, W, K, batch, device, d=256):
     search = clock(lambda: nearest_centroids(some, memory.centroids)) / len(some)
     row["k-means, 20 iterations, min"] = f"{21 * search * len(memory.features) / 60:.1f}"
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "memory").mkdir()
+        for r in range(1, W):
+            Path(folder, "memory", f"a-{r}.pth").touch()  # what the others would write
         save = clock(lambda: checkpoint.write_run(
             Path(folder, "checkpoint.pth"), memory.state_dict(), memory.features, N))
         size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
