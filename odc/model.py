@@ -91,10 +91,10 @@ class Neck(nn.Module):
 class ODC(nn.Module):
     """Backbone, neck and head. The head classifies into the K clusters of the moment."""
 
-    def __init__(self, arch="resnet50", small_stem=False, hidden=512, dim=FEATURE_DIM, num_clusters=10000):
+    def __init__(self, arch="resnet50", small_stem=False, dim=FEATURE_DIM, num_clusters=10000):
         super().__init__()
         self.backbone = ResNet(arch, small_stem)
-        self.neck = Neck(self.backbone.out_channels[-1], hidden, dim)
+        self.neck = Neck(self.backbone.out_channels[-1], dim=dim)
         self.head = nn.Linear(dim, num_clusters)
         self.reset_head()
 

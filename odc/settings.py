@@ -90,7 +90,7 @@ def make_parser():
         help="a cluster's loss weight is its size to the power of -P")
     add("--initial", choices=["network", "pixels"], help="features of the initial k-means")
     add("--recluster-interval", metavar="EPOCHS", type=whole(0), help="epochs between two times "
-        "that both memories start anew from all images; 0: never")
+        "that both memories start anew from all images; 0: only after --offline-epochs")
     add("--offline-epochs", metavar="EPOCHS", type=whole(0),
         help="first epochs, in which only k-means moves the labels")
 
