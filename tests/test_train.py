@@ -191,6 +191,12 @@ def test_mistakes_are_one_sentence(folder, tmp_path, capsys, monkeypatch, argume
     assert_one_sentence(capsys, code, *words)
 
 
+def test_workers_whose_batches_do_not_fit_into_shared_memory(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_bavail=16, f_frsize=4096))
+    code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--workers", "2")
+    assert_one_sentence(capsys, code, "--workers 2", "/dev/shm", "--shm-size")
+
+
 def test_a_folder_without_images(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no image")
     code = run_main("--data", tmp_path, *SMALL, "--output", tmp_path / "out")

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from odc.data import augmentation as augment
+from odc.data import loader
 from odc.data.augmentation import LINEAR_AUGMENTATIONS, Augmentation, Draw
-from odc.errors import UserError
+from odc.errors import Interrupted, UserError
 from odc.data.images import ImageSet, UnreadableImage
 from odc.data.loader import (default_workers, epoch_batches, evaluation_batches, steps_per_epoch,
                              training_batches)
+from odc.runtime import launch
 from tests.processes import run_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -262,3 +264,21 @@ def test_what_torch_raises_for_a_dead_worker(monkeypatch, error, raised):
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
     with pytest.raises(raised, match="worker has died|a mistake of ours"):
         train(noise())
+
+
+class Stuck(Numbered):
+    """Its worker lives, but gives nothing, as when a batch was lost on the way."""
+
+    def load(self, i, patient=False):
+        time.sleep(15)
+
+
+@pytest.mark.parametrize("pending, error, words", [
+    (False, UserError, "no batch in 2 s"), (True, Interrupted, "as a signal asked")])
+def test_waits_for_a_batch_are_bounded_and_see_signals(monkeypatch, pending, error, words):
+    monkeypatch.setattr(loader, "POLL", 1)
+    monkeypatch.setattr(loader, "LONGEST_WAIT", 2)
+    monkeypatch.setattr(launch, "signal_is_pending", lambda: pending)
+    batches = iter(training_batches(Stuck(8), Augmentation(), 16, 4, 0, 0, workers=1))
+    with pytest.raises(error, match=words):
+        next(batches)

@@ -128,48 +128,6 @@ def test_pages_without_labels(browser, folder, tmp_path):
     assert "similarity" in page.one("#facts").text and "undefined" not in page.one("#facts").text
 
 
-def test_leafing_through_a_cluster(page, folder):
-    images, first = data_of(folder)["images"], data_of(folder)["clusters"][0]["first"]
-    page.all("article header button")[0].click()
-    seen = []
-    for shown in ("1–60 of 150", "61–120 of 150", "121–150 of 150"):
-        assert page.one("#range").text == shown
-        seen += page.texts("#page .image", "title")
-        page.script("document.querySelector('#next').click()")  # the last time it is disabled
-    assert seen == images["path"][first : first + 150]
-    page.one("#previous").click()
-    page.all("#page .image")[7].click()
-    similarity = images["similarity"][first + 67]
-    assert page.one("#facts").text.startswith(f"similarity {similarity:.3f} · cluster ")
-    for keys, place in (([], 67), ([Keys.ARROW_RIGHT] * 3, 70), ([Keys.ARROW_LEFT], 69),
-                        ([Keys.PAGE_UP] * 2, 0), ([Keys.PAGE_DOWN] * 3, 149)):
-        page.press(*keys)
-        chosen = page.browser.switch_to.active_element
-        assert page.path() == chosen.get_attribute("title") == seen[place]
-        assert chosen.get_attribute("aria-current") == "true"
-    page.press(Keys.ESCAPE)
-    assert not page.one("#viewer").is_displayed()
-
-
-def test_the_map_and_the_near_clusters(page, folder):
-    clusters = data_of(folder)["clusters"]
-    used = {cluster["main"] for cluster in clusters}
-    colours = page.texts("#map a", "style.borderColor")
-    pairs = zip(colours, [cluster["main"] for cluster in clusters], strict=True)
-    assert len(set(pairs)) == len(set(colours)) == len(used)
-    assert set(page.texts("#legend span")) == {made_up_run.CLASSES[k] for k in used}
-    page.one("#colour [value='size']").click()
-    assert page.texts("#legend span") == []
-    assert clusters[2]["caption"] in page.texts("#map a", "title")[2]
-    page.script("document.querySelectorAll('#map a')[2].focus()")
-    page.press(Keys.ENTER)
-    assert page.target() == clusters[2]["id"]
-    links = page.all(f"#cluster-{clusters[2]['id']} .strip a")
-    assert [int(link.text) for link in links] == clusters[2]["near"]
-    links[0].click()
-    assert page.target() == clusters[2]["near"][0]
-
-
 def test_search_and_odd_names(page, folder):
     paths = data_of(folder)["images"]["path"]
     page.one("#search").send_keys("A/04")
