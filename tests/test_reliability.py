@@ -19,6 +19,7 @@ from odc.data.images import ImageSet
 from odc.evaluation import knn
 from odc.memory import ODCMemory
 from odc.runtime import checkpoint, launch
+from odc.runtime.arguments import path as path_type
 from tests.processes import run_processes, run_script, run_to_exit
 from tests.runs import (
     SMALL, assert_one_sentence, assert_same_run, log_of, run_main, start, wait_for_step)
@@ -309,17 +310,16 @@ def test_outputs_that_the_machines_do_not_share(folder, finished, tmp_path):
 # --- numbers -------------------------------------------------------------------------------------
 
 NUMBERS = [action.option_strings[0] for action in settings.make_parser()._actions
-           if action.type is not None and action.nargs in (None, "*")]
+           if action.type not in (None, path_type) and action.nargs in (None, "*")]
 # These would work, but not within a test.
-TOO_LONG = {("--epochs", "200"), ("--epochs", "4000"), ("--epochs", "65536"),
-            ("--image-size", "4000"), ("--batch-size", "4000"), ("--batch-size", "65536"),
-            ("--workers", "200")}
+TOO_LONG = {("--epochs", "200"), ("--epochs", "4000"), ("--image-size", "4000"),
+            ("--batch-size", "4000"), ("--workers", "200")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", NUMBERS)
 def test_any_number_is_a_sentence_or_a_working_run(folder, tmp_path, capsys, flag):
-    for value in ("0", "-1", "1", "0.5", "4000", "65536", "200", "1e30", "nan", "-inf", "many", ""):
+    for value in ("0", "-1", "1", "0.5", "4000", "200", "1e30", "nan", "many", ""):
         if (flag, value) in TOO_LONG:
             continue
         base = list(SMALL)
