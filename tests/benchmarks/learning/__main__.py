@@ -52,7 +52,7 @@ DATA = ("fashion", "glyphs", "photographs")
 NUM_CLUSTERS = 100
 METHODS = {  # in the order of the table
     "pixels": "pixels", "pca": "PCA of pixels", "random": "random network", "odc": "ODC",
-    "online": "ODC, never re-clustered", "alternating": "alternating",
+    "online": "ODC, re-clustered once", "alternating": "alternating",
     "simsiam": "SimSiam", "swav": "SwAV", "labels": "with labels (ceiling)",
 }
 # How ODC's rows differ from train.py's own choice, which re-clusters and moves labels in each step.
