@@ -1,8 +1,7 @@
 """Augmentation in two halves: a loader worker crops one image, the device does the rest in a batch.
 
-The recipe (odc_resnet50_8xb64-steplr-440e_in1k), in this order: random resized crop, horizontal
-flip, rotation, colour jitter, random grayscale, normalisation. The order of the four colour
-operations is random in the recipe for each image, here for each step.
+The recipe (odc_resnet50_8xb64-steplr-440e_in1k) orders the four colour operations at random for
+each image, here it is for each step.
 """
 
 import functools
@@ -30,26 +29,22 @@ class Augmentation:
     min_scale: float = 0.08  # the smallest share of the image's area that a crop takes
     flip: float = 0.5  # probability
     rotation: float = 2.0  # degrees to either side
-    # Brightness, contrast, saturation: factors of 1 +- x, at least 0. Hue: +-x of a turn.
-    jitter: tuple = (0.4, 0.4, 1.0, 0.5)
+    jitter: tuple = (0.4, 0.4, 1.0, 0.5)  # brightness, contrast, saturation: 1 +- x; hue: +-x turns
     grayscale: float = 0.2  # probability
     lighting: float = 0.0  # standard deviation of PCA lighting
-    # If true, crops of the wanted size from the central square, resized to 256/224 of that size.
-    fixed_scale: bool = False
+    fixed_scale: bool = False  # crops of one size, from the central square at 256/224 of it
 
 
-# Of the linear evaluation, by protocol.
 _CROP_AND_FLIP = Augmentation(rotation=0.0, jitter=(0.0,) * 4, grayscale=0.0)
-LINEAR_AUGMENTATIONS = {
+LINEAR_AUGMENTATIONS = {  # by protocol
     "imagenet-multihead": replace(_CROP_AND_FLIP, jitter=(0.4, 0.4, 0.4, 0.0), lighting=0.1),
     "imagenet-avgpool": _CROP_AND_FLIP,
     "places205": replace(_CROP_AND_FLIP, fixed_scale=True),
     "inaturalist2018": _CROP_AND_FLIP,
 }
 
-# All random numbers of one image. resize: edge of the central square that is cropped, or 0. top,
-# left, height, width: the crop, in pixels. flip, grayscale: 0 or 1. angle: degrees, counter-
-# clockwise. hue: part of a turn. order: index into ORDERS. red, green, blue: the lighting.
+# Random numbers of one image. resize: edge of the central square that is cropped, or 0. angle:
+# degrees, counterclockwise. hue: in turns. order: index into ORDERS. red, green, blue: lighting.
 Draw = namedtuple("Draw", "resize top left height width flip angle brightness contrast saturation "
                           "hue order grayscale red green blue")
 
@@ -57,10 +52,7 @@ Draw = namedtuple("Draw", "resize top left height width flip angle brightness co
 # --- in the worker: one image --------------------------------------------------------------------
 
 def draw_parameters(augmentation, generator, width, height, size=224):
-    """The Draw of an image of width x height pixels; the distributions are torchvision's.
-
-    generator: a `random.Random`. size: edge of the crop.
-    """
+    """The Draw of an image of width x height pixels from a `random.Random`, as in torchvision."""
     uniform, jitter = generator.uniform, augmentation.jitter
     if augmentation.fixed_scale:
         resize = round(size * 256 / 224)
@@ -140,10 +132,9 @@ def mean_and_std(device):
 
 
 def augment_batch(images, draws):
-    """All that comes after `crop_and_flip`, normalisation included.
+    """All that comes after `crop_and_flip`: normalised float32 [B, 3, S, S] on the images' device.
 
-    images: uint8 [B, 3, S, S], on any device. draws: float [B, 16] of Draw's columns, on the CPU;
-    the order is the first row's. Returns float32 [B, 3, S, S] on the images' device.
+    images: uint8 [B, 3, S, S]. draws: float [B, 16], on the CPU; the order is the first row's.
     """
     if len(images) == 0:  # none of the batch could be read
         return normalise(images)
@@ -188,14 +179,11 @@ def _rotate(x, angle):
 
 
 def _shift_hue(x, hue):
-    """Turn the hue of x [B, 3, S, S] by hue [B, 1, 1], in turns, in place; 10 times as fast as HSV.
-
-    The least channel and the chroma stay. With r, g, b scaled to 0 (least) and 1 (largest), the hue
-    lies 1 - r + g + b sixths of a turn from red, towards green if g > b, else towards blue.
-    """
+    """Shift the hue of x [B, 3, S, S] by hue [B, 1, 1] turns, in place: 10 times as fast as HSV."""
     r, g, b = x.unbind(1)
     least = torch.minimum(torch.minimum(r, g), b)
     chroma = torch.maximum(torch.maximum(r, g), b).sub_(least)
+    # 1 - r + g + b sixths of a turn, r, g, b scaled to 0..1; to green if g > b, else to blue.
     from_red = (g + b).sub_(r).sub_(least).div_(chroma.clamp(min=1e-8)).add_(1)
     turns = torch.copysign(from_red, g - b).mul_(1 / 6).add_(hue)
     sixths = turns.sub_(turns.floor()).mul_(6)

@@ -1,7 +1,4 @@
-"""What `--data` may be: `open_dataset` recognises a data set by the files in the folder.
-
-`LAYOUTS` names those of the published sets. Any other folder is one of images: see folders.py.
-"""
+"""What `--data` may be: LAYOUTS names the published sets, any other folder is one of images."""
 
 import functools
 import glob
@@ -26,10 +23,9 @@ VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "
 
 
 def open_dataset(data, split="train", exclude=()):
-    """The `ImageSet` of one split. No image is read, but for the small ones of CIFAR etc.
+    """The `ImageSet` of a split, "train" or "val", of a folder or of "shapes".
 
-    data: a folder, or "shapes". split: "train" or "val". exclude: absolute paths of folders that
-    are not walked. Raises UserError if this split is missing, empty or damaged.
+    exclude: absolute paths of folders to skip. Raises UserError if the split is missing or damaged.
     """
     if data == "shapes":
         images, labels = shapes.draw_shapes(*shapes.SPLITS[split])

@@ -24,9 +24,8 @@ SYSTEM_FOLDERS = {"@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle"
 def image_folders(root, split, exclude=()):
     """The ImageSet of a split: all images in its folder, or in root if no folder is named so.
 
-    The images below each folder there share a label; in root itself only if every image is
-    CLASS/IMAGE, as it may be any folder of pictures. For train, a line says what people may not
-    expect. exclude: see `open_dataset`.
+    The images below each folder there share a label; in root, which may hold any pictures, only if
+    all are CLASS/IMAGE. For train, a line says what people may not expect.
     """
     names = sorted(name for name in os.listdir(root) if not name.startswith("."))
     folders = {name.lower(): name for name in names if os.path.isdir(os.path.join(root, name))}
@@ -56,10 +55,7 @@ def image_folders(root, split, exclude=()):
 
 
 class _Walk:
-    """The images in a folder and below it, each folder once.
-
-    images_in: a Counter of the images in root itself (""), and in and below each folder there.
-    """
+    """The images below a folder. images_in counts those in it ("") and below each folder there."""
 
     def __init__(self, root, exclude):
         self.root, self.real_root = root.rstrip("/") or "/", os.path.realpath(root)

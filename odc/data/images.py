@@ -33,11 +33,7 @@ def digest(*parts):
 
 
 class Names:
-    """N file names as one block of bytes and an array of numbers; `names[i]` is a str.
-
-    Loader workers are forks of the training process. A list of Python strings would be copied into
-    each of them, as reading a string changes its reference count.
-    """
+    """File names as one block of bytes: forked loader workers would each copy a list of str."""
 
     def __init__(self, names):
         block, ends = bytearray(), array.array("q")
@@ -111,10 +107,7 @@ class ImageSet:
             for part in (self.labels, self.targets, self.taken, *names))).hex()
 
     def load(self, i, patient=False):
-        """Image i as an RGB `PIL.Image`. Raises UnreadableImage.
-
-        patient: wait some seconds for a file that cannot be read now, as it could be before.
-        """
+        """Image i as an RGB `PIL.Image`. patient: it was read before. Raises UnreadableImage."""
         if self.pixels is not None:
             return Image.fromarray(np.asarray(self.pixels[int(i)])).convert("RGB")
         path = os.path.join(self.root, self.name_of(i))
@@ -133,10 +126,7 @@ class ImageSet:
 
 
 def read_image(path):
-    """The first frame of a file as an RGB `PIL.Image`, as torchvision reads it: EXIF is ignored.
-
-    Transparent images lie on white. 16-bit gray is scaled, where Pillow alone would clip it.
-    """
+    """The first frame of a file as an RGB `PIL.Image`, on white; without EXIF, as torchvision."""
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for images that are merely odd
         image = Image.open(file, formats=FORMATS)
@@ -144,7 +134,7 @@ def read_image(path):
         if width * height > Image.MAX_IMAGE_PIXELS:  # above twice of it, Pillow raises an error
             image.draft("RGB", (width // 4, height // 4))  # JPEG: decoded in a quarter of the size
         image.load()
-        if image.mode.startswith("I"):  # "I;16", "I;16B" and "I" hold 0..65535
+        if image.mode.startswith("I"):  # "I;16", "I;16B" and "I": 0..65535, clipped by Pillow
             values = np.asarray(image).astype(np.int64).clip(0, 65535)
             image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
         if image.mode == "F":

@@ -1,7 +1,6 @@
 """Batches of images: which image comes when, and the loader workers that read them.
 
-Seed, epoch and position in the epoch decide everything about an item. So the number of workers
-changes nothing, and a run that is resumed within an epoch sees the batches it would have seen.
+Seed, epoch and position alone decide an item, for any number of workers and after a resume.
 """
 
 import os
@@ -66,9 +65,8 @@ def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, fi
                   workers=0, pin_memory=False):
     """This process's batches of an epoch with every image once, in a seeded order, from first_step.
 
-    A last global batch of at least W * B / 2 images is kept and split evenly; a smaller one is
-    joined to the batch before. So no step sees statistics of a handful of images, and every process
-    has a row in each step. Raises UserError if N < W.
+    A last global batch of less than W * B / 2 images joins the one before, so that no step sees
+    statistics of a handful of images; a larger one is split evenly. Raises UserError if N < W.
     """
     N, W, global_batch = len(dataset), world_size(), world_size() * batch_size
     if N < W:
@@ -85,10 +83,7 @@ def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, fi
 
 def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memory=False,
                        unreadable_limit=0):
-    """Batches of the given rows in order, each once; the last one is as short as need be.
-
-    rows: a slice, or int64 indices. transform: an RGB image -> uint8 [3, S, S].
-    """
+    """Batches of rows, a slice or indices, in order. transform: RGB image -> uint8 [3, S, S]."""
     order = torch.arange(len(dataset))
     indices = order[rows]
     positions = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
@@ -99,9 +94,8 @@ def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memo
 class BatchLoader(torch.utils.data.DataLoader):
     """An iterable over Batch, made by the functions above; `len()` is the number of steps.
 
-    Iterating raises UserError if a worker has died or gives no batch, or if more than
-    unreadable_limit images of this process cannot be read; and Interrupted on a signal. If the
-    limit is 0, all images were read before: a read is tried again for some seconds.
+    Raises UserError if a worker dies or hangs, or if more than unreadable_limit images of this
+    process are unreadable; Interrupted on a signal. At limit 0, all images were read before.
     """
 
     def __init__(self, batches, workers, pin_memory, unreadable_limit=0):

@@ -1,7 +1,4 @@
-"""The built-in data set: ten light forms on dark ground, drawn from a seed, without a download.
-
-Colour, place, size, rotation and texture vary, so that an untrained network mixes the forms.
-"""
+"""The built-in data set: ten light forms on dark ground, drawn from a seed, without a download."""
 
 import math
 
@@ -41,7 +38,6 @@ def draw_shapes(count, seed):
     at = torch.arange(SIZE) + 0.5
     dx, dy = at.repeat(SIZE) - centre[:, :1], at.repeat_interleave(SIZE) - centre[:, 1:]
     x, y = (dx * cos + dy * sin) / radius, (dy * cos - dx * sin) / radius  # the form's own frame
-
     angles = torch.arange(6) * math.pi / 3
     ring = 0.68 * torch.stack([angles.cos(), angles.sin()], 1)
     dots = torch.cat([torch.zeros(1, 2), ring]) + uniform(-0.5, 0.5, 7, 2) / 3

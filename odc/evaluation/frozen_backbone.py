@@ -67,11 +67,10 @@ class FrozenBackbone:
 
     def description(self):
         """What was judged on what, for the JSON file."""
-        return dict(
-            weights=self.weights, arch=self.backbone.arch, small_stem=self.backbone.small_stem,
-            image_size=self.image_size, dataset=self.train.name, train_images=len(self.train),
-            val_images=len(self.val), classes=len(self.val.classes),
-            processes=distributed.world_size())
+        return dict(weights=self.weights, arch=self.backbone.arch,
+                    small_stem=self.backbone.small_stem, image_size=self.image_size,
+                    dataset=self.train.name, train_images=len(self.train), val_images=len(self.val),
+                    classes=len(self.val.classes), processes=distributed.world_size())
 
     def label(self, args):  # of our row in a table
         return f"this run, {self.backbone.arch}, {os.path.relpath(args.weights)}"

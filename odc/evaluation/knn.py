@@ -22,10 +22,9 @@ def pooled(maps):
 
 
 def open_held_out(data, train):
-    """The bank and the queries, two ImageSets with the same classes; a collective.
+    """The bank and the queries: train and its val split, or every 10th image of train held out.
 
-    train: the train split of the data, with labels. The queries are the val split, or every 10th
-    training image if there is none. Raises UserError if processes see different files.
+    Raises UserError if the processes see different files. A collective.
     """
     try:
         val, reason = open_dataset(data, "val"), "its val split does not have the same labels"
@@ -82,8 +81,7 @@ def knn_predict(queries, bank, labels, num_classes, ks=(10, 20, 100, 200)):
 def nearest_neighbours(queries, bank, labels, k):
     """The k most similar bank rows of every query: similarities float32 and labels, both [Q, k].
 
-    Best first, the lowest bank index first of equal ones; -inf and 0 beyond the bank's end.
-    Arguments and errors as `knn_predict`.
+    The lowest bank index is first of equal ones; -inf and 0 beyond its end. Else as `knn_predict`.
     """
     if distributed.any_process(not (queries.sum() + bank.sum()).isfinite()):
         raise UserError("The features hold values that are not finite: check the weights.")

@@ -18,26 +18,20 @@ MAPS = {AVGPOOL: 4, FINE_TUNED: 4, **{column: i for i, column in enumerate(COLUM
 
 @dataclass(frozen=True)
 class Protocol:
-    """How one benchmark trains and judges classifiers.
+    """How one benchmark trains and judges classifiers."""
 
-    recipe: the published one's name. columns: of COLUMNS and AVGPOOL, or FINE_TUNED alone. lr is
-    multiplied by lr_gamma at each epoch of lr_steps; in fine-tuning that of the linear layer is
-    head_lr times as large. batch_size: of all processes together. train_transform: a key of
-    LINEAR_AUGMENTATIONS. reported: the "last" epoch's accuracy, or that of the "best" top-1.
-    """
-
-    recipe: str
-    columns: tuple
+    recipe: str  # the published one's name
+    columns: tuple  # of COLUMNS and AVGPOOL, or FINE_TUNED alone
     epochs: int
     lr: float
-    lr_steps: tuple
+    lr_steps: tuple  # epochs at which lr is multiplied by lr_gamma
     weight_decay: float
     nesterov: bool
-    train_transform: str
-    reported: str
-    batch_size: int = 256
+    train_transform: str  # a key of LINEAR_AUGMENTATIONS
+    reported: str  # the accuracy of the "last" epoch, or of that with the "best" top-1
+    batch_size: int = 256  # of all processes together
     lr_gamma: float = 0.1
-    head_lr: float = 1.0
+    head_lr: float = 1.0  # in fine-tuning, the linear layer learns with head_lr * lr
 
     def shortened(self, epochs):
         """The same for another number of epochs; lr_steps move in proportion."""
@@ -157,8 +151,7 @@ def make_optimizer(classifiers, protocol):
 class LinearClassifiers(nn.Module):
     """A linear classifier for each column, on one forward pass of a FrozenBackbone, on its device.
 
-    columns: of COLUMNS, each pool -> batch norm -> Linear; AVGPOOL, the global average of the last
-    map -> Linear; or FINE_TUNED alone, the same on a backbone that learns, too.
+    COLUMNS: pool -> batch norm -> Linear. AVGPOOL, FINE_TUNED: average of the last map -> Linear.
     """
 
     def __init__(self, network, columns, seed=0):

@@ -59,9 +59,8 @@ def hungarian_accuracy(clusters, classes):
 def _best_assignment(gains):
     """The largest sum of gains [rows, columns] with one column for every row; rows <= columns.
 
-    The Hungarian method (Jonker and Volgenant 1987): rows are added one by one. The new row takes a
-    column, its owner another one, and so on up to a free column, by the cheapest such path. Prices
-    keep all reduced costs at 0 or above.
+    Hungarian method (Jonker and Volgenant 1987): a new row takes a column, its owner another, and
+    so on up to a free one, by the cheapest path. Prices keep reduced costs at 0 or above.
     """
     costs = gains.max() - gains
     num_rows, num_columns = costs.shape
@@ -91,9 +90,8 @@ def _best_assignment(gains):
 def silhouette(features, labels, centroids, sizes):
     """The simplified silhouette of every image, in -1..1 (Hruschka 2004): [N] float32.
 
-    (b - a) / max(a, b) with a the distance of the features [N, d] to the own centroid, and b to the
-    nearest of the other centroids [K, d]. An image that is alone in its cluster has 0. The mean is
-    the score of the clustering. sizes: [K], of the clusters.
+    (b - a) / max(a, b): a is the distance of features [N, d] to the own centroid, b to the nearest
+    other one of [K, d]. An image alone in its cluster has 0. sizes: [K], of the clusters.
     """
     values = torch.empty(len(features), device=features.device)
     for rows in torch.arange(len(features), device=features.device).split(4096):
@@ -105,10 +103,7 @@ def silhouette(features, labels, centroids, sizes):
 
 
 def mean_silhouette(features, labels, centroids):
-    """The mean of `silhouette` over all images. A collective.
-
-    features: [n, d], the rows of this process. labels: [N], of all images. centroids: [K, d].
-    """
+    """The mean `silhouette` of features [n, d], this process's, and labels [N]. A collective."""
     device, sizes = features.device, labels.bincount(minlength=len(centroids))
     own = labels[distributed.shard(len(labels))].to(device)
     values = silhouette(features, own, centroids.to(device), sizes.to(device))

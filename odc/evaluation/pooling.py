@@ -19,11 +19,7 @@ def map_shapes(backbone, image_size):
 
 
 def map_pools(shapes):
-    """The five pooling modules for maps of these shapes [(channels, height, width)].
-
-    ResNet-50 at 224 pixels gets the recipe's. Others get adaptive pools with the recipe's grid,
-    capped by the map's own size.
-    """
+    """The pools for `map_shapes`: for ResNet-50 at 224 the recipe's, else adaptive to its grid."""
     if [(channels, height) for channels, height, _ in shapes] == RESNET50_MAPS:
         return [nn.AvgPool2d(kernel, stride, padding) for kernel, stride, padding in RESNET50_POOLS]
     return [nn.AdaptiveAvgPool2d((min(grid, height), min(grid, width)))

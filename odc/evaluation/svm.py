@@ -1,8 +1,7 @@
 """L2-regularised squared-hinge support vector machines, thousands of them at once.
 
-The problem is the one that the recipe's LinearSVC gives to LIBLINEAR. With targets t_i of 1 and -1,
-weights s_i of 2 for positives and 1 for negatives, and the bias as the weight of one more input
-that is always 1, minimise over w
+The problem is that of the recipe's LinearSVC. With targets t_i of 1 and -1, weights s_i of 2 for
+positives and 1 for negatives, and the bias as the weight of an input of 1, minimise over w
 
     1/2 ||w||^2 + C sum_i s_i max(0, 1 - t_i f_i)^2,    f_i = w . x_i.
 
@@ -10,15 +9,13 @@ Every solution is a sum of rows, w = sum_i b_i x_i. So all that classes, costs a
 rows is their Gram matrix A, A_ij = x_i . x_j: then f = A b, and ||w||^2 = b . A b.
 
 **Newton's method** (Chapelle, "Training a support vector machine in the primal", 2007). If the
-active rows, those with 1 - t_i f_i > 0, were known, the objective would be quadratic, with its
-minimum at (A + diag(1 / c)) b = t on the active rows, where c_i = 2 C s_i, and b = 0 on the others.
-Each step goes towards this minimum as far as the objective falls. Conjugate gradients solve these
-systems of all problems at once. Their preconditioner replaces A by its strongest eigenvectors L L^T
-and a diagonal; the Woodbury identity inverts it.
+active rows, those with 1 - t_i f_i > 0, were known, the minimum would be at (A + diag(1 / c)) b = t
+on them, where c_i = 2 C s_i, and b = 0 on the others. Each step goes towards it as far as the
+objective falls. Conjugate gradients solve these systems of all problems at once. Their
+preconditioner replaces A by its strongest eigenvectors L L^T and a diagonal.
 
-**Precision.** b and f are float64, a step is a correction to them in float32. The objective is
-1-strongly convex in w, so ||w - w*||^2 <= g . A g with g_i = b_i - c_i t_i max(0, 1 - t_i f_i).
-This checks every problem.
+**Precision.** b and f are float64, a step to them is float32. The objective is 1-strongly convex in
+w, so ||w - w*||^2 <= g . A g with g_i = b_i - c_i t_i max(0, 1 - t_i f_i) checks a problem.
 
 Letters: n rows, P problems, S costs, G Gram matrices, each with problems of its own, r rank of L.
 """
@@ -54,10 +51,7 @@ class Fits:
 
 
 def gram_matrix(rows, others=None):
-    """Inner products of rows [n, D] with others [m, D] (default: themselves): [n, m] float64.
-
-    The input of 1 that makes the bias is included.
-    """
+    """Inner products of rows [n, D] with others [m, D], and 1 for the bias: [n, m] float64."""
     others = (rows if others is None else others).double()
     return torch.cat([part.double() @ others.T for part in rows.split(BLOCK)]).add_(1)
 
@@ -75,9 +69,8 @@ def strongest_eigenvectors(gram):
 def fit(gram, basis, targets, costs, progress=lambda fits: None):
     """Solve the problems of every cost and every row of targets -> Fits.
 
-    gram: [G, n, n] float64, see `gram_matrix`. basis: [G, n, r], their `strongest_eigenvectors`.
-    targets: [G, P, n] integer: 1 positive, -1 negative, 0 not in the problem. costs: S numbers.
-    progress: called with the number of fits that are done.
+    gram: [G, n, n] float64. basis: [G, n, r], its `strongest_eigenvectors`. targets: [G, P, n]
+    integer, 1, -1, or 0 for rows not in the problem. progress: called with the number of new fits.
     """
     (G, P, n), S = targets.shape, len(costs)
     fits = Fits(*(gram.new_zeros(S, G, P, *shape) for shape in ((n,), (n,), ())))
@@ -97,10 +90,7 @@ def fit(gram, basis, targets, costs, progress=lambda fits: None):
 
 
 class _Solver:
-    """Newton's method on problems of G Gram matrices; vectors are [G, P, n].
-
-    t: targets. slope: c, 0 for rows that are not in the problem. b, f = A b: the values so far.
-    """
+    """Newton's method on vectors [G, P, n]. t: targets. slope: c, 0 for rows not in the problem."""
 
     def __init__(self, gram, basis):
         self.gram, self.fast, self.basis = gram, gram.float(), basis
@@ -136,8 +126,7 @@ class _Solver:
     def _conjugate_gradients(self, A, active, slope, rhs, accuracy):
         """Solve (A + diag(1 / c)) x = rhs on the active rows -> x float64."""
         L, ridge, residual = (x.to(A.dtype) for x in (self.basis, 1 / slope, rhs))
-        # The preconditioner is L L^T + diag(1 / e). Its diagonal is that of A + diag(1 / c). Its
-        # inverse is e - e L (1 + L^T e L)^-1 L^T e.
+        # (L L^T + diag(1 / e))^-1 = e - e L (1 + L^T e L)^-1 L^T e, with A + diag(1 / c)'s diagonal
         e = active / (ridge + self.rest[:, None].to(A.dtype))
         inner = e @ (L[..., :, None] * L[..., None, :]).flatten(2)
         inner = inner.unflatten(2, (L.shape[-1], L.shape[-1]))
@@ -172,17 +161,14 @@ class _Solver:
 
 
 def _line_search(b, f, step, change, t, slope):
-    """The length [..., 1], at most 16, that minimises the objective along step; change = A step.
-
-    The derivative increases and is piecewise linear. Newton's method in a bracket finds its root.
-    """
+    """The length [..., 1], at most 16, that minimises the objective along step; change = A step."""
     quadratic = (step * change).sum(-1, keepdim=True)
     margin, fall, force = 1 - t * f, t * change, slope * t
     length = torch.ones_like(quadratic)
     low, high = torch.zeros_like(length), torch.full_like(length, 16.0)
     # A sum of terms that each vanish at the optimum: rounding does not hide a small derivative.
     first = ((b - force * margin.clamp(min=0)) * change).sum(-1, keepdim=True).abs()
-    for _ in range(30):
+    for _ in range(30):  # Newton's method in a bracket: the derivative is piecewise linear
         hinge = (margin - length * fall).clamp(min=0)
         derivative = ((b + length * step - force * hinge) * change).sum(-1, keepdim=True)
         done = derivative.abs() <= 1e-3 * first

@@ -12,19 +12,15 @@ FIVE_MAPS = ("Feature1", "Feature2", "Feature3", "Feature4", "Feature5")
 
 @dataclass(frozen=True)
 class Table:
-    """A published table: ResNet-50 at 224 pixels, percent.
+    """A published table: ResNet-50 at 224 pixels, percent."""
 
-    dataset: the name that `odc.data.datasets` gives it. rows: {method: values in the order of
-    columns}. tolerance: the share by which the number of images may differ, as copies lack some.
-    """
-
-    dataset: str
+    dataset: str  # the ImageSet's name
     num_train: int
     num_val: int
     num_classes: int
     columns: tuple
-    rows: dict
-    tolerance: float = 0.001
+    rows: dict  # {method: values in the order of columns}
+    tolerance: float = 0.001  # the share by which numbers of images may differ: copies lack some
 
     def is_comparable(self, train, val, backbone, image_size):
         """True for the whole data set, ResNet-50 and 224 pixels."""
@@ -81,10 +77,7 @@ def published_rows(table):
 
 
 def show(title, columns, ours, published=None):
-    """Print a Markdown table of `columns`: the rows of the Table `published`, then ours.
-
-    ours: {row name: {column: number or text}}.
-    """
+    """Print a Markdown table: published rows, then ours, {row name: {column: number or text}}."""
     rows = {f"{method}, published": values
             for method, values in (published_rows(published) or {}).items()} | ours
     cells = [["method", *columns]]

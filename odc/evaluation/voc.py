@@ -1,7 +1,4 @@
-"""The VOC2007 protocols, full and low-shot SVM: folds, targets, costs and average precision.
-
-Letters: N train images, M test images, S costs.
-"""
+"""The VOC2007 protocols, full and low-shot SVM; N train images, M test images, S costs."""
 
 import io
 import itertools
@@ -27,13 +24,10 @@ BLOCK = 2**22  # numbers in the matrices of low-shot problems that are solved to
 
 
 def stratified_folds(positive):
-    """The test fold of each row [N] int64, as scikit-learn's StratifiedKFold(3) makes them.
-
-    positive: [N] bool. The rows sorted by label are dealt out in turn, which says how many rows of
-    each label a fold gets. The rows of a label go to the folds in their order.
-    """
+    """The test folds [N] int64 of positive [N] bool, as StratifiedKFold(3) of scikit-learn."""
     positive = positive.cpu()
     labels = (positive != positive[0]).long()  # numbered in the order of first appearance
+    # The rows sorted by label are dealt out in turn, which says how many of each a fold gets.
     dealt, fold = labels.sort().values, torch.empty_like(labels)
     for label in (0, 1):
         shares = torch.tensor([int((dealt[f::FOLDS] == label).sum()) for f in range(FOLDS)])
@@ -54,10 +48,9 @@ def step_average_precision(positive, scores):
 
 
 def voc_average_precision(targets, scores):
-    """VOC's average precision: the area under the interpolated precision-recall curve.
+    """VOC's average precision: the area under the interpolated precision-recall curve, [c] float64.
 
-    targets: [n], 1, -1, 0 for present, absent, difficult (left out); scores: [n, c]. Absent images
-    come first among equal scores. Returns [c] float64; without positives 0.
+    targets: [n], 1, -1, 0 (difficult, left out); scores: [n, c]. Absent images lead equal scores.
     """
     kept = targets != 0
     scores, positive = scores[kept], targets[kept] > 0
@@ -73,8 +66,7 @@ def voc_average_precision(targets, scores):
 def read_low_shot_targets(path, num_images, num_classes):
     """Read the published files train_targets_sample{1..5}_k{k}.npy of a directory or a zip file.
 
-    Returns {k: [targets [N, classes] int8 of each sample]}: 1 positive, -1 negative, 0 ignored (the
-    files have 1, 0 and -1). Raises UserError naming the file that is missing or does not fit.
+    Returns {k: [int8 [N, classes] of each sample]}: 1, -1, or 0 for ignored. Raises UserError.
     """
     targets = {k: [] for k in SHOTS}
     for k, sample in itertools.product(SHOTS, range(1, SAMPLES + 1)):
@@ -111,8 +103,7 @@ def _read_array(path, name):
 def draw_low_shot_targets(targets, seed):
     """Draw k positives and 19 k negatives of every class, without replacement.
 
-    targets: [N, classes], 1, -1, 0 (difficult images are never drawn). Returns what
-    `read_low_shot_targets` does, for every k for which each class has so many.
+    targets: [N, classes]. Returns what `read_low_shot_targets` does, for each k that is possible.
     """
     positives, negatives = (int((targets == label).sum(0).min()) for label in (1, -1))
     drawn = {k: [] for k in SHOTS if k <= positives and NEGATIVES * k <= negatives}
@@ -153,10 +144,9 @@ class LowShotResult:
 def full_svm(train, train_targets, test, test_targets):
     """Full SVM of one feature map: each class's cost by cross-validation, then refit and test.
 
-    train: [N, D], test: [M, D], unit rows. train_targets: [N, classes], test_targets: [M, classes]
-    of 1, -1, 0; difficult images are negatives in training and left out of the test. Every class
-    needs FOLDS positives and negatives. Takes about 12 N^2 bytes. The classes are split over the
-    processes. Raises UserError for features that are not finite. A collective.
+    train: [N, D], test: [M, D], unit rows. Targets: [N, classes] and [M, classes], 1, -1, or 0,
+    which is negative in training and left out of the test. Every class needs FOLDS positives and
+    negatives. Takes about 12 N^2 bytes. Raises UserError if a feature is not finite. A collective.
     """
     if not (train.isfinite().all() and test.isfinite().all()):
         raise UserError("The features have values that are not finite; check the weights.")
@@ -197,10 +187,9 @@ def full_svm(train, train_targets, test, test_targets):
 
 
 def low_shot(train, samples_by_shot, test, test_targets):
-    """Low-shot SVM of one feature map: fit every class, sample and cost, and test all of them.
+    """Low-shot SVM of one feature map: a LowShotResult for each k. A collective.
 
-    Arguments as `full_svm`, but samples_by_shot: {k: [targets [N, classes] of each sample]}, with
-    as many rows that are not 0 for every class. Returns a LowShotResult for each k. A collective.
+    Arguments as `full_svm`, but samples_by_shot is what `draw_low_shot_targets` returns.
     """
     gram = svm.gram_matrix(train)
     basis = svm.strongest_eigenvectors(gram)

@@ -1,8 +1,7 @@
 """Backbone weights from anywhere: our own files and those of other self-supervised methods.
 
-One rule covers all: among the dicts of tensors in a file, find the prefix under which a ResNet lies
-in torchvision's names, and take it only if every parameter is there with its shape. Files are read
-by torch's restricted unpickler. It calls nothing that a file names, but for what rebuilds tensors.
+One rule covers all: find the prefix under which a ResNet lies in torchvision's names, and take it
+only if every parameter is there with its shape. To read a file runs nothing that it names.
 """
 
 import os
@@ -33,10 +32,9 @@ STRUCTURES = {(blocks, block.expansion, width): name
 def load_backbone(weights, arch=None, image_size=224, seed=0, option="--weights"):
     """The backbone of a weights file, or for "random" one with seeded random convolutions.
 
-    arch: a key of ARCHS; by default as recognised in the file, or resnet50 for "random".
-    image_size: decides the stem of a random network. A file's stem is recognised.
-    Returns (ResNet in eval mode on the CPU, one line about what was matched and what was not).
-    Raises UserError, naming the option, for a file that is not wholly a ResNet of `arch`.
+    arch: a key of ARCHS; by default the file's, or resnet50 for "random". image_size: decides the
+    stem of a random network. Returns (ResNet in eval mode on the CPU, one line about what was
+    matched). Raises UserError, naming the option, for a file that is not wholly a ResNet of `arch`.
     """
     if arch is not None and arch not in ARCHS:
         raise UserError(f"--arch {arch}: choose one of {', '.join(ARCHS)}.")
@@ -121,7 +119,6 @@ def _some(names):
 
 # --- reading -------------------------------------------------------------------------------------
 
-
 class _Object:
     """Stands in for a class or function that a file names: takes any arguments, does nothing."""
 
@@ -151,10 +148,7 @@ REFUSALS = (
 
 
 def _read(path):
-    """The content of a file, memory-mapped if it can be, and the names of objects passed over.
-
-    The names are found one by one: each gets a stand-in, and the file is read again.
-    """
+    """The content of a file, memory-mapped if it can be, and the names of objects passed over."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is a directory or a device")
     with open(path, "rb") as file:
@@ -164,7 +158,7 @@ def _read(path):
             if archive.testzip() or any(part.compress_type for part in archive.infolist()):
                 raise ValueError("a checksum is wrong, or it is compressed, as TorchScript is")
     kinds = {}
-    while True:
+    while True:  # each refused name gets a stand-in, and the file is read again
         stand_ins = [(type(f"<{name}>", (kind,), {}), name) for name, kind in kinds.items()]
         try:
             with safe_globals(stand_ins), warnings.catch_warnings():
@@ -182,7 +176,6 @@ def _read(path):
 
 
 # --- finding the backbone ------------------------------------------------------------------------
-
 
 def _dicts(content):
     """(name, dict) of all nested dicts, what is nearest to the top first, and each one once."""

@@ -1,10 +1,7 @@
-"""report.html: the page of a run, one file that needs nothing beside itself.
+"""report.html: the page of a run, one file with the curves of log.jsonl and all clusters.
 
-It shows the curves of log.jsonl and, once there are clusters, all of them: a map, a card for each
-cluster, near-duplicates and outliers. Python writes the numbers as JSON and the thumbnails as
-sprite sheets; page.template.html beside this file draws them.
-
-What comes from the log is a number, and the script enters all other text, such as file names, as
+Python writes the numbers as JSON and the thumbnails as sprite sheets; page.template.html beside
+this file draws them. What comes from the log is a number, and the script enters all other text as
 text. The page's policy lets the browser run no other script.
 """
 
@@ -36,8 +33,7 @@ TILES = 16  # images in a row and in a column of a sprite sheet
 def write_page(folder, dataset=None, clustering=None, workers=0):
     """Write report.html into the folder of a run; process 0 only. Raises UserError.
 
-    dataset, clustering: an ImageSet and its Clustering with the features of all images; without
-    both the page has curves alone.
+    dataset, clustering: with the features of all images; without both the page has curves alone.
     """
     records, data, sheets = read_log(folder / "log.jsonl"), {}, ""
     summary = "epoch {epoch}, step {step:,}".format(**records[-1]) if records else "no step yet"
@@ -109,8 +105,7 @@ def class_names(dataset):
 
 
 def cluster_records(dataset, clustering):
-    """(a dict for each cluster with images, the largest first; the images of all K clusters, the
-    most similar to the centroid first)."""
+    """(a dict for each cluster with images, largest first; images of all K, the nearest first)."""
     # As clusters.csv has the similarities: equal there, images keep their order.
     similarity = clustering.similarity.double().round(decimals=4)
     order = np.lexsort((-similarity.numpy(), clustering.labels.numpy()))
@@ -141,8 +136,7 @@ def sample(images, count):
 
 
 def neighbours_and_map(centroids):
-    """For each centroid [K, d] the most similar others, and its place on the two principal
-    components, scaled to -1..1: two lists of K lists."""
+    """For each centroid [K, d], the most similar others and its place by PCA, -1..1: two lists."""
     unit = F.normalize(centroids)
     nearest = torch.cat([(part @ unit.T).topk(min(NEAR + 1, len(unit))).indices
                          for part in unit.split(1024)])
@@ -157,9 +151,8 @@ def neighbours_and_map(centroids):
 def near_duplicates(features, members):
     """Pairs of very similar images of one cluster, [(similarity, i, j)], the best first.
 
-    features: unit rows [N, d]. members: each cluster's images, by similarity to the centroid.
-    Copies are equally similar to it, so an image is compared with the 2,048 of its block alone.
-    An image is in one pair at most: many copies do not fill the list.
+    features: unit rows [N, d]. members: each cluster's images, by similarity to the centroid:
+    copies lie in one block of 2,048. An image is in one pair at most: copies do not fill the list.
     """
     pairs = []
     for images in members:

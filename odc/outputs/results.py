@@ -1,7 +1,4 @@
-"""The files of a finished run that programs read: backbone, arrays and table.
-
-Only process 0 writes, and every file is whole or not there.
-"""
+"""Files of a finished run that programs read; process 0 writes them, each whole or not at all."""
 
 import numpy as np
 import torch

@@ -55,7 +55,6 @@ def number(minimum, maximum=1e9, above=False, kind=float):
         what = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what} {'above' if above else 'from'} "
                                          f"{minimum:g} to {maximum:,.10g}")
-
     return parse
 
 

@@ -1,9 +1,8 @@
 """Files that are either whole or not there, and checkpoints made of them.
 
-A checkpoint of a run is a file with everything but the features memory, and a folder `memory`
-beside it, into which every process writes its own rows of the features. The saves write to the
-names a-*.pth and b-*.pth in turn, and the file that names them is replaced last. So a kill at any
-moment leaves the old checkpoint or the new one, and no process ever holds more than its own rows.
+A run's checkpoint is a file and a folder `memory` beside it, into which every process writes its
+rows of the features. The saves write a-*.pth and b-*.pth in turn, and the file that names them is
+replaced last. So a kill at any moment leaves the old checkpoint or the new one.
 """
 
 import contextlib
@@ -72,10 +71,7 @@ def reading(path):
 
 
 def read_dict(path):
-    """Read what `write_dict` wrote. Tensors stay on disk, memory-mapped, until they are copied.
-
-    Raises UserError for a file that is missing, truncated, damaged, or contains code.
-    """
+    """What `write_dict` wrote, memory-mapped. Raises UserError if missing, damaged, or code."""
     with reading(path):
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no file")
@@ -91,10 +87,9 @@ def read_dict(path):
 
 
 def open_run(output):
-    """Make the folder of a run, a Path, and lock it against other runs. A collective.
+    """Make and lock the folder of a run: (its checkpoint or None, process 0's lock). A collective.
 
-    Returns its checkpoint, or None, and on process 0 the lock, an open file. Raises UserError,
-    before anything is written, unless the folder is new, empty, or a run's.
+    Raises UserError, before anything is written, unless the folder is new, empty, or a run's.
     """
     path, lock = output / "checkpoint.pth", output / ".lock"
     with distributed.raise_everywhere():
@@ -148,9 +143,8 @@ def _lock(output):
 def write_run(path, state, features, num_rows, before=()):
     """Write the checkpoint of a run: state by process 0, features [n, d] by all. A collective.
 
-    num_rows: N, of all processes together. before: the parts of the memory that the old checkpoint
-    lists; they are deleted. Returns the new ones, [(file name, first row, end)]. Raises UserError
-    if a process cannot write; the checkpoint from before is then as it was.
+    num_rows: N, of all. before: the parts of the old memory, which are deleted. Returns the new
+    ones, [(file name, first row, end)]. Raises UserError, and the old checkpoint then stays.
     """
     folder, turn = path.parent / "memory", "b" if before and before[0][0][0] == "a" else "a"
     shards = [distributed.shard(num_rows, r) for r in range(distributed.world_size())]
@@ -176,10 +170,7 @@ def write_run(path, state, features, num_rows, before=()):
 
 
 def read_rows(path, state, rows):
-    """Features [n, d] of some rows (a slice) from the checkpoint at path, which holds state.
-
-    Raises UserError unless all are there, as float32 and of unit length.
-    """
+    """Features [n, d] of a slice of rows. Raises UserError if one is missing or not of length 1."""
     features = []
     with reading(path):
         for name, start, stop in state["memory_parts"]:

@@ -14,7 +14,6 @@ from odc import distributed
 from odc.errors import Interrupted, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # these ask to stop
-
 _in_program = False  # True within run_program
 _signal_received = None  # the number of the first signal
 _signal_time = 0.0
@@ -29,10 +28,7 @@ def _on_signal(number, frame):
 
 
 def catch_signals():
-    """Let the first of SIGNALS ask this program to stop, and a second one stop it at once.
-
-    Nothing happens outside of `run_program`: a notebook keeps its handlers.
-    """
+    """In `run_program`, let the first of SIGNALS ask for a stop, and a second one stop at once."""
     for number in SIGNALS if _in_program else ():
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: keep it so
             signal.signal(number, _on_signal)
@@ -108,8 +104,7 @@ class _LastingStream:
 def run_program(main, *arguments):
     """Call the main function of a program and end the process.
 
-    Exit codes: 0 done; 2 a mistake of the user, printed as one sentence; 128 + n after signal n;
-    1 if another process was lost, or, with a traceback, for a mistake of ours.
+    Exit codes: 0 done; 2 a user's mistake; 128 + n after signal n; 1 a lost process or our mistake.
     """
     global _in_program, _signal_received
     code, _in_program, _signal_received = 0, True, None

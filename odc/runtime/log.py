@@ -24,8 +24,7 @@ def read_record(line):
 class Log:
     """log.jsonl, one JSON object a line. Process 0 writes it; the others hold no file.
 
-    position: the number of records at the checkpoint from which the run continues. What lies behind
-    them is cut off: those steps run again. tensorboard: write the same numbers for TensorBoard.
+    position: the number of records to keep. tensorboard: write the numbers for TensorBoard, too.
     """
 
     def __init__(self, path, position=0, tensorboard=False):
