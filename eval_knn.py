@@ -3,9 +3,8 @@
     python eval_knn.py --weights out/backbone.pth --data shapes
     torchrun --nproc_per_node=8 eval_knn.py --weights backbone.pth --data /path/to/imagenet
 
-The protocol of Wu et al. 2018 ("Unsupervised Feature Learning via Non-Parametric Instance
-Discrimination"), as DINO evaluates it: the k training images of largest cosine similarity s vote
-for their class with weight exp(s / 0.07).
+The protocol of Wu et al. 2018 (Non-Parametric Instance Discrimination), as DINO evaluates it: the k
+training images of largest cosine similarity s vote for their class with weight exp(s / 0.07).
 """
 
 from odc import distributed
@@ -32,7 +31,6 @@ def main():
     train, val = network.train, network.val
     if args.k and max(args.k) > len(train):
         raise UserError(f"--k {max(args.k)}: {train.root} has only {len(train)} images to vote.")
-
     bank, queries = (extract(
         lambda images: pooled(network.maps(images)), dataset, network.transform,
         network.backbone.out_channels[-1], network.device, args.batch_size, network.workers,
@@ -45,14 +43,12 @@ def main():
     for k in ks:
         hits = (predictions[k].cpu() == val.labels[:, None]).double().mean(0)
         results[f"k={k}"] = dict(top1=100 * float(hits[0]), top5=100 * float(hits.sum()))
-
     published = tables.IMAGENET_KNN if tables.IMAGENET_KNN.is_comparable(
         train, val, network.backbone, network.image_size) else None
     rows = {f"{network.label(args)}, top-{n}": {k: r[f"top{n}"] for k, r in results.items()}
             for n in (1, 5)}
-    tables.write_json(args.output, dict(
-        script="eval_knn", **network.description(), results=results,
-        published=tables.published_rows(published)))
+    tables.write_json(args.output, dict(script="eval_knn", **network.description(), results=results,
+                                        published=tables.published_rows(published)))
     tables.show(f"{train.name} nearest neighbour (%)", list(results), rows, published)
 
 

@@ -4,9 +4,8 @@
     torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data /path/to/imagenet
 
 The classifiers of all maps train together on one forward pass, as a protocol of
-odc/evaluation/linear.py says. The batch is split over the processes, and their gradients are
-summed. On GPUs their batch norm shares its statistics. On CPUs each process normalises by its own
-part of the batch, and the statistics of process 0 are judged and saved.
+odc/evaluation/linear.py says. The processes split a batch and sum their gradients. Batch norm
+shares its statistics on GPUs; on CPUs it does not, and those of process 0 are judged and saved.
 """
 
 from dataclasses import asdict
@@ -48,10 +47,7 @@ def make_parser():
 
 
 def train(args, network, protocol, classifiers, optimizer):
-    """Train, from the checkpoint on if there is one -> for each epoch {column: [top-1, top-5]}.
-
-    Raises UserError if the loss is not finite, Interrupted after a signal.
-    """
+    """Train or continue -> {column: [top-1, top-5]} per epoch. Raises UserError, Interrupted."""
     settings = settings_of(args, network, protocol)
     history = load_checkpoint(args, settings, classifiers, optimizer)
     while (epoch := len(history)) < protocol.epochs:
@@ -85,7 +81,6 @@ def train_epoch(args, network, protocol, classifiers, optimizer, epoch):
             batch = next(iterator)
         images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
         labels = train_labels[batch.indices.to(device, non_blocking=True)]  # [B]
-
         # The loss is the mean over the batch of all processes, whose parts may differ in size.
         count = int(distributed.all_reduce(torch.tensor(len(labels))))
         losses = torch.stack([F.cross_entropy(logits, labels, reduction="sum") / count
@@ -110,7 +105,6 @@ def evaluate(network, protocol, classifiers):
 
     def best_classes(images):  # [B, 3, S, S] -> [B, columns * k], the best class first
         return torch.cat([logits.topk(k).indices for logits in classifiers(images).values()], 1)
-
     best = extract(best_classes, network.val, network.transform, len(columns) * k, network.device,
                    protocol.batch_size // distributed.world_size(), network.workers, name="val")
     labels = network.val.labels[distributed.shard(len(network.val))].to(network.device)
@@ -166,17 +160,15 @@ def main():
     print_main(f"protocol {name} on {len(network.train):,} images; changed: {changed or 'nothing'}")
     print_settings(asdict(protocol))
     print_main(f"checkpoint after each epoch: {args.output and checkpoint_path(args)}")
-
     classifiers = linear.LinearClassifiers(network, protocol.columns, args.seed)
     optimizer = linear.make_optimizer(classifiers, protocol)
     history = train(args, network, protocol, classifiers, optimizer)
     results = linear.choose_results(protocol, history)
     # The rows of fine-tuning belong to published lists of images, not to a share that was drawn.
     published = None if args.train_share else linear.published_table(name, changed, network)
-    tables.write_json(args.output, dict(
-        script="eval_linear", protocol=name, settings=asdict(protocol), not_the_recipes=changed,
-        **network.description(), results=results, history=history,
-        published=tables.published_rows(published)))
+    tables.write_json(args.output, dict(script="eval_linear", protocol=name,
+        settings=asdict(protocol), not_the_recipes=changed, **network.description(),
+        results=results, history=history, published=tables.published_rows(published)))
     rows = {f"{network.label(args)}, top-{n}": {
         column: result[f"top{n}"] for column, result in results.items()} for n in (1, 5)}
     tables.show(f"{network.train.name} (%), protocol {name}", protocol.columns, rows, published)

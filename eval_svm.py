@@ -4,9 +4,8 @@
     python eval_svm.py --weights backbone.pth --data /path/to/VOCdevkit \\
         --low-shot-targets voc07_low_shot_targets.zip
 
-The protocol of the benchmark that published ODC's numbers: one-vs-rest SVMs on each of the five
-pooled maps, costs by 3-fold cross-validation; the map with the best mAP counts. On other labelled
-data the same is done for each class against the rest. Classes with too few images are left out.
+The protocol of ODC's published numbers: one-vs-rest SVMs on each of the five pooled maps, costs by
+3-fold cross-validation; the map with the best mAP counts. Classes of too few images are left out.
 """
 
 import functools
@@ -72,7 +71,6 @@ def classes_to_judge(targets, val_targets, names):
 
 
 def say(name, result):
-    """Print the mAP of a map, or of a number of shots."""
     lost = f" ({result.unconverged} fits did not converge)" if result.unconverged else ""
     print_main(f"{name}: mAP {100 * result.mean_average_precision:.2f}{lost}")
 
@@ -110,7 +108,6 @@ def main():
         rows = extract(pooled_maps, dataset, transform, sum(dims), network.device, args.batch_size,
                        network.workers, name=name)
         return [distributed.all_gather_uneven_rows(part).cpu() for part in rows.split(dims, dim=1)]
-
     print_main(f"protocol {protocol}: {count:,} train images")
     train, val = features(train_set, "train"), features(val_set, "val")
     if args.low_shot_targets and train_set.left_out:
@@ -127,7 +124,6 @@ def main():
         if left_out := [str(k) for k in voc.SHOTS if k not in samples]:
             print_main(f"too few images for low-shot k = {', '.join(left_out)}: some class has "
                        f"fewer than k or {voc.NEGATIVES} k others")
-
     full = {}
     for name, train_rows, val_rows in zip(MAP_NAMES, train, val):
         launch.check_signals()
@@ -146,9 +142,8 @@ def main():
     comparable = len(names) == len(val_set.classes) and tables.VOC07_SVM.is_comparable(
         train_set, val_set, network.backbone, network.image_size)
     published = tables.VOC07_SVM if comparable else None
-    tables.write_json(args.output, dict(
-        script="eval_svm", protocol=protocol, **network.description(),
-        train_images_used=len(train_set), seed=args.seed,
+    tables.write_json(args.output, dict(script="eval_svm", protocol=protocol,
+        **network.description(), train_images_used=len(train_set), seed=args.seed,
         low_shot_samples=args.low_shot_targets or "drawn", results=row,
         full={name: dict(mAP=100 * r.mean_average_precision, unconverged=r.unconverged, classes={
             label: dict(AP=100 * ap, cost=cost) for label, ap, cost in

@@ -3,8 +3,7 @@
     torchrun --nproc_per_node=8 train.py --data /path/to/imagenet     the published recipe
     torchrun --nproc_per_node=2 train.py                              a demonstration in minutes
 
-The method is `train_epoch` below and odc/memory.py. `main` sets it up, in the order in which things
-happen. odc/settings.py has the arguments; what is not given is that of a preset.
+The method is `train_epoch` and odc/memory.py. odc/settings.py has the arguments and the presets.
 """
 
 import math
@@ -39,24 +38,19 @@ KNN_MEASURES = 5  # of a run with labels, besides one at the start
 
 
 def train_epoch(args, state, model, dataset, log, autocast):
-    """One epoch of the paper's iteration, from step progress.step on.
-
-    model: state.network, as it is or wrapped by DDP.
-    """
+    """One epoch of the paper's iteration, from progress.step on. model: the network or its DDP."""
     memory, optimizer, progress = state.memory, state.optimizer, state.progress
     epoch, device, began, timed = progress.epoch, memory.labels.device, time.monotonic(), 0
     B = args.batch_size // distributed.world_size()
     steps = steps_per_epoch(len(dataset), B)
     online = epoch >= args.offline_epochs  # else labels stay as the last k-means made them
     augmentation = Augmentation(min_scale=args.crop_scale, jitter=tuple(args.jitter))
-    batches = iter(training_batches(
-        dataset, augmentation, args.image_size, B, args.seed, epoch, progress.step, args.workers,
-        pin_memory=device.type == "cuda"))
+    batches = iter(training_batches(dataset, augmentation, args.image_size, B, args.seed, epoch,
+                                    progress.step, args.workers, pin_memory=device.type == "cuda"))
     model.train()
     state.final_clusters = None  # out of date as soon as the weights change
     loss_weights = memory.loss_weights(args.reweight_power)
     bar = progress_bar(steps, f"epoch {epoch + 1}/{args.epochs}", initial=progress.step)
-
     for step in range(progress.step, steps):
         try:
             with distributed.raise_everywhere():  # an error of one process stops all
@@ -68,7 +62,6 @@ def train_epoch(args, state, model, dataset, log, autocast):
         images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
         images = images.contiguous(memory_format=torch.channels_last)  # [B, 3, S, S]
         labels = memory.labels[batch.indices.to(device, non_blocking=True)]  # [B]
-
         # 1. Features z [B, d] and logits [B, K], one for each cluster.
         with autocast:
             z, logits = model(images)
@@ -97,7 +90,6 @@ def train_epoch(args, state, model, dataset, log, autocast):
             splits = memory.split_small_clusters()
             # 7. Loss re-weighting: every cluster counts, however large.
             loss_weights = memory.loss_weights(args.reweight_power)
-
         progress.step, timed = step + 1, timed + 1
         for name, value in dict(steps=1, loss=mean_loss, change_ratio=change_ratio,
                                 splits=splits).items():
@@ -126,10 +118,7 @@ def learning_rate(args, epoch):
 
 
 def check_step(args, progress, loss):
-    """Exchange what every process must know of a step: (mean loss, whether a signal asks to stop).
-
-    Raises UserError on every process if the loss is not finite anywhere.
-    """
+    """Mean loss, and whether to stop. A collective. Raises UserError if the loss is not finite."""
     loss, stop = distributed.all_reduce(torch.tensor(
         [float(loss.detach()) / distributed.world_size(), launch.signal_is_pending()],
         dtype=torch.float64)).tolist()
@@ -142,11 +131,7 @@ def check_step(args, progress, loss):
 
 
 def cluster_before_training(args, state, dataset, device, autocast):
-    """Features of all images, k-means, both memories, a new head (paper, before the first step).
-
-    K-means is of these features, or of the pixels (--initial). This first pass reads every image:
-    those that cannot be read leave the dataset.
-    """
+    """K-means, both memories, a new head (paper). Images that cannot be read leave the dataset."""
     network = state.network.eval()
     width = 3 * min(args.image_size, 32) ** 2 if args.initial == "pixels" else 0
 
@@ -154,7 +139,6 @@ def cluster_before_training(args, state, dataset, device, autocast):
         with autocast:
             features = F.normalize(network.neck(network.backbone(images)[-1]).float())
         return torch.cat([features, unit_pixels(images)[:, :width]], dim=1)
-
     rows = extract(forward, dataset, evaluation_transform(args.image_size), FEATURE_DIM + width,
                    device, workers=args.workers)
     features, pixels = rows[:, :FEATURE_DIM], rows[:, FEATURE_DIM:]
@@ -198,10 +182,7 @@ def cluster_after_training(args, state, dataset, log):
 
 
 def measure(args, state, dataset, held_out, log, autocast):
-    """Measure the network and the clusters between two epochs, and renew the page.
-
-    The epoch is saved already. What fails here is a warning.
-    """
+    """Measure network and clusters between epochs, and renew the page. What fails is a warning."""
     progress, memory, record = state.progress, state.memory, {}
     epoch, when = progress.epoch, f"epoch {progress.epoch}" if progress.epoch else "initial k-means"
     try:
@@ -234,12 +215,10 @@ def log_measures(log, progress, labels, dataset, when, record):
 
 
 def main(arguments=None):
-    # Process group and device.
     args = settings.parse(arguments)
     device, output = distributed.init(args.device), Path(args.output)
     launch.catch_signals()
 
-    # Data, and the checkpoint of an earlier start.
     with distributed.raise_everywhere():
         dataset = open_dataset(args.data, "train", exclude=(args.output,))
     saved, lock = checkpoint.open_run(output)  # the lock lasts as long as this function
@@ -248,7 +227,6 @@ def main(arguments=None):
     print_settings(vars(args))
     settings.validate(args, dataset, saved, device)
 
-    # Network and optimizer.
     torch.manual_seed(args.seed)
     network = ODC(args.arch, use_small_stem(args.image_size), num_clusters=args.num_clusters)
     if args.pretrained and not saved:
@@ -265,7 +243,6 @@ def main(arguments=None):
     half = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
 
-    # Both memories: from the checkpoint, or from k-means of the first features.
     run_settings = saved["settings"] if args.export_only else vars(args)
     state = State(network, optimizer, scaler, run_settings, output / "checkpoint.pth")
     if saved:
@@ -288,15 +265,13 @@ def main(arguments=None):
     del saved
     held_out = knn.open_held_out(args.data, dataset) if dataset.labels is not None else None
 
-    # Gradients are averaged over the processes.
     model = network
     if distributed.world_size() > 1:
         model = DistributedDataParallel(
             network, device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # see share_statistics; as an argument it gives a warning
-        # DDP sorts its buckets after the first backward pass, which changes the order of its sums.
-        # Let that happen now, so that a resumed run adds as one without a stop.
+        # DDP's first backward pass reorders later sums. Do it now: a resumed run is then the same.
         model.eval()
         z, logits = model(torch.zeros(2, 3, args.image_size, args.image_size, device=device))
         (z.sum() + logits.sum()).backward()

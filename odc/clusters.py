@@ -1,8 +1,7 @@
 """Clusters of the unaugmented images, by the current network: the ones that a user gets.
 
-The memory's features come from augmented images, with dropout and the weights of many steps, and
-the neck's batch norm statistics lag behind (momentum 0.001). So all images pass through the network
-once more, and k-means continues on these features, from the memory's clusters.
+The memory's features are of augmented images and old weights, and the neck's batch norm lags behind
+(momentum 0.001). So all images are read again, and k-means continues from the memory's clusters.
 """
 
 import copy
@@ -29,10 +28,9 @@ class Clustering:
 
 
 def cluster_images(network, dataset, memory, image_size, workers=0):
-    """The Clustering of the unaugmented images by the current network. A collective.
+    """The Clustering of the unaugmented images, from that of `memory` on. A collective.
 
-    memory: an ODCMemory; k-means starts from its clusters. Clusters smaller than its
-    min_cluster_size give way to halves of wide ones, while there are any.
+    Clusters below memory.min_cluster_size give way to halves of wide ones, while there are any.
     Raises UserError if an image cannot be read any more.
     """
     device, K = memory.labels.device, len(memory.centroids)

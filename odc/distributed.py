@@ -45,7 +45,6 @@ def init(device="auto"):
 
 
 def choose_device(device):
-    """The torch.device of this process."""
     if not (match := re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)):
         raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:INDEX.")
     processes, available = _environment("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
@@ -172,8 +171,7 @@ def same_everywhere(value):
 def raise_everywhere():
     """Run a block without collectives on every process, and let all processes leave it alike.
 
-    If it raises UserError, Interrupted or OSError (which becomes a UserError) anywhere, every
-    process raises that of the lowest such rank.
+    All raise the UserError, Interrupted or OSError (as a UserError) of the lowest rank with one.
     """
     error = None
     try:

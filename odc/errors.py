@@ -2,10 +2,9 @@
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend.
+    """A mistake that a person can mend. The message names the value or the path, and the remedy.
 
-    The message is one sentence that names the value or the path, and the remedy. Raise it on every
-    process alike, or inside `distributed.raise_everywhere`, so that no process waits for another.
+    Raise it on every process alike, or inside `distributed.raise_everywhere`: else others wait.
     """
 
 

@@ -19,20 +19,17 @@ from odc.runtime.log import progress_bar
 @torch.no_grad()
 def extract(forward, dataset, transform, dim, device, batch_size=64, workers=0, name="features",
             unreadable_share=0.01):
-    """Features of this process's shard of the images, in their order: float32 [n, dim] on `device`.
+    """Features of this process's shard of the images, in order: float32 [n, dim]. A collective.
 
-    forward: normalised images [B, 3, S, S] on `device` -> features [B, dim].
-    transform: an RGB image -> uint8 [3, S, S]. name: what the progress bar says.
-    Images that cannot be read leave `dataset`, on every process. Raises UserError if they are more
-    than unreadable_share of it; 0 is for images that have been read before. A collective.
+    forward: normalised images [B, 3, S, S] -> [B, dim]. transform: an RGB image -> uint8 [3, S, S].
+    Images that cannot be read leave `dataset`. Raises UserError for more than unreadable_share.
     """
     rows, unreadable = distributed.shard(len(dataset)), {}
     features = torch.empty(rows.stop - rows.start, dim, device=device)
     batches = iter(evaluation_batches(
         dataset, rows, transform, batch_size, workers, pin_memory=device.type == "cuda",
         unreadable_limit=len(dataset) if unreadable_share else 0))
-    # Shards differ by one row, so the numbers of batches may differ. All processes count to the
-    # larger one, as the collectives below want it.
+    # Numbers of batches may differ by one: all count to the larger, as collectives want it.
     longest, done = -(-len(dataset) // distributed.world_size()), 0
     bar = progress_bar(len(features), name, "img")
     for _ in range(0, longest, batch_size):
@@ -86,10 +83,7 @@ def unit_pixels(images):
 
 
 def write_rows(path, features, num_rows):
-    """Write the rows of all processes as one .npy file, all of it or nothing. A collective.
-
-    features: [n, d] of this process, in rank order num_rows in all. Raises UserError.
-    """
+    """Write features [n, d] of each process as one .npy file. A collective. Raises UserError."""
     token = distributed.all_gather_objects(checkpoint.TOKEN)[0]  # of process 0: see checkpoint.py
     partial = f"{path}.{token}.partial"
     try:

@@ -17,9 +17,8 @@ GROUP = 64  # scores. torch vectorises a maximum over at least 4 vectors, of 16 
 def nearest_centroids(features, centroids, inner_product=False):
     """The best centroid of every row: [n, d] float, [K, d] float32 -> int64 [n].
 
-    Best means nearest in Euclidean distance, or with inner_product the largest <f, c>, as in the
-    recipe. The lowest index wins ties. The scores are float32: with other rows beside it, a row may
-    choose otherwise between two that differ by rounding alone. Not to be called under autocast.
+    Best means nearest, or with inner_product the largest <f, c> (recipe). The lowest index wins
+    ties, but for float32 rounding, which varies with the rows beside. Not for use under autocast.
     """
     n, K, device = len(features), len(centroids), features.device
     bias = torch.zeros(K, device=device)
@@ -41,10 +40,8 @@ def nearest_centroids(features, centroids, inner_product=False):
 class ClusterSums:
     """The sums [K, d] of this process's features in each cluster, exact to the last bit.
 
-    The sums are 64-bit integers in units of 1 / `one`. Integer addition has no rounding error, so
-    a step adds and subtracts only what changed, and yet nothing drifts. Neither the number of
-    processes nor the order in which a GPU's atomics add makes a difference.
-
+    They are 64-bit integers in units of 1 / `one`, which add without rounding: nothing drifts when
+    rows change, and neither W nor the order of a GPU's atomics makes a difference.
     num_rows: N, of all processes. No entry of a feature may exceed 1 in size.
     """
 
@@ -66,14 +63,12 @@ class ClusterSums:
 
 
 def kmeans(features, num_clusters, iterations=20, seed=0, initial_centroids=None, min_size=1):
-    """Lloyd's k-means (recipe: 20 iterations over all images, no subsampling).
+    """Lloyd's k-means (recipe: 20 iterations over all images, no subsampling). A collective.
 
-    features: [n, d] float, unit rows of this process; in rank order they make up all N.
-    initial_centroids: [K, d]; by default K rows, drawn from the seed.
+    features: [n, d] float, unit rows of this process. initial_centroids: [K, d]; default: drawn.
     Returns labels int64 [n], those of `nearest_centroids`, and the centroids float32 [K, d].
-    Clusters of fewer than min_size rows restart beside wide ones, but some may be small or empty at
-    the end, as always if fewer than K rows differ. Raises UserError if K > N or a feature is not
-    finite, Interrupted on a signal. A collective.
+    Clusters of fewer than min_size rows restart beside wide ones; some may be small at the end.
+    Raises UserError if K > N or a feature is not finite, Interrupted on a signal.
     """
     K = num_clusters
     shards = distributed.all_gather_rows(torch.tensor([len(features)]))
@@ -121,18 +116,14 @@ def _draw_rows(features, first_row, num_rows, num_clusters, seed):
 
 
 def _restart_small(features, labels, centroids, sizes, min_size):
-    """Move the centroid of each small cluster beside the widest's, in place.
-
-    The widest has the largest sum of squared distances of those with rows enough for two. So equal
-    rows stay together: their distances are rounding errors.
-    """
+    """Move each small cluster's centroid, in place, beside that of most squared distance."""
     spread = torch.zeros(len(centroids), dtype=torch.float64, device=labels.device)
     for rows, own in zip(features.split(65536), labels.split(65536)):
         spread.index_add_(0, own, (rows - centroids[own]).square().sum(1).double())
     spread = distributed.all_reduce(spread).cpu()
     generator = torch.Generator().manual_seed(0)
     for small in (sizes < min_size).nonzero()[:, 0].tolist():
-        can_split = (sizes >= 2 * min_size) & (spread > 1e-8 * sizes)
+        can_split = (sizes >= 2 * min_size) & (spread > 1e-8 * sizes)  # not equal rows
         if not can_split.any():
             break
         widest = int((spread * can_split).argmax())
@@ -143,12 +134,11 @@ def _restart_small(features, labels, centroids, sizes, min_size):
 
 
 def two_means(x, at_least=1, iterations=20, seed=0):
-    """Split points in two by k-means with k = 2: bool [n], True for the second half.
+    """Split points in two by k-means with k = 2: bool [n], True for the second half. A collective.
 
     x: [n, d], the same on every process. The start is the two sides of the principal axis. Each
-    half keeps at_least points, or n // 2 if there are fewer: the points farthest on its side.
-    Points that k-means cannot tell apart are split at random into equal halves (the recipe).
-    Nothing here waits for a GPU. A collective.
+    half keeps at_least points, at most n // 2. Points that k-means cannot tell apart are split at
+    random into equal halves (recipe). Nothing here waits for a GPU.
     """
     n = len(x)
     x = x - x.mean(dim=0)
@@ -170,5 +160,4 @@ def two_means(x, at_least=1, iterations=20, seed=0):
     random_half = torch.randperm(n, generator=torch.Generator().manual_seed(seed)) < n // 2
     random_half = random_half.to(x.device, non_blocking=True)
     second = torch.where((size == 0) | (size == n), random_half, second)
-    # Process 0 decides for all, as the processes' hardware may round differently.
-    return distributed.broadcast(second.byte()).bool()
+    return distributed.broadcast(second.byte()).bool()  # others may round differently

@@ -1,14 +1,12 @@
 """The two memories of Online Deep Clustering (paper, section "Online Deep Clustering").
 
-The samples memory holds a moving feature F_i and a pseudo-label y_i for every image i. The
-centroids memory holds the mean feature C_c of every cluster c. N_c is the number of images in
-cluster c. The momentum m is the share of the new feature: F_i <- m z_i + (1 - m) F_i, normalised.
+The samples memory holds a moving feature F_i and a pseudo-label y_i for every image i, and the
+centroids memory the mean feature C_c of the N_c images of every cluster c. The momentum m is the
+share of the new feature: F_i <- m z_i + (1 - m) F_i, normalised.
 
-Features are split over the processes: each holds the contiguous rows `rows` of all N. Labels,
-centroids and cluster sizes are the same on every process. Public methods are collectives.
-
-`images` are indices of images: ascending int64 tensors on the CPU. So their lengths are known
-without waiting for a GPU, and the images of one process are neighbours in them.
+Each process holds the features of its contiguous `rows`, and their sums. Labels, centroids and
+sizes are the same everywhere. Public methods are collectives. `images` are ascending int64 indices
+on the CPU: their lengths are known without waiting for a GPU, and a process's are neighbours.
 """
 
 import torch
@@ -45,34 +43,26 @@ class ODCMemory:
         self._count()
         self.update_centroids()
 
-    # --- samples memory --------------------------------------------------------------------------
-
     def update_samples(self, indices, z):
         """Move the features of a batch and relabel it (paper, Eq. 1 and 2).
 
-        indices: int64 [M] on the CPU, and z: [M, d] finite, the network's outputs: the batch of all
-        processes, gathered in rank order. If an image occurs several times, its last occurrence
-        counts. Returns the share of the images whose label changed, 0-dim float64.
+        indices: int64 [M] on the CPU. z: [M, d] finite. Both are of all processes, in rank order;
+        an image's last occurrence counts. Returns the share of labels that changed, 0-dim float64.
         """
         images, last = _last_occurrences(indices)
         own, rows = self._own(images)
         z = F.normalize(z[self._to_device(last[own])].float())
         before = self.features[rows]
-
         # Eq. 1, and Eq. 2 as the recipe has it: argmax_c <F_i, C_c> instead of the nearest C_c.
         features = F.normalize(self.momentum * z + (1 - self.momentum) * before)
         labels = nearest_centroids(features, self.centroids, inner_product=True)
-
         self.features[rows] = features
         labels = self._collect(labels, own, len(images))
         changed = self._relabel(images, labels, own, before, features)
         return changed.double() / len(images)
 
     def _relabel(self, images, labels, own, before, features):
-        """Set y of distinct images, and keep sizes and sums in step; returns the number of changes.
-
-        before, features: the old and the new features of images[own].
-        """
+        """Relabel distinct images, with old and new features of images[own] -> how many changed."""
         images = self._to_device(images)
         old_labels, self.labels[images] = self.labels[images], labels
         self.sums.add(before, old_labels[own], sign=-1)
@@ -81,20 +71,15 @@ class ODCMemory:
         self.cluster_sizes.index_add_(0, old_labels, torch.ones_like(labels), alpha=-1)
         return (labels != old_labels).sum()
 
-    # --- centroids memory ------------------------------------------------------------------------
-
     def update_centroids(self):
         """C_c <- mean of F_i over y_i = c. The centroid of an empty cluster stays as it was."""
         means = self.sums.means(self.cluster_sizes)
         self.centroids = torch.where(self.cluster_sizes[:, None] > 0, means, self.centroids)
 
-    # --- clustering distribution -----------------------------------------------------------------
-
     def split_small_clusters(self):
         """Dissolve the small clusters, then refill each with half of a large one, as in the paper.
 
-        Returns how many were refilled: none while every cluster is small. Clusters of fewer than
-        2 x min_cluster_size images are not split, so some may stay empty if there are no larger.
+        Returns how many were refilled. Clusters below 2 x min_cluster_size are not split.
         """
         sizes = self.cluster_sizes.cpu()
         small = sizes < self.min_cluster_size
@@ -150,8 +135,6 @@ class ODCMemory:
         weights = self.cluster_sizes.clamp(min=1).double() ** -power
         return (weights / weights.sum()).float()
 
-    # --- rows of this process, and of the others -------------------------------------------------
-
     def _own(self, images):
         """The part of `images` that this process holds: a slice of them, and their rows."""
         bounds = torch.tensor([self.rows.start, self.rows.stop])
@@ -166,8 +149,6 @@ class ODCMemory:
 
     def _to_device(self, tensor):
         return tensor.to(self.labels.device, non_blocking=True)
-
-    # --- checkpoint ------------------------------------------------------------------------------
 
     def state_dict(self):
         """labels [N] and centroids [K, d]. Features are saved by rows: runtime/checkpoint.py."""

@@ -10,10 +10,8 @@ ARCHS = {
     "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
     "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
     "resnet101": (Bottleneck, (3, 4, 23, 3), 64),
-    # Ours, for small images on a CPU: at most a tenth of resnet18's arithmetic.
-    "narrow": (BasicBlock, (1, 1, 1, 1), 16),
+    "narrow": (BasicBlock, (1, 1, 1, 1), 16),  # ours, for small images on a CPU
 }
-
 FEATURE_DIM = 256  # d, the width of a feature (recipe)
 
 
@@ -25,7 +23,6 @@ def use_small_stem(image_size):
 class ResNet(nn.Module):
     """The backbone: v1.5 (the stride is in the 3x3 convolution), torchvision's names, no `fc`.
 
-    arch: a key of ARCHS. small_stem: see `use_small_stem`.
     Convolutions start Kaiming-normal with fan_in, as in OpenSelfSup's r50_v1, which made the
     published SVM, low-shot and ImageNet linear rows. MMSelfSup's recipe has fan_out.
     """

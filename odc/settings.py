@@ -1,7 +1,6 @@
 """The settings of a training run: arguments, the three presets, and what cannot work.
 
 A setting that is not given comes from the checkpoint of the run that goes on, else from a preset:
-
     recipe   the published odc_resnet50_8xb64-steplr-440e_in1k; for 200,000 images or more
     small    for fewer images; size of images, clusters and epochs follow from the images
     demo     for the drawn shapes, which are there without any data
@@ -28,22 +27,19 @@ RECIPE = dict(
     reweight_power=0.5, initial="network", recluster_interval=0, offline_epochs=0, epochs=440,
     batch_size=512, lr=0.06, lr_schedule="step", weight_decay=1e-5, checkpoint_interval=1000,
     seed=0, amp="off")
-# Chosen in trials on small sets, see tests/benchmarks/learning/README.md: pixels know more of a
-# small set than a random network, re-clustering renews all features, and the colours of SimCLR
-# keep pixels from deciding by brightness. `_follow_images` sets what is missing here.
+# Chosen in trials, see tests/benchmarks/learning/README.md; the jitter is SimCLR's, against
+# decisions by brightness. `_follow_images` sets what is missing here.
 SMALL = RECIPE | dict(
     crop_scale=0.5, jitter=[0.8, 0.8, 0.8, 0.2], memory_momentum=0.1, initial="pixels",
     batch_size=64, lr_schedule="cosine", image_size=None, arch=None, num_clusters=None,
     min_cluster_size=None, epochs=None, recluster_interval=None, offline_epochs=None)
 # Chosen without labels, by the agreement of the clusters of several seeds.
-DEMO = RECIPE | dict(
-    arch="narrow", image_size=32, num_clusters=60, crop_scale=0.5, epochs=20, batch_size=64,
-    checkpoint_interval=100)
+DEMO = RECIPE | dict(arch="narrow", image_size=32, num_clusters=60, crop_scale=0.5, epochs=20,
+                     batch_size=64, checkpoint_interval=100)
 PRESETS = {"recipe": RECIPE, "small": SMALL, "demo": DEMO}
 
-# Settings that may differ when a run is continued.
 MAY_DIFFER = {"data", "output", "workers", "device", "tensorboard", "export_only", "epochs",
-              "checkpoint_interval"}
+              "checkpoint_interval"}  # when a run is continued
 
 
 def make_parser():
@@ -61,9 +57,7 @@ def make_parser():
                 values = values[:1] if len(set(values)) == 1 else values
                 help += f" ({' | '.join(values)})"
             add(flag, help=help, **options)
-
         return argument
-
     add = group("data")
     add("--data", metavar="PATH", type=path, help="folder of images, or the word shapes (default: "
         "data/imagenet if it exists, else shapes)")
@@ -76,11 +70,9 @@ def make_parser():
         help="brightness, contrast, saturation and hue jitter")
     add("--workers", metavar="N", type=whole(0, 256), help="processes that read images, per "
         "training process (default: up to 4; 0 for images in memory)")
-
     add = group("network")
     add("--arch", choices=list(ARCHS), help="backbone; narrow is for small images")
     add("--pretrained", metavar="FILE", type=path, help="start from this backbone")
-
     add = group("clusters and memories")
     add("--num-clusters", metavar="K", type=whole(1), help="number of clusters")
     add("--min-cluster-size", metavar="N", type=whole(0), help="smaller ones are dissolved")
@@ -93,7 +85,6 @@ def make_parser():
         "that both memories start anew from all images; 0: only after --offline-epochs")
     add("--offline-epochs", metavar="EPOCHS", type=whole(0),
         help="first epochs, in which only k-means moves the labels")
-
     add = group("optimisation")
     add("--epochs", metavar="N", type=whole(1, 10**6), help="epochs in all")
     add("--batch-size", metavar="N", type=whole(2, 10**6), help="of all processes together")
@@ -101,7 +92,6 @@ def make_parser():
     add("--lr-schedule", choices=["step", "cosine"],
         help="step: x 0.4 after 10/11 of the epochs; cosine: down to 0")
     add("--weight-decay", metavar="WD", type=number(0, 1e3), help="of all parameters")
-
     add = group("run")
     add("--seed", metavar="N", type=whole(0), help="decides everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
@@ -128,10 +118,7 @@ def parse(arguments=None):
 
 
 def resolve_defaults(args, dataset, saved, device):
-    """Set what was not given: from the checkpoint `saved`, or from the preset.
-
-    Raises UserError if the processes have different arguments or checkpoints. A collective.
-    """
+    """Set what was not given. A collective. Raises UserError if arguments or checkpoints differ."""
     own = {"data", "output", "workers"}  # of a machine
     for what, value in (("arguments", {k: v for k, v in vars(args).items() if k not in own}),
                         ("checkpoints", saved and (saved["progress"], saved["log_position"]))):
@@ -179,8 +166,7 @@ def _follow_images(args, dataset, device):
     _fill(args, dict(image_size=max(24, min(side, 64 if on_cpu else 224)) // 4 * 4,
                      num_clusters=max(2, min(1000, N // 40)),
                      epochs=max(30, min(200, 2_000_000 // N))))
-    # 60,000 images are drawn in between.
-    every = max(1, min(round(60_000 / N), args.epochs // 4))
+    every = max(1, min(round(60_000 / N), args.epochs // 4))  # 60,000 images in between
     _fill(args, dict(arch="narrow" if args.image_size <= 64 and on_cpu else "resnet18",
                      min_cluster_size=max(1, N // args.num_clusters // 8),  # an eighth of the mean
                      recluster_interval=every, offline_epochs=every))

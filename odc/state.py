@@ -29,8 +29,6 @@ class Progress:
 
 @dataclass
 class State:
-    """All that learns or remembers. A checkpoint holds it."""
-
     network: ODC
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -67,15 +65,11 @@ def save(state, dataset, log):
         unreadable=dataset.left_out, fingerprint=dataset.fingerprint, arch=backbone.arch,
         small_stem=backbone.small_stem, optimizer=state.optimizer.state_dict(),
         scaler=state.scaler.state_dict(), final_clusters=state.final_clusters,
-        log_position=log.position(),
-    ), state.memory.features, len(dataset), state.memory_parts)
+        log_position=log.position()), state.memory.features, len(dataset), state.memory_parts)
 
 
 def restore(state, saved):
-    """Continue from the checkpoint `saved`, with any number of processes. A collective.
-
-    Raises UserError for content that no run with these settings has written.
-    """
+    """Continue from the checkpoint `saved`. A collective. Raises UserError if it does not fit."""
     network, memory, optimizer = state.network, state.memory, state.optimizer
     state.labels_before = memory.labels
     with distributed.raise_everywhere(), checkpoint.reading(state.path):
