@@ -51,6 +51,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
     state.final_clusters = None  # out of date as soon as the weights change
     loss_weights = memory.loss_weights(args.reweight_power)
     bar = progress_bar(steps, f"epoch {epoch + 1}/{args.epochs}", initial=progress.step)
+
     for step in range(progress.step, steps):
         try:
             with distributed.raise_everywhere():  # an error of one process stops all
@@ -62,6 +63,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
         images = augment_batch(batch.images.to(device, non_blocking=True), batch.draws)
         images = images.contiguous(memory_format=torch.channels_last)  # [B, 3, S, S]
         labels = memory.labels[batch.indices.to(device, non_blocking=True)]  # [B]
+
         # 1. Features z [B, d] and logits [B, K], one for each cluster.
         with autocast:
             z, logits = model(images)
@@ -215,10 +217,12 @@ def log_measures(log, progress, labels, dataset, when, record):
 
 
 def main(arguments=None):
+    # Process group and device.
     args = settings.parse(arguments)
     device, output = distributed.init(args.device), Path(args.output)
     launch.catch_signals()
 
+    # Data, and the checkpoint of an earlier start.
     with distributed.raise_everywhere():
         dataset = open_dataset(args.data, "train", exclude=(args.output,))
     saved, lock = checkpoint.open_run(output)  # the lock lasts as long as this function
@@ -227,6 +231,7 @@ def main(arguments=None):
     print_settings(vars(args))
     settings.validate(args, dataset, saved, device)
 
+    # Network and optimizer.
     torch.manual_seed(args.seed)
     network = ODC(args.arch, use_small_stem(args.image_size), num_clusters=args.num_clusters)
     if args.pretrained and not saved:
@@ -243,6 +248,7 @@ def main(arguments=None):
     half = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
 
+    # Both memories: from the checkpoint, or from k-means of the first features.
     run_settings = saved["settings"] if args.export_only else vars(args)
     state = State(network, optimizer, scaler, run_settings, output / "checkpoint.pth")
     if saved:
@@ -265,6 +271,7 @@ def main(arguments=None):
     del saved
     held_out = knn.open_held_out(args.data, dataset) if dataset.labels is not None else None
 
+    # Gradients are averaged over the processes.
     model = network
     if distributed.world_size() > 1:
         model = DistributedDataParallel(
