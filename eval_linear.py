@@ -159,7 +159,8 @@ def main():
     name, protocol, changed = linear.choose_protocol(args, network.train)
     print_main(f"protocol {name} on {len(network.train):,} images; changed: {changed or 'nothing'}")
     print_settings(asdict(protocol))
-    print_main(f"checkpoint after each epoch: {args.output and checkpoint_path(args)}")
+    kept = checkpoint_path(args) if args.output else "none, as there is no --output"
+    print_main(f"checkpoint after each epoch: {kept}")
     classifiers = linear.LinearClassifiers(network, protocol.columns, args.seed)
     optimizer = linear.make_optimizer(classifiers, protocol)
     history = train(args, network, protocol, classifiers, optimizer)
