@@ -67,10 +67,9 @@ def main(device):
     arch, size, batch, N, K, steps = (
         ("resnet50", 224, 512, 1_281_167, 10_000, 10) if device.type == "cuda" else
         ("narrow", 32, 64, 5000, 60, 20))
-    args = settings.parse([
-        "--data", "made up", "--arch", arch, "--image-size", str(size), "--batch-size", str(batch),
-        "--num-clusters", str(K), "--checkpoint-interval", str(10**9)])
-    args = argparse.Namespace(**settings.RECIPE | {k: v for k, v in vars(args).items() if v})
+    args = argparse.Namespace(**settings.RECIPE | dict(
+        workers=0, arch=arch, image_size=size, batch_size=batch, num_clusters=K,
+        checkpoint_interval=10**9))
     dataset = ImageSet("folder", "train", "made up", pixels=range(batch * steps))
     state = make_state(device, arch, size, N, K)
     batches = make_batches(device, size, batch, N, steps)
@@ -80,7 +79,7 @@ def main(device):
         state.progress.step = 0
         with mock.patch.object(train, "training_batches", lambda *_, **__: batches), (
                 mock.patch.object(train, "LOG_INTERVAL", 10**9)):
-            train.train_epoch(args, state, state.network, dataset, None, autocast)
+            train.train_epoch(args, state, state.network, dataset, mock.Mock(), autocast)
 
     times = interleave({"ODC step": odc_epoch, "plain supervised step":
                         lambda: plain_epoch(state, batches, autocast)}, rounds=8)
