@@ -169,7 +169,7 @@ def test_another_number_of_processes_goes_on(folder, finished, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--data", "nowhere/to/be/found"], ["nowhere/to/be/found", "does not exist"]),
     (["--arch", "vit"], ["--arch", "vit"]),
-    (["--epochs", "0"], ["--epochs", "'0'"]),
+    (["--epochs", "0"], ["--epochs 0", "--pretrained"]),
     (["--lr", "nan"], ["--lr", "nan"]),
     (["--lr", "-1"], ["--lr"]),
     (["--memory-momentum", "1.5"], ["--memory-momentum", "1.5"]),
