@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from odc import distributed, settings
-from odc.clusters import cluster_images, neck_features
+from odc.clusters import cluster_images, compare_with_pixels, neck_features
 from odc.data.augmentation import Augmentation, augment_batch, clustering_transform
 from odc.data.datasets import check_same_images, open_dataset
 from odc.data.images import KEPT_BYTES
@@ -200,6 +200,10 @@ def cluster_after_training(args, state, dataset, log):
                                 whole_images=dataset.whole_images)
     save(state, dataset, log)
     write_rows(output / "features.npy", clustering.features, len(dataset))
+    verdict = ""
+    if args.preset == "small" and len(dataset) > 40:
+        verdict = compare_with_pixels(dataset, clustering.features, args.num_clusters, args.workers)
+        print_main(verdict)
     with distributed.raise_everywhere():
         if distributed.is_main():
             clustering.features = np.load(output / "features.npy", mmap_mode="r")

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 
 from odc import distributed
 from odc.data.augmentation import clustering_transform
-from odc.features import extract
-from odc.kmeans import ClusterSums, kmeans
+from odc.evaluation import metrics
+from odc.features import extract, unit_pixels
+from odc.kmeans import ClusterSums, kmeans, nearest_centroids
 from odc.model import CentredPool
+
+COMPARED = 10_000  # images, for the comparison with pixels
 
 
 @dataclass
@@ -88,6 +91,33 @@ def estimate_statistics(neck, pooled, num_images):
     mean, square = distributed.all_reduce(sums) / num_images
     neck.bn1.running_mean.copy_(mean)
     neck.bn1.running_var.copy_((square - mean.square()).clamp(min=0))
+
+
+def compare_with_pixels(dataset, features, num_clusters, workers=0):
+    """A sentence on which clusters are more stable: of features [n, d] or of pixels. A collective.
+
+    It needs no labels: K-means of either half of the images clusters all of them, twice.
+    """
+    step = -(-len(dataset) // COMPARED)
+    pixels = extract(unit_pixels, dataset.take(range(0, len(dataset), step)),
+                     clustering_transform(32, dataset.whole_images), 3 * 32**2, features.device,
+                     workers=workers, unreadable_share=0)
+    ours, theirs = (halves_agreement(rows, num_clusters) for rows in (features[::step], pixels))
+    verdict = ("the network's clusters are better" if ours > theirs else
+               "the pixels' clusters are better: learn longer, or start with --pretrained")
+    return (f"The clusters of two halves of the images agree by {ours:.2f} (NMI), those of the raw "
+            f"pixels by {theirs:.2f}: {verdict}.")
+
+
+def halves_agreement(features, num_clusters):
+    """NMI in 0..1 of all rows' labels by the even rows' centroids and by the odd ones'."""
+    labels = []
+    for half in (features[::2], features[1::2]):
+        num_rows = int(distributed.all_reduce(torch.tensor(len(half))))
+        _, centroids = kmeans(half.contiguous(), max(1, min(num_clusters, num_rows // 10)))
+        own = nearest_centroids(features, centroids)
+        labels.append(distributed.all_gather_uneven_rows(own).cpu())
+    return metrics.nmi(*labels)
 
 
 def cosine_to_centroid(features, centroids, labels):
