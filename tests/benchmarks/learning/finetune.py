@@ -54,6 +54,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--image-size", default="112")
     parser.add_argument("--epochs", nargs="+", default=["0", "10", "20"])
+    parser.add_argument("--scratch-epochs", default="200")
     parser.add_argument("--lr", nargs="+", default=["0.06", "0.006"])
     parser.add_argument("--seed", default="0")
     args = parser.parse_args()
@@ -68,9 +69,9 @@ def main():
           + scores(pixels, kmeans(pixels, K, seed=int(args.seed))[0], labels) + " | |", flush=True)
     scratch = odc.model.ResNet
     for title, epochs, lr, more in [
-            ("ODC from scratch", "200", "0.06", []),
             *((f"Lite0, {epochs} epochs of ODC, lr {lr}", epochs, lr, ["--pretrained", "resnet18"])
-              for epochs in args.epochs for lr in args.lr[:1 if epochs == "0" else None])]:
+              for epochs in args.epochs for lr in args.lr[:1 if epochs == "0" else None]),
+            ("ODC from scratch", args.scratch_epochs, "0.06", [])]:
         odc.model.ResNet = Lite0 if more else scratch
         train.load_backbone = lambda *a, **k: (Lite0(), "EfficientNet-Lite0")
         size = ["--image-size", args.image_size] if more else []
