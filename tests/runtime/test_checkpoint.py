@@ -148,7 +148,8 @@ def test_a_folder_of_someone_else_is_refused_and_stays(tmp_path, name):
     assert file.read_text() == "of someone" and set(tmp_path.rglob("*")) <= {file, file.parent}
 
 
-@pytest.mark.parametrize("name", [".lock", "memory", "checkpoint.pth", "log.jsonl"])
+@pytest.mark.parametrize("name", [
+    ".lock", "memory", "checkpoint.pth", "log.jsonl", "tensorboard"])
 def test_links_out_of_the_folder(tmp_path, name):
     (tmp_path / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=f"{tmp_path / name} is a link"):
