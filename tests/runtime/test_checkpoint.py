@@ -131,7 +131,7 @@ def test_two_programs_with_one_output(saved):
 # --- folders of runs -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [[1, 2], torch.ones(3), {}, {"epoch": 3}])
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(3), {}, {"program": "other"}])
 def test_files_that_hold_no_checkpoint_of_a_run(tmp_path, content):
     torch.save(content, tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match="checkpoint"):
@@ -148,8 +148,7 @@ def test_a_folder_of_someone_else_is_refused_and_stays(tmp_path, name):
     assert file.read_text() == "of someone" and set(tmp_path.rglob("*")) <= {file, file.parent}
 
 
-@pytest.mark.parametrize("name", [
-    ".lock", "memory", "checkpoint.pth", "log.jsonl", "tensorboard"])
+@pytest.mark.parametrize("name", [".lock", "memory", "checkpoint.pth", "log.jsonl", "tensorboard"])
 def test_links_out_of_the_folder(tmp_path, name):
     (tmp_path / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=f"{tmp_path / name} is a link"):
