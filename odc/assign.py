@@ -24,6 +24,9 @@ from odc.outputs import results
 from odc.runtime import checkpoint, launch
 from odc.runtime.arguments import Parser, check_output, path, whole
 
+# How a file of vectors begins.
+NUMPY_START = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': ("
+
 
 def make_parser():
     parser = Parser("Find the cluster of every image in a folder, by a finished run of train.py.")
@@ -110,7 +113,7 @@ def main(arguments=None):
             "features.npy", "labels.npy", "centroids.npy", "clusters.csv"))]  # of the run
         for option, file, start in (("--folders", args.folders, b""),
                                     ("--output", args.output, b"path,cluster,similarity"),
-                                    ("--features", args.features, b"\x93NUMPY")):
+                                    ("--features", args.features, NUMPY_START)):
             if file:
                 check_output(option, file, start, taken)
                 taken.append(file)

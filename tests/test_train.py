@@ -177,13 +177,11 @@ def test_another_number_of_processes_goes_on(folder, finished, tmp_path):
     (["--num-clusters", "200", "--min-cluster-size", "0"],
      ["--num-clusters 200", "need 200 images"]),
     (["--min-cluster-size", "100"], ["--min-cluster-size 100", "800", "150"]),
-    (["--amp", "fp16"], ["--amp fp16", "bf16"]),
     (["--device", "cuda:77"], ["--device cuda:77"]),
     (["--pretrained", "nothing.pth"], ["nothing.pth"]),
-    (["--batch-size", "1"], ["--batch-size"]),
+    (["--batch-size", "1"], ["--batch-size"]), (["--amp", "fp16"], ["--amp fp16", "bf16"]),
     (["--tensorboard"], ["--tensorboard", "pip install tensorboard"]),
-    (["--export-only"], ["--export-only", "there is no run"]),
-    (["--unknown"], ["--unknown"]),
+    (["--export-only"], ["--export-only", "there is no run"]), (["--unknown"], ["--unknown"]),
 ])
 def test_mistakes_are_one_sentence(folder, tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

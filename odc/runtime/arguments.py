@@ -69,7 +69,7 @@ def check_output(option, file, start, taken=()):
     problem = None
     if os.path.realpath(file) in map(os.path.realpath, taken):
         problem = "it is read, or written by a run or another argument"
-    elif not os.access(os.path.dirname(file), os.W_OK):  # a link there is replaced, not followed
+    elif not os.access(os.path.dirname(os.path.abspath(file)), os.W_OK):  # a link is replaced
         problem = "its folder is missing or not writable"
     elif os.path.isfile(file):
         with open(file, "rb") as there:

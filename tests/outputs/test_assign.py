@@ -178,6 +178,7 @@ def test_checkpoints_that_are_not_of_a_finished_run(finished, folder, tmp_path, 
     *[({option: name}, f"--{option} .*/{name}: it is read, or written") for option, name in (
         ("output", "linked.csv"), ("output", "clusters.csv"), ("features", "new"),
         ("features", "labels.npy"), ("features", "features.npy"))],
+    (dict(features="a.npy"), "--features .*/a.npy: this file is not a result of this program"),
     (dict(folders="no/sorted"), "--folders .*/no/sorted: its folder is missing"),
     (dict(folders="memory"), "--folders .*/memory: choose a new folder"),
     (dict(data="here", folders="sorted"), "--folders .*/sorted: choose a new folder, outside --d")])
@@ -185,6 +186,7 @@ def test_mistakes_are_one_sentence(finished, folder, tmp_path, monkeypatch, chan
     monkeypatch.chdir(shutil.copytree(finished, tmp_path / "run"))
     os.symlink("checkpoint.pth", "linked.csv")
     os.symlink(".", "here")
+    os.link("labels.npy", "a.npy")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     given = dict(checkpoint="checkpoint.pth", data=str(folder), output="new") | change
     with pytest.raises(UserError, match=words) as error:
