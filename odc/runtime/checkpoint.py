@@ -98,10 +98,14 @@ def open_run(output):
         for link in filter(Path.is_symlink, map(output.joinpath, names)):
             raise UserError(f"{link} is a link: remove it, or choose another --output.")
         output.mkdir(parents=True, exist_ok=True)
-        # The lock's text marks a run that has no checkpoint yet.
-        text = lock.read_bytes() if lock.is_file() else b""
-        others = [name for name in os.listdir(output) if name != lock.name or text]
-        if read_run(path) is None and others and not text.startswith(PROGRAM.encode()):
+        text = lock.read_text(errors="replace") if lock.is_file() else ""
+        program, _, token = text.strip().rpartition(" ")
+        others = set(os.listdir(output)) - ({lock.name} if text == "" else set())
+        if program == PROGRAM:  # a run has begun there: without a checkpoint yet, its log is empty
+            others -= {lock.name, "memory", "unreadable.txt", "tensorboard"}
+            others = [name for name in others if not name.endswith(f".{token}.partial")
+                      and (name != "log.jsonl" or (output / name).stat().st_size)]
+        if read_run(path) is None and others:
             raise UserError(f"--output {output} holds other files and no run: choose a new folder.")
     with distributed.raise_everywhere():
         lock = _lock(output) if distributed.is_main() else None

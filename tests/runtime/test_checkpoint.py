@@ -157,18 +157,22 @@ def test_links_out_of_the_folder(tmp_path, name):
 
 
 def test_what_a_killed_process_has_left(tmp_path, monkeypatch):
-    """It goes, also before the first checkpoint; everything else stays."""
+    """It goes, also before the first checkpoint, if nothing of someone else has come since."""
     checkpoint.open_run(tmp_path)[1].close()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: os._exit(9))
         if (child := os.fork()) == 0:
             checkpoint.write_dict(tmp_path / "backbone.pth", {"epoch": 3})
         os.waitpid(child, 0)
-    (tmp_path / "log.jsonl").write_text("{}")
-    (tmp_path / "film.mkv.partial").write_text("of someone")
-    assert len(os.listdir(tmp_path)) == 4
+    for name in ("film.mkv.partial", "log.jsonl"):
+        (tmp_path / name).write_text("of someone")
+        with pytest.raises(UserError, match="holds other files"):
+            checkpoint.open_run(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "log.jsonl").touch()
+    assert len(os.listdir(tmp_path)) == 3
     assert checkpoint.open_run(tmp_path)[0] is None
-    assert sorted(os.listdir(tmp_path)) == [".lock", "film.mkv.partial", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "log.jsonl"]
 
 
 # --- the rows of several processes ---------------------------------------------------------------
