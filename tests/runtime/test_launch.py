@@ -111,8 +111,7 @@ def test_too_little_memory(error, remedy, capsys):
 
 def test_a_log_that_was_cut_and_events_that_fail(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
-    cut = log.Log(tmp_path / "log.jsonl", 5)
-    cut.events = object()  # for TensorBoard
+    (cut := log.Log(tmp_path / "log.jsonl", 5)).events = object()  # for TensorBoard
     cut.write(step=2, loss=3.0)
     assert cut.events is None
     assert (tmp_path / "log.jsonl").read_text().splitlines()[-1] == '{"step": 2, "loss": 3.0}'
