@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from odc import distributed
-from odc.data.augmentation import evaluation_transform
-from odc.features import extract
-from odc.kmeans import ClusterSums, kmeans
+from odc.data.augmentation import clustering_transform
+from odc.evaluation import metrics
+from odc.features import extract, unit_pixels
+from odc.kmeans import ClusterSums, kmeans, nearest_centroids
+from odc.model import CentredPool
+
+COMPARED = 10_000  # images, for the comparison with pixels
 
 
 @dataclass
@@ -24,22 +28,23 @@ class Clustering:
     similarity: torch.Tensor  # float32 [N], cosine to the centroid of the own cluster, on the CPU
     centroids: torch.Tensor  # float32 [K, d], on the CPU; rows of -1 for empty clusters
     features: torch.Tensor  # float32 [n, d], unit rows: of this process, or of all images
-    neck: torch.nn.Module | None = None  # the network's, with batch norm statistics of all images
+    neck: torch.nn.Module  # gave the features, with statistics of all images
 
 
-def cluster_images(network, dataset, memory, image_size, workers=0):
+def cluster_images(network, dataset, memory, image_size, workers=0, trained=True):
     """The Clustering of the unaugmented images, from that of `memory` on. A collective.
 
+    trained: whether the neck is; else the backbone's features are clustered, less their mean.
     Clusters below memory.min_cluster_size give way to halves of wide ones, while there are any.
     Raises UserError if an image cannot be read any more.
     """
-    device, K = memory.labels.device, len(memory.centroids)
-    backbone, neck = network.backbone.eval(), copy.deepcopy(network.neck).eval()
+    device, K, backbone = memory.labels.device, len(memory.centroids), network.backbone.eval()
     pooled = extract(lambda images: backbone(images)[-1].mean((2, 3)), dataset,
-                     evaluation_transform(image_size), backbone.out_channels[-1], device,
-                     workers=workers, unreadable_share=0)  # [n, C]
-    estimate_statistics(neck, pooled, len(dataset))
-    features = torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])  # [n, d]
+                     clustering_transform(image_size, dataset.whole_images),
+                     backbone.out_channels[-1], device, workers=workers,
+                     unreadable_share=0)  # [n, C]
+    neck = copy.deepcopy(network.neck).eval() if trained else CentredPool(pooled.shape[1])
+    features = neck_features(neck.to(device), pooled, len(dataset))
     sums = ClusterSums(K, features.shape[1], len(dataset), device)
     sums.add(features, memory.labels[memory.rows])
     start = sums.means(memory.labels.bincount(minlength=K))  # [K, d]
@@ -61,14 +66,24 @@ def cluster_images(network, dataset, memory, image_size, workers=0):
 
 
 @torch.no_grad()
+def neck_features(neck, pooled, num_images):
+    """`unit_features` [n, d] after the neck has got the statistics of all images. A collective."""
+    estimate_statistics(neck, pooled, num_images)
+    return torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])
+
+
+@torch.no_grad()
 def unit_features(neck, pooled):
     """The neck of pooled features [B, C] of the last map, L2-normalised: [B, d]."""
     return F.normalize(neck(pooled[:, :, None, None]).float())
 
 
-@torch.no_grad()
 def estimate_statistics(neck, pooled, num_images):
-    """Give the neck's batch norm the mean and variance of all images. A collective."""
+    """Give the neck the mean, and its batch norm the variance, of all images. A collective."""
+    if isinstance(neck, CentredPool):
+        total = distributed.all_reduce(F.normalize(pooled).sum(0, dtype=torch.float64))
+        neck.mean.copy_(total / num_images)
+        return
     sums = torch.zeros(2, neck.bn1.num_features, dtype=torch.float64, device=pooled.device)
     for rows in pooled.split(4096):
         hidden = neck.fc1(rows).double()
@@ -76,6 +91,33 @@ def estimate_statistics(neck, pooled, num_images):
     mean, square = distributed.all_reduce(sums) / num_images
     neck.bn1.running_mean.copy_(mean)
     neck.bn1.running_var.copy_((square - mean.square()).clamp(min=0))
+
+
+def compare_with_pixels(dataset, features, num_clusters, workers=0):
+    """A sentence on which clusters are more stable: of features [n, d] or of pixels. A collective.
+
+    It needs no labels: K-means of either half of the images clusters all of them, twice.
+    """
+    step = -(-len(dataset) // COMPARED)
+    pixels = extract(unit_pixels, dataset.take(range(0, len(dataset), step)),
+                     clustering_transform(32, dataset.whole_images), 3 * 32**2, features.device,
+                     workers=workers, unreadable_share=0)
+    ours, theirs = (halves_agreement(rows, num_clusters) for rows in (features[::step], pixels))
+    verdict = ("the network's clusters are better" if ours > theirs else
+               "the pixels' clusters are better: learn longer, or start with --pretrained")
+    return (f"The clusters of two halves of the images agree by {ours:.2f} (NMI), those of the raw "
+            f"pixels by {theirs:.2f}: {verdict}.")
+
+
+def halves_agreement(features, num_clusters):
+    """NMI in 0..1 of all rows' labels by the even rows' centroids and by the odd ones'."""
+    labels = []
+    for half in (features[::2], features[1::2]):
+        num_rows = int(distributed.all_reduce(torch.tensor(len(half))))
+        _, centroids = kmeans(half.contiguous(), max(1, min(num_clusters, num_rows // 10)))
+        own = nearest_centroids(features, centroids)
+        labels.append(distributed.all_gather_uneven_rows(own).cpu())
+    return metrics.nmi(*labels)
 
 
 def cosine_to_centroid(features, centroids, labels):

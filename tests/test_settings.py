@@ -12,10 +12,12 @@ from tests.runs import SMALL, assert_same_run, log_of, run_main, state_of
 CPU = torch.device("cpu")
 
 
-def chosen(arguments, dataset, saved=None, device=CPU):
-    """The settings of train.py with these arguments and these images."""
+def chosen(arguments, dataset, saved=None, device=CPU, pretrained=None):
+    """The settings of train.py with these arguments and images, where 800 are learned a second."""
     args = settings.parse(arguments)
-    settings.resolve_defaults(args, dataset, saved, device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "images_per_second", lambda *rest: 800)
+        settings.resolve_defaults(args, dataset, saved, device, pretrained)
     return args
 
 
@@ -33,7 +35,7 @@ def test_a_small_set_has_its_own_settings():
 
 
 @pytest.mark.parametrize("num_images, num_clusters, epochs", [
-    (60, 2, 200), (3000, 75, 200), (60_000, 1000, 33), (199_999, 1000, 30)])
+    (60, 2, 200), (3000, 75, 200), (60_000, 1000, 20), (199_999, 1000, 10)])
 def test_clusters_and_epochs_follow_the_number_of_images(num_images, num_clusters, epochs):
     args = chosen(["--data", "somewhere"], made_up(num_images))
     assert (args.num_clusters, args.epochs) == (num_clusters, epochs)
@@ -86,7 +88,7 @@ def test_a_run_continues_with_its_settings():
 
 def image_size_where_one_process_measures_other_images():
     images = made_up(100)
-    images.typical_side = lambda: (32, 48)[distributed.rank()]
+    images.typical_size = lambda: [(32, 48)[distributed.rank()], 64]
     return chosen(["--data", "somewhere"], images).image_size
 
 
@@ -96,7 +98,7 @@ def test_processes_agree_on_the_size_of_images():
 
 
 def test_images_of_files_are_measured(folder):
-    assert open_dataset(str(folder)).typical_side() in range(8, 200)
+    assert open_dataset(str(folder)).typical_size() == [36, 40]
 
 
 HYBRID = ["--initial", "pixels", "--recluster-interval", "1", "--offline-epochs", "1",

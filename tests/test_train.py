@@ -170,7 +170,7 @@ def test_another_number_of_processes_goes_on(folder, finished, tmp_path):
     (["--data", "nowhere/to/be/found"], ["nowhere/to/be/found", "does not exist"]),
     (["--data", __file__], ["test_train.py", "is no folder"]),
     (["--workers", "2"], ["--workers 2", "/dev/shm", "--shm-size"]),
-    (["--arch", "vit"], ["--arch", "vit"]), (["--epochs", "0"], ["--epochs", "'0'"]),
+    (["--arch", "vit"], ["--arch", "vit"]), (["--epochs", "0"], ["--epochs 0", "--pretrained"]),
     (["--lr", "nan"], ["--lr", "nan"]), (["--lr", "-1"], ["--lr"]),
     (["--memory-momentum", "1.5"], ["1.5"]), (["--batch-size", "many"], ["--batch-size", "many"]),
     (["--num-clusters", "200", "--min-cluster-size", "0"], ["-clusters 200", "need 200 images"]),

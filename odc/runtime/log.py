@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import textwrap
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -84,6 +85,13 @@ def progress_bar(total, description, unit="step", initial=0):
     """A tqdm bar, on process 0 and a terminal only."""
     return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False,
                 dynamic_ncols=True, disable=None if distributed.is_main() else True)
+
+
+def print_end(epochs, seconds):
+    """Print when a run will be done."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    print_main(f"About {f'{hours} h ' if hours else ''}{minutes} min for {epochs} epochs on this "
+               f"machine, until {time.strftime('%H:%M', time.localtime(time.time() + seconds))}.")
 
 
 def print_settings(settings):

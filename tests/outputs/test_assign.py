@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from odc import assign
-from odc.data.augmentation import evaluation_transform, normalise
+from odc.data.augmentation import normalise, whole_image
 from odc.data.datasets import open_dataset
 from odc.data.images import ImageSet, Names
 from odc.errors import UserError
@@ -57,7 +57,7 @@ def expected_features(state, dataset):
     network = ODC(state["arch"], state["small_stem"], num_clusters=8).eval()
     network.backbone.load_state_dict(state["backbone"])
     network.neck.load_state_dict(state["final_clusters"]["neck"])
-    images = torch.stack([evaluation_transform(32)(dataset.load(i)) for i in range(len(dataset))])
+    images = torch.stack([whole_image(dataset.load(i), 32) for i in range(len(dataset))])
     return torch.nn.functional.normalize(network(normalise(images))[0])
 
 
