@@ -24,6 +24,9 @@ from odc.outputs import results
 from odc.runtime import checkpoint, launch
 from odc.runtime.arguments import Parser, check_output, path, whole
 
+# How a file of vectors begins.
+NUMPY_START = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': ("
+
 
 def make_parser():
     parser = Parser("Find the cluster of every image in a folder, by a finished run of train.py.")
@@ -42,10 +45,10 @@ def make_parser():
 
 def load_run(path, device):
     """(checkpoint of a run, network: images [B, 3, S, S] -> unit features [B, d], centroids)."""
-    state = checkpoint.read_dict(path)
-    if state.get("program") != checkpoint.PROGRAM or not state.get("final_clusters"):
-        raise UserError(f"--checkpoint {path}: is not of a run of this version of train.py that "
-                        "has come to its end; run its command again, with --export-only.")
+    state = checkpoint.read_run(Path(path))
+    if not state or not state.get("final_clusters"):
+        raise UserError(f"--checkpoint {path}: is not of a run that has come to its end; run its "
+                        "command again, with --export-only.")
     with checkpoint.reading(path):  # another program may have written what is in it
         centroids = state["final_clusters"]["centroids"].to(device)
         backbone = ResNet(state["arch"], state["small_stem"]).to(device).eval()
@@ -55,7 +58,12 @@ def load_run(path, device):
         neck.load_state_dict(state["final_clusters"]["neck"])
         values = [*backbone.state_dict().values(), *neck.state_dict().values(), centroids]
         dim = unit_features(neck, torch.zeros(1, backbone.out_channels[-1], device=device)).shape[1]
-        if centroids.shape[1:] != (dim,) or not all(v.isfinite().all() for v in values):
+        K, size = (state["settings"][name] for name in ("num_clusters", "image_size"))
+        if not (centroids.shape == (K, dim) and size in range(8, 4097)
+                and isinstance(state["progress"]["epoch"], int)
+                and isinstance(state["settings"]["data"], str)
+                and isinstance(state["final_clusters"]["whole_images"], bool)
+                and all(value.isfinite().all() for value in values)):
             raise ValueError("sizes that do not fit, or values that are not finite")
     backbone.to(memory_format=torch.channels_last)
     return state, lambda images: unit_features(neck, backbone(images)[-1].mean((2, 3))), centroids
@@ -101,13 +109,17 @@ def main(arguments=None):
     train = neighbours = None
     with distributed.raise_everywhere():
         vectors_path = Path(args.checkpoint).with_name("features.npy")
-        inputs = [args.checkpoint, vectors_path, args.folders or args.checkpoint]
-        check_output("--output", args.output, b"path,cluster,similarity", inputs)
-        if args.features:
-            check_output("--features", args.features, b"\x93NUMPY", [*inputs, args.output])
-        if args.folders and (os.path.lexists(args.folders)
-                             or Path(args.folders).is_relative_to(args.data)):
+        if args.folders and (os.path.lexists(args.folders) or Path(
+                os.path.realpath(args.folders)).is_relative_to(os.path.realpath(args.data))):
             raise UserError(f"--folders {args.folders}: choose a new folder, outside --data.")
+        taken = [args.checkpoint, *map(vectors_path.with_name, (
+            "features.npy", "labels.npy", "centroids.npy", "clusters.csv"))]  # of the run
+        for option, file, start in (("--folders", args.folders, b""),
+                                    ("--output", args.output, b"path,cluster,similarity"),
+                                    ("--features", args.features, NUMPY_START)):
+            if file:
+                check_output(option, file, start, taken)
+                taken.append(file)
         state, network, centroids = load_run(args.checkpoint, device)
         transform = clustering_transform(state["settings"]["image_size"],
                                          state["final_clusters"]["whole_images"])

@@ -13,7 +13,7 @@ import time
 import torch
 
 from odc import distributed
-from odc.data.loader import default_workers
+from odc.data.loader import check_shared_memory, default_workers
 from odc.distributed import print_main
 from odc.errors import UserError
 from odc.model import ARCHS, ODC, use_small_stem
@@ -228,12 +228,7 @@ def validate(args, dataset, saved, device):
     if args.batch_size % W or args.batch_size < 2 * W:
         raise UserError(f"--batch-size {args.batch_size} cannot be split evenly over {W} "
                         "processes, at least 2 each: choose another.")
-    if args.workers and os.path.isdir("/dev/shm"):  # two batches of each worker wait there
-        status, batch = os.statvfs("/dev/shm"), args.batch_size * 3 * args.image_size**2
-        if status.f_bavail * status.f_frsize < 2 * args.workers * batch:
-            raise UserError(f"--workers {args.workers}: their batches need "
-                            f"{2 * args.workers * batch >> 20} MiB of shared memory, more than "
-                            "/dev/shm has: use fewer, or give a container more (--shm-size).")
+    check_shared_memory(args.workers, args.batch_size, args.image_size)
     if args.epochs == 0 and not args.pretrained:
         raise UserError("--epochs 0 clusters by a network that has learned: give --pretrained, "
                         "such as resnet18.")

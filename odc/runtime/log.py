@@ -51,11 +51,15 @@ class Log:
                     self.file.write((json.dumps(record) + "\n").encode())
                     self.file.flush()
                     self.records += 1
-                for name in record.keys() - {"epoch", "step"} if self.events else ():
-                    self.events.add_scalar(name, record[name], record["step"])
             except OSError as error:
                 raise UserError(f"{self.file.name}: could not be written ({error.strerror}); "
                                 "make room, and start the same command again.") from None
+        try:
+            for name in record.keys() - {"epoch", "step"} if self.events else ():
+                self.events.add_scalar(name, record[name], record["step"])
+        except Exception as error:  # another program's; log.jsonl has all
+            print_main(f"warning: no more events for TensorBoard: {error}")
+            self.events = None
 
     def write_steps(self, progress, steps, cluster_sizes, lr, rate):
         """Write and show the means since the last line. steps: of an epoch; rate: images/s."""
