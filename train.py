@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from odc import distributed, settings
-from odc.clusters import cluster_images, compare_with_pixels, neck_features
+from odc.clusters import cluster_images, neck_features, stabilities
 from odc.data.augmentation import Augmentation, augment_batch, clustering_transform
 from odc.data.datasets import check_same_images, open_dataset
-from odc.data.images import KEPT_BYTES
 from odc.data.loader import steps_per_epoch, training_batches
 from odc.distributed import all_gather_rows, print_main, share_statistics
 from odc.errors import Interrupted, UserError
@@ -162,18 +161,6 @@ def cluster_before_training(args, state, dataset, device, autocast):
     network.reset_head()
 
 
-def keep_small_copies(args, dataset):
-    """Decode the files of a small set once, if what the crops need fits into memory."""
-    side = max(128, args.image_size * 3 // 2)
-    short, long = distributed.broadcast(torch.tensor(dataset.typical_size())).tolist()
-    size = len(dataset) * 3 * min(side, short) ** 2 * long // short
-    if dataset.pixels is None and size < KEPT_BYTES:
-        print_main(f"All images are kept in memory, with shorter sides of at most {side} pixels: "
-                   f"{size / 2**20:,.0f} MiB in each process.")
-        with distributed.raise_everywhere():
-            dataset.keep_small_copies(side)
-
-
 def make_memory(args, dataset, device):
     """Both memories, empty, for the images that can be read."""
     return ODCMemory(len(dataset), FEATURE_DIM, args.num_clusters, args.memory_momentum,
@@ -193,17 +180,21 @@ def cluster_after_training(args, state, dataset, log):
     clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
                                 trained=state.progress.global_step > 0)
     if state.final_clusters is None:  # trained since the last call: not logged yet
-        mean = metrics.mean_silhouette(clustering.features, clustering.labels, clustering.centroids)
+        record = {}
+        if args.preset == "small" and len(dataset) > 40:
+            network, pixels = stabilities(dataset, clustering.features, args.num_clusters,
+                                          args.workers)
+            record = dict(stability=network, stability_of_pixels=pixels)
+            better = "they are better" if network > pixels else (
+                "those are better: learn longer, or start with --pretrained")
+            print_main(f"The clusters of two halves of the images agree by {network:.2f} (NMI), "
+                       f"those of raw pixels by {pixels:.2f}: {better}.")
         log_measures(log, state.progress, clustering.labels, dataset,
-                     f"epoch {state.progress.epoch}, final clusters", dict(silhouette=mean))
+                     f"epoch {state.progress.epoch}, final clusters", record)
     state.final_clusters = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids,
                                 whole_images=dataset.whole_images)
     save(state, dataset, log)
     write_rows(output / "features.npy", clustering.features, len(dataset))
-    verdict = ""
-    if args.preset == "small" and len(dataset) > 40:
-        verdict = compare_with_pixels(dataset, clustering.features, args.num_clusters, args.workers)
-        print_main(verdict)
     with distributed.raise_everywhere():
         if distributed.is_main():
             clustering.features = np.load(output / "features.npy", mmap_mode="r")
@@ -283,8 +274,9 @@ def main(arguments=None):
     half = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
 
-    if args.preset == "small" and args.epochs and not args.export_only:
-        keep_small_copies(args, dataset)
+    if args.preset == "small" and dataset.pixels is None and args.epochs and not args.export_only:
+        with distributed.raise_everywhere():
+            dataset.keep_small_copies(max(128, args.image_size * 3 // 2))
 
     # Both memories: from the checkpoint, or from k-means of the first features.
     run_settings = saved["settings"] if args.export_only else vars(args)

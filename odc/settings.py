@@ -178,7 +178,7 @@ def _follow_images(args, dataset, device, pretrained):
     """The three formulas of preset small: size of the images, number of clusters, epochs."""
     N, on_cpu = len(dataset), device.type == "cpu"
     # Process 0's: another machine may fail to read one of the files that are measured.
-    side = int(distributed.broadcast(torch.tensor(dataset.typical_size()))[0])
+    side = int(distributed.broadcast(torch.tensor(dataset.typical_side())))
     if pretrained is None or pretrained.small_stem:
         side = max(24, min(side, 64 if on_cpu or pretrained else 224)) // 4 * 4
     else:
@@ -187,7 +187,7 @@ def _follow_images(args, dataset, device, pretrained):
                      num_clusters=max(2, min(1000, N // 40)),
                      initial="pixels" if pretrained is None else "backbone"))
     _fill(args, dict(arch="narrow" if args.image_size <= 64 and on_cpu else "resnet18",
-                     min_cluster_size=max(1, N // args.num_clusters // 8)))  # an eighth of the mean
+                     min_cluster_size=max(1, N // args.num_clusters // 8)))  # 1/8 of the mean
     if args.epochs is None:
         rate = images_per_second(args, device, has_small_stem(args, pretrained))
         args.epochs = max(10, min(200, int(HALF_HOUR * rate / N)))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from odc.distributed import print_main
 from odc.runtime import launch
 from odc.runtime.log import progress_bar
 
@@ -85,9 +86,9 @@ class ImageSet:
     def leave_out(self, unreadable):
         """Remove the images with these names, {name: reason}, from this ImageSet."""
         self.fingerprint  # cached now: it stays that of the set as it was opened
-        kept = self.take([i for i in range(len(self)) if self.name_of(i) not in unreadable])
-        self.names, self.labels, self.targets = kept.names, kept.labels, kept.targets
-        self.kept = kept.kept
+        rest = self.take([i for i in range(len(self)) if self.name_of(i) not in unreadable])
+        self.names, self.labels, self.targets = rest.names, rest.labels, rest.targets
+        self.kept = rest.kept
         self.left_out = {**self.left_out, **unreadable}
 
     @property
@@ -95,34 +96,40 @@ class ImageSet:
         """Whether people expect to see all of an image, turned as they hold it: in own folders."""
         return self.name == "folder"
 
-    def typical_size(self):
-        """The medians of the shorter and of the longer sides of 100 images, in pixels."""
+    def typical_side(self):
+        """The median of the shorter sides of 100 images, in pixels."""
         if self.pixels is not None:
-            return sorted(self.pixels.shape[1:3])
-        sizes = []
+            return min(self.pixels.shape[1:3])
+        sides = []
         for i in np.linspace(0, len(self) - 1, min(100, len(self))).round():
             with contextlib.suppress(Exception), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what is wrong with it, the loader will say
                 with Image.open(os.path.join(self.root, self.name_of(i)), formats=FORMATS) as image:
-                    sizes.append(sorted(image.size))
-        return np.median(sizes, axis=0).astype(int).tolist() if sizes else [224, 224]
+                    sides.append(min(image.size))
+        return int(np.median(sides)) if sides else 224
 
     def keep_small_copies(self, side):
-        """Decode all files once, and keep them with shorter sides of at most `side` pixels."""
+        """Decode all files once, and keep them with shorter sides of at most `side` pixels.
+
+        Nothing is kept if that takes more than KEPT_BYTES.
+        """
         def small(i):
             with contextlib.suppress(UnreadableImage):  # the first pass will say so
                 image = self.load(i, draft_side=side)
                 image.thumbnail([side * max(image.size) // min(image.size)] * 2)
                 return np.asarray(image)
 
-        bar, kept = progress_bar(len(self), "reading", "img"), []
+        bar, kept, size = progress_bar(len(self), "reading", "img"), [], 0
         with concurrent.futures.ThreadPoolExecutor() as threads:
             for copy in threads.map(small, range(len(self))):
                 launch.check_signals()
                 kept.append(copy)
+                size += 0 if copy is None else copy.nbytes
                 bar.update()
-        bar.close()
+                if size > KEPT_BYTES:
+                    return
         self.kept = kept
+        print_main(f"{len(kept):,} images are kept in memory: {size >> 20:,} MiB in each process.")
 
     def name_of(self, i):
         """The path of image i relative to the root; for images in memory, the index as text."""

@@ -90,7 +90,7 @@ def prepare(args, one_class=False):
             check_output("--output", args.output, tables.RESULT_START)
         in_memory = train.pixels is not None  # these are small
         size = args.image_size or trained_size(args.weights) or (
-            train.typical_size()[0] if in_memory else 224)
+            train.typical_side() if in_memory else 224)
         backbone, description = load_backbone(args.weights, args.arch, size, args.seed)
         if backbone.small_stem and not use_small_stem(size):
             raise UserError(f"--image-size {size}: {args.weights} is for 64 pixels or less.")

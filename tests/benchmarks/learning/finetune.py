@@ -4,7 +4,7 @@
     python -m tests.benchmarks.learning.finetune --data FOLDER --output finetune
 
 The network is EfficientNet-Lite0 with ImageNet's labels, from a pip wheel, behind the interface of
-our ResNet. Labels are the folders at the top of FOLDER; they only score. `silhouette` needs none.
+our ResNet. Labels are the folders at the top of FOLDER; they only score. `stability` needs none.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Lite0(torch.nn.Module):
 
 
 def scores(features, clusters, labels):
-    """NMI and purity of clusters, and the share of images whose nearest other one has their label."""
+    """NMI and purity of clusters; the share of images whose nearest other one has their label."""
     similarity = (features @ features.T).fill_diagonal_(-1)
     nearest = (labels[similarity.argmax(1)] == labels).double().mean()
     measures, _ = metrics.agreement(clusters, labels)
@@ -65,7 +65,7 @@ def main():
     pixels = torch.cat([unit_pixels(normalise(whole_image(dataset.load(i), 32)[None]))
                         for i in range(len(dataset))])
     print(f"{len(dataset)} images, {len(set(tops))} folders, K = {K}, {args.image_size} pixels\n\n"
-          "| | NMI | purity | nearest | silhouette |\n|---|---|---|---|---|\n| pixels | "
+          "| | NMI | purity | nearest | stability |\n|---|---|---|---|---|\n| pixels | "
           + scores(pixels, kmeans(pixels, K, seed=int(args.seed))[0], labels) + " | |", flush=True)
     scratch = odc.model.ResNet
     for title, epochs, lr, more in [
@@ -81,7 +81,7 @@ def main():
         log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         features = F.normalize(torch.from_numpy(np.load(output / "features.npy")))
         clusters = torch.from_numpy(np.load(output / "labels.npy"))
-        print(f"| {title} | {scores(features, clusters, labels)} | {log[-1]['silhouette']:.3f} |",
+        print(f"| {title} | {scores(features, clusters, labels)} | {log[-1]['stability']:.3f} |",
               flush=True)
 
 
