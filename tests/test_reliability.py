@@ -380,13 +380,13 @@ def test_soak_of_the_memory():
 
 @pytest.mark.slow
 def test_soak_of_the_demonstration(tmp_path):
-    """8 epochs; memory in use and open files of both processes, sampled from outside."""
-    ranks = fork_ranks("train.py", *arguments_for("shapes", tmp_path, "--epochs", "8",
+    """5 epochs; memory in use and open files of both processes, sampled from outside."""
+    ranks = fork_ranks("train.py", *arguments_for("shapes", tmp_path, "--epochs", "5",
                        "--batch-size", "64", "--checkpoint-interval", "3"), processes=2)
     wait_for_step(ranks[0], tmp_path, 2)
     resident, files, log = ([], []), ([], []), tmp_path / "log.jsonl"
     # Up to the last epoch: the end opens files and imports what draws them.
-    while ranks[0].poll() is None and '"epoch": 8' not in log.read_text():
+    while ranks[0].poll() is None and '"epoch": 5' not in log.read_text():
         for rank, pages, numbers in zip(ranks, resident, files):
             pages.append(int(Path(f"/proc/{rank.pid}/statm").read_text().split()[1]))
             numbers.append(len(os.listdir(f"/proc/{rank.pid}/fd")))
