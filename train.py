@@ -274,12 +274,12 @@ def main(arguments=None):
     half = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
 
-    if args.preset == "small" and dataset.pixels is None and args.epochs and not args.export_only:
+    if args.preset == "small" and dataset.pixels is None and args.epochs:
         with distributed.raise_everywhere():
             dataset.keep_small_copies(max(128, args.image_size * 3 // 2))
 
     # Both memories: from the checkpoint, or from k-means of the first features.
-    run_settings = saved["settings"] if args.export_only else vars(args)
+    run_settings = saved["settings"] if saved and args.epochs == 0 else vars(args)
     state = State(network, optimizer, scaler, run_settings, output / "checkpoint.pth")
     if saved:
         dataset.leave_out(saved["unreadable"])
@@ -295,7 +295,7 @@ def main(arguments=None):
                 results.write_unreadable(output / "unreadable.txt", dataset.left_out)
         save(state, dataset, log)
     elif progress.epoch >= args.epochs:
-        print_main(f"{output} holds the finished run.")
+        print_main(f"{output} holds a run of {progress.epoch} epochs.")
     else:
         print_main(f"Continuing {output} in epoch {progress.epoch + 1} after step {progress.step}.")
     del saved
@@ -314,7 +314,7 @@ def main(arguments=None):
         (z.sum() + logits.sum()).backward()
         optimizer.zero_grad()
 
-    while not args.export_only:
+    while True:
         if progress.step == 0 and progress.measured < progress.epoch:
             measure(args, state, dataset, held_out, log, autocast)
         if progress.epoch >= args.epochs:

@@ -104,26 +104,26 @@ def test_a_group_without_spread_is_not_split(folder, monkeypatch, capsys, differ
     assert torch.isin(nearest_centroids(new, found.centroids), found.labels).all()
 
 
-def test_export_only_makes_the_clusters_of_a_run_that_was_stopped(folder, tmp_path, capsys):
+def test_no_epochs_make_the_clusters_of_a_run_that_was_stopped(folder, tmp_path, capsys):
     arguments = ["--data", folder, "--output", tmp_path, *SMALL]
     assert run_main(*arguments, "--epochs", "1") == 0
     for path in tmp_path.glob("*"):
         if path.is_file() and path.name not in ("checkpoint.pth", "log.jsonl"):
             path.unlink()
-    assert run_main(*arguments, "--epochs", "9", "--export-only") == 0
+    assert run_main(*arguments, "--epochs", "0") == 0
     assert (tmp_path / "clusters.csv").exists() and (tmp_path / "report.html").exists()
     assert state_of(tmp_path)["progress"]["epoch"] == 1  # and nothing was trained
 
 
-def test_a_run_goes_on_after_export_only_as_if_nothing_had_happened(folder, finished, tmp_path):
-    """Even if the export had other epochs and another number of processes."""
+def test_a_run_goes_on_after_no_epochs_as_if_nothing_had_happened(folder, finished, tmp_path):
+    """Even if another number of processes wrote its files."""
     child = start(folder, tmp_path, "--checkpoint-interval", "1000")
     wait_for_step(child, tmp_path, 4)
     child.send_signal(signal.SIGTERM)
     assert child.wait(300) == 128 + signal.SIGTERM
     before = state_of(tmp_path)
-    done = run_script("train.py", "--data", folder, "--output", tmp_path, *SMALL, "--epochs", "9",
-                      "--export-only", processes=2)
+    done = run_script("train.py", "--data", folder, "--output", tmp_path, *SMALL, "--epochs", "0",
+                      processes=2)
     assert done.returncode == 0, done.stderr
     after = state_of(tmp_path)
     for name in ("settings", "progress", "memory"):  # and the step of the epoch

@@ -178,7 +178,7 @@ def test_another_number_of_processes_goes_on(folder, finished, tmp_path):
     (["--device", "cuda:77"], ["cuda:77"]), (["--pretrained", "no.pth"], ["no.pth"]),
     (["--batch-size", "1"], ["--batch-size"]), (["--amp", "fp16"], ["--amp fp16", "bf16"]),
     (["--tensorboard"], ["--tensorboard", "pip install tensorboard"]),
-    (["--export-only"], ["--export-only", "there is no run"]), (["--unknown"], ["--unknown"]),
+    (["--unknown"], ["--unknown"]),
 ])
 def test_mistakes_are_one_sentence(folder, tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
