@@ -7,11 +7,12 @@ The memory's features are of augmented images and old weights, and the neck's ba
 import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from odc import distributed
-from odc.data.augmentation import evaluation_transform
+from odc.data.augmentation import evaluation_transform, mean_and_std
 from odc.features import extract
 from odc.kmeans import ClusterSums, kmeans
 
@@ -25,6 +26,15 @@ class Clustering:
     centroids: torch.Tensor  # float32 [K, d], on the CPU; rows of -1 for empty clusters
     features: torch.Tensor  # float32 [n, d], unit rows: of this process, or of all images
     neck: torch.nn.Module | None = None  # the network's, with batch norm statistics of all images
+    hashes: torch.Tensor | None = None  # int64 [N], of `difference_bits`, on the CPU
+    duplicates: tuple = ([], 1.0)  # of odc.outputs.duplicates.find_groups, once they are searched
+
+    def members(self):
+        """The images of each of the K clusters, the most similar to the centroid first: arrays."""
+        # As clusters.csv has the similarities: equal there, images keep their order.
+        similarity = self.similarity.double().round(decimals=4)
+        order = np.lexsort((-similarity.numpy(), self.labels.numpy()))
+        return np.split(order, self.labels.bincount(minlength=len(self.centroids)).cumsum(0)[:-1])
 
 
 def cluster_images(network, dataset, memory, image_size, workers=0):
@@ -35,9 +45,13 @@ def cluster_images(network, dataset, memory, image_size, workers=0):
     """
     device, K = memory.labels.device, len(memory.centroids)
     backbone, neck = network.backbone.eval(), copy.deepcopy(network.neck).eval()
-    pooled = extract(lambda images: backbone(images)[-1].mean((2, 3)), dataset,
-                     evaluation_transform(image_size), backbone.out_channels[-1], device,
-                     workers=workers, unreadable_share=0)  # [n, C]
+    C = backbone.out_channels[-1]
+    rows = extract(lambda images: torch.cat([backbone(images)[-1].mean((2, 3)),
+                                             difference_bits(images)], dim=1), dataset,
+                   evaluation_transform(image_size), C + 64, device, workers=workers,
+                   unreadable_share=0)
+    pooled, bits = rows[:, :C].contiguous(), rows[:, C:].long()  # [n, C], [n, 64]
+    hashes = (bits << torch.arange(64, device=device)).sum(1)
     estimate_statistics(neck, pooled, len(dataset))
     features = torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])  # [n, d]
     sums = ClusterSums(K, features.shape[1], len(dataset), device)
@@ -57,7 +71,18 @@ def cluster_images(network, dataset, memory, image_size, workers=0):
                                "too small to split, or hold copies of one image.")
     similarity = distributed.all_gather_uneven_rows(
         cosine_to_centroid(features, centroids, own_labels))
-    return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck)
+    return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck,
+                      distributed.all_gather_uneven_rows(hashes).cpu())
+
+
+def difference_bits(images):
+    """Difference hashes, 0 or 1, float [B, 64]: of 8 x 9 gray pixels, is the next one lighter?
+
+    images: normalised [B, 3, S, S].
+    """
+    mean, std = mean_and_std(images.device)
+    gray = F.adaptive_avg_pool2d((images * std + mean).mean(1), (8, 9))
+    return (gray.diff(dim=2) > 1 / 255).flatten(1).float()  # by more than noise
 
 
 @torch.no_grad()

@@ -10,8 +10,10 @@ import hashlib
 import html
 import io
 import json
+import os
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -20,13 +22,16 @@ from PIL import Image
 
 from odc.data.augmentation import evaluation_transform
 from odc.data.loader import evaluation_batches
+from odc.outputs.duplicates import size_of
 from odc.runtime.checkpoint import write_atomically
 from odc.runtime.log import read_record
 
 POINTS = 400  # of a longer curve, about so many are drawn
 IMAGES = 10_000  # a page shows all images up to so many, above that a sample of each cluster
 CENTRAL, EDGE = 8, 4  # images that a card shows, from both ends of its cluster
-NEAR, PAIRS, OUTLIERS = 5, 24, 48  # neighbours of a cluster, near-duplicate pairs, outliers
+NEAR, OUTLIERS, APART = 5, 48, 8  # neighbours of a cluster, outliers, small clusters far from all
+COPIES = 1000  # images in groups of duplicates, of a run that shows a sample
+SAMPLE, AXES, NEIGHBOUR = 4096, 128, 20  # for outliers: images, main directions, which neighbour
 TILES = 16  # images in a row and in a column of a sprite sheet
 
 
@@ -39,6 +44,7 @@ def write_page(folder, dataset=None, clustering=None, workers=0):
     summary = "epoch {epoch}, step {step:,}".format(**records[-1]) if records else "no step yet"
     if clustering is not None:
         data, shown = contents(dataset, clustering)
+        data["root"] = quote(os.path.relpath(dataset.root, folder)) if dataset.names else ""
         summary += f" · {len(dataset):,} images in {len(data['clusters']):,} clusters"
         sheets = sprite_sheets(dataset, shown, workers)
     data["curves"] = curves(records)
@@ -82,19 +88,53 @@ def contents(dataset, clustering):
         images = sample(members[record["id"]].tolist(), per_cluster)
         record.update(first=len(shown), count=len(images))
         shown += images
-    pairs = near_duplicates(clustering.features, members)
-    outliers = clustering.similarity.argsort(stable=True)[:OUTLIERS].tolist()
-    shown += sorted({*outliers, *(i for _, *pair in pairs for i in pair)}.difference(shown))
+    groups, least = clustering.duplicates
+    copies = [i for group in groups for i, *_ in group[1:]]
+    outliers = far_images(clustering.features, copies)
+    if len(dataset) > IMAGES:
+        groups = groups[: np.cumsum([len(group) for group in groups]).searchsorted(COPIES)]
+    shown += sorted({*outliers, *(i for group in groups for i, *_ in group)}.difference(shown))
     position = {image: n for n, image in enumerate(shown)}
+    small = sorted(records[len(records) // 2 :], key=lambda record: record["nearest"])
     data = dict(
-        clusters=records, outliers=[position[i] for i in outliers],
-        pairs=[dict(similarity=score, images=[position[i], position[j]]) for score, i, j in pairs],
+        clusters=records, apart=[record["id"] for record in small[:APART]],
+        outliers=[position[i] for i in outliers], least=round(least, 3),
+        groups=[[[position[i], caption(dataset, i, *found)] for i, *found in group]
+                for group in groups],
         classes=class_names(dataset),
         images=dict(path=[dataset.name_of(i).encode("utf-8", "replace").decode() for i in shown],
+                    file=[quote(os.fsencode(dataset.name_of(i))) if dataset.names else ""
+                          for i in shown],
                     label=[] if dataset.labels is None else dataset.labels[shown].tolist(),
                     cluster=clustering.labels[shown].tolist(),
                     similarity=[round(s, 4) for s in clustering.similarity[shown].tolist()]))
     return data, shown
+
+
+def caption(dataset, image, similarity, found):
+    """What the page says below an image of a group of duplicates."""
+    _, size, width, height = size_of(dataset, image)
+    return (f"{width} × {height}" + f", {size / 1000:,.0f} kB" * bool(size)
+            + f" · {found} {similarity:.3f}" * bool(found))
+
+
+def far_images(features, copies):
+    """OUTLIERS images that are far from their 20th neighbour; features: unit rows [N, d].
+
+    Nearer ones may be as foreign, as such pictures come in handfuls. Distances are in the set's
+    main directions, as in others every image is alone, and to a sample; `copies` do not count.
+    """
+    images = np.setdiff1d(np.arange(len(features)), copies)
+    some = np.linspace(0, len(images) - 1, min(len(images), SAMPLE)).astype(int)
+    sample, distances = torch.as_tensor(features[images[some]]), []
+    axes = torch.linalg.eigh(sample.T @ sample)[1][:, -AXES:]
+    for start in range(0, len(images), SAMPLE):
+        rows = torch.as_tensor(features[images[start : start + SAMPLE]])
+        nearest = torch.cdist(rows @ axes, sample @ axes).topk(min(NEIGHBOUR + 1, len(some)),
+                                                               largest=False)
+        distances.append(nearest.values[:, -1])
+    furthest = torch.cat(distances).argsort(descending=True, stable=True)[:OUTLIERS]
+    return images[furthest.numpy()].tolist()
 
 
 def class_names(dataset):
@@ -106,16 +146,13 @@ def class_names(dataset):
 
 def cluster_records(dataset, clustering):
     """(a dict for each cluster with images, largest first; images of all K, the nearest first)."""
-    # As clusters.csv has the similarities: equal there, images keep their order.
-    similarity = clustering.similarity.double().round(decimals=4)
-    order = np.lexsort((-similarity.numpy(), clustering.labels.numpy()))
+    members, similarity = clustering.members(), clustering.similarity.double()
     sizes = clustering.labels.bincount(minlength=len(clustering.centroids))
-    members = np.split(order, sizes.cumsum(0)[:-1])
     present = [k for k in sizes.argsort(descending=True, stable=True).tolist() if sizes[k]]
     records, classes = [], class_names(dataset)
-    for k, near, place in zip(present, *neighbours_and_map(clustering.centroids[present])):
+    for k, near, best, place in zip(present, *neighbours_and_map(clustering.centroids[present])):
         size, tightness = len(members[k]), float(similarity[members[k]].mean())
-        record = dict(id=k, size=size, tightness=round(tightness, 4), place=place,
+        record = dict(id=k, size=size, tightness=round(tightness, 4), place=place, nearest=best,
                       near=[present[n] for n in near],
                       caption=f"{size:,} image{'s' * (size != 1)} · tightness {tightness:.2f}")
         if classes:
@@ -136,38 +173,18 @@ def sample(images, count):
 
 
 def neighbours_and_map(centroids):
-    """For each centroid [K, d], the most similar others and its place by PCA, -1..1: two lists."""
+    """For each centroid [K, d], the most similar others, the similarity of the first of them, and
+    its place by PCA, -1..1: three lists."""
     unit = F.normalize(centroids)
-    nearest = torch.cat([(part @ unit.T).topk(min(NEAR + 1, len(unit))).indices
-                         for part in unit.split(1024)])
-    near = [[other for other in row if other != n][:NEAR] for n, row in enumerate(nearest.tolist())]
+    found = [(part @ unit.T).topk(min(NEAR + 1, len(unit))) for part in unit.split(1024)]
+    best = torch.cat([part.values[:, :2][:, -1] for part in found]).double().round(decimals=3)
+    nearest = torch.cat([part.indices for part in found]).tolist()
+    near = [[other for other in row if other != n][:NEAR] for n, row in enumerate(nearest)]
     centred = unit - unit.mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False)[2][:2]
     places = F.pad(centred @ axes.T, (0, 2 - len(axes)))
     places = places / places.abs().max().clamp(min=1e-9)
-    return near, [[round(x, 3), round(y, 3)] for x, y in places.tolist()]
-
-
-def near_duplicates(features, members):
-    """Pairs of very similar images of one cluster, [(similarity, i, j)], the best first.
-
-    features: unit rows [N, d]. members: each cluster's images, by similarity to the centroid:
-    copies lie in one block of 2,048. An image is in one pair at most: copies do not fill the list.
-    """
-    pairs = []
-    for images in members:
-        for start in range(0, len(images), 2048):
-            block = images[start : start + 2048]
-            rows = torch.as_tensor(features[block])
-            best, column = (rows @ rows.T).fill_diagonal_(-1).max(1)  # -1: an image and itself
-            pairs += zip(best.tolist(), block.tolist(), block[column.numpy()].tolist())
-        pairs = sorted(pairs, reverse=True)[: 50 * PAIRS]
-    found, seen = [], set()
-    for score, i, j in pairs:
-        if score > 0 and len(found) < PAIRS and seen.isdisjoint((i, j)):
-            found.append((score, i, j))
-            seen.update((i, j))
-    return found
+    return near, best.tolist(), [[round(x, 3), round(y, 3)] for x, y in places.tolist()]
 
 
 def sprite_sheets(dataset, shown, workers=0):

@@ -3,15 +3,22 @@
 import numpy as np
 import torch
 
+from odc.distributed import print_main
+from odc.outputs import duplicates
 from odc.runtime.checkpoint import write_atomically
 
 
-def write_results_files(folder, backbone, image_size, dataset, clustering):
-    """All but features.npy. clustering: the dataset's `odc.clusters.Clustering`."""
+def write_results_files(folder, backbone, image_size, dataset, clustering, workers=0):
+    """All but features.npy. clustering: the dataset's `odc.clusters.Clustering`, with all features.
+
+    Its duplicates are found here. Raises UserError.
+    """
     write_backbone(folder / "backbone.pth", backbone, image_size)
     write_array(folder / "labels.npy", clustering.labels)
     write_array(folder / "centroids.npy", clustering.centroids)
     write_table(folder / "clusters.csv", dataset, clustering.labels, clustering.similarity)
+    clustering.duplicates = duplicates.find_groups(dataset, clustering, workers)
+    write_duplicates(folder / "duplicates.csv", dataset, *clustering.duplicates)
 
 
 def write_backbone(path, backbone, image_size):
@@ -52,6 +59,22 @@ def write_table(path, dataset, labels, similarity, neighbours=None, listed=None)
             file.write((",".join(map(quote, row)) + "\n").encode("utf-8", "surrogateescape"))
 
     write_atomically(path, write)
+
+
+def write_duplicates(path, dataset, groups, least):
+    """A line for each image that has copies; groups, least: of `duplicates.find_groups`."""
+    def write(file):
+        file.write(b"group,path,width,height,bytes,similarity,found\n")
+        for number, group in enumerate(groups, 1):
+            for image, similarity, found in group:
+                _, size, width, height = duplicates.size_of(dataset, image)
+                row = (number, dataset.name_of(image), width, height, size or "",
+                       f"{similarity:.4f}", found)
+                file.write((",".join(map(quote, row)) + "\n").encode("utf-8", "surrogateescape"))
+
+    write_atomically(path, write)
+    print_main(f"{len(groups):,} groups of {sum(map(len, groups)):,} copies, by a hash and small "
+               f"pictures or by features with a similarity of at least {least:.3f}.")
 
 
 def write_unreadable(path, left_out):
