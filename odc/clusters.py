@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from odc import distributed
-from odc.data.augmentation import evaluation_transform, mean_and_std
+from odc.data.augmentation import evaluation_transform
 from odc.features import extract
 from odc.kmeans import ClusterSums, kmeans
 
@@ -26,8 +26,8 @@ class Clustering:
     centroids: torch.Tensor  # float32 [K, d], on the CPU; rows of -1 for empty clusters
     features: torch.Tensor  # float32 [n, d], unit rows: of this process, or of all images
     neck: torch.nn.Module | None = None  # the network's, with batch norm statistics of all images
-    hashes: torch.Tensor | None = None  # int64 [N], of `difference_bits`, on the CPU
-    duplicates: tuple = ([], 1.0)  # of odc.outputs.duplicates.find_groups, once they are searched
+    hashes: torch.Tensor | None = None  # int64 [N], difference hashes, on the CPU
+    duplicates: tuple = ([], 1.0)  # what odc.outputs.duplicates.find_groups has found
 
     def members(self):
         """The images of each of the K clusters, the most similar to the centroid first: arrays."""
@@ -46,12 +46,14 @@ def cluster_images(network, dataset, memory, image_size, workers=0):
     device, K = memory.labels.device, len(memory.centroids)
     backbone, neck = network.backbone.eval(), copy.deepcopy(network.neck).eval()
     C = backbone.out_channels[-1]
-    rows = extract(lambda images: torch.cat([backbone(images)[-1].mean((2, 3)),
-                                             difference_bits(images)], dim=1), dataset,
-                   evaluation_transform(image_size), C + 64, device, workers=workers,
-                   unreadable_share=0)
-    pooled, bits = rows[:, :C].contiguous(), rows[:, C:].long()  # [n, C], [n, 64]
-    hashes = (bits << torch.arange(64, device=device)).sum(1)
+
+    def forward(images):  # features, and by how much a gray pixel of 8 x 9 is lighter than the last
+        gray = F.adaptive_avg_pool2d(images.mean(1), (8, 9))
+        return torch.cat([backbone(images)[-1].mean((2, 3)), gray.diff().flatten(1)], dim=1)
+    rows = extract(forward, dataset, evaluation_transform(image_size), C + 64, device,
+                   workers=workers, unreadable_share=0)
+    pooled, lighter = rows[:, :C], rows[:, C:] > 2**-6  # [n, C], [n, 64]: by more than noise
+    hashes = (lighter.long() << torch.arange(64, device=device)).sum(1)
     estimate_statistics(neck, pooled, len(dataset))
     features = torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])  # [n, d]
     sums = ClusterSums(K, features.shape[1], len(dataset), device)
@@ -73,16 +75,6 @@ def cluster_images(network, dataset, memory, image_size, workers=0):
         cosine_to_centroid(features, centroids, own_labels))
     return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck,
                       distributed.all_gather_uneven_rows(hashes).cpu())
-
-
-def difference_bits(images):
-    """Difference hashes, 0 or 1, float [B, 64]: of 8 x 9 gray pixels, is the next one lighter?
-
-    images: normalised [B, 3, S, S].
-    """
-    mean, std = mean_and_std(images.device)
-    gray = F.adaptive_avg_pool2d((images * std + mean).mean(1), (8, 9))
-    return (gray.diff(dim=2) > 1 / 255).flatten(1).float()  # by more than noise
 
 
 @torch.no_grad()

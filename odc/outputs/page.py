@@ -22,15 +22,14 @@ from PIL import Image
 
 from odc.data.augmentation import evaluation_transform
 from odc.data.loader import evaluation_batches
-from odc.outputs.duplicates import size_of
 from odc.runtime.checkpoint import write_atomically
 from odc.runtime.log import read_record
 
 POINTS = 400  # of a longer curve, about so many are drawn
 IMAGES = 10_000  # a page shows all images up to so many, above that a sample of each cluster
 CENTRAL, EDGE = 8, 4  # images that a card shows, from both ends of its cluster
-NEAR, OUTLIERS, APART = 5, 48, 8  # neighbours of a cluster, outliers, small clusters far from all
-COPIES = 1000  # images in groups of duplicates, of a run that shows a sample
+NEAR, OUTLIERS = 5, 48  # neighbours of a cluster, outliers
+COPIES = 1000  # images in groups of duplicates on a page that shows a sample
 SAMPLE, AXES, NEIGHBOUR = 4096, 128, 20  # for outliers: images, main directions, which neighbour
 TILES = 16  # images in a row and in a column of a sprite sheet
 
@@ -94,28 +93,16 @@ def contents(dataset, clustering):
     if len(dataset) > IMAGES:
         groups = groups[: np.cumsum([len(group) for group in groups]).searchsorted(COPIES)]
     shown += sorted({*outliers, *(i for group in groups for i, *_ in group)}.difference(shown))
-    position = {image: n for n, image in enumerate(shown)}
-    small = sorted(records[len(records) // 2 :], key=lambda record: record["nearest"])
+    position, names = {image: n for n, image in enumerate(shown)}, list(map(dataset.name_of, shown))
     data = dict(
-        clusters=records, apart=[record["id"] for record in small[:APART]],
-        outliers=[position[i] for i in outliers], least=round(least, 3),
-        groups=[[[position[i], caption(dataset, i, *found)] for i, *found in group]
-                for group in groups],
-        classes=class_names(dataset),
-        images=dict(path=[dataset.name_of(i).encode("utf-8", "replace").decode() for i in shown],
-                    file=[quote(os.fsencode(dataset.name_of(i))) if dataset.names else ""
-                          for i in shown],
+        clusters=records, outliers=[position[i] for i in outliers], classes=class_names(dataset),
+        groups=[[(position[i], *facts) for i, *facts in group] for group in groups], least=least,
+        images=dict(path=[name.encode("utf-8", "replace").decode() for name in names],
+                    file=[quote(os.fsencode(name)) for name in names],
                     label=[] if dataset.labels is None else dataset.labels[shown].tolist(),
                     cluster=clustering.labels[shown].tolist(),
                     similarity=[round(s, 4) for s in clustering.similarity[shown].tolist()]))
     return data, shown
-
-
-def caption(dataset, image, similarity, found):
-    """What the page says below an image of a group of duplicates."""
-    _, size, width, height = size_of(dataset, image)
-    return (f"{width} × {height}" + f", {size / 1000:,.0f} kB" * bool(size)
-            + f" · {found} {similarity:.3f}" * bool(found))
 
 
 def far_images(features, copies):
@@ -124,17 +111,14 @@ def far_images(features, copies):
     Nearer ones may be as foreign, as such pictures come in handfuls. Distances are in the set's
     main directions, as in others every image is alone, and to a sample; `copies` do not count.
     """
-    images = np.setdiff1d(np.arange(len(features)), copies)
+    images, distances = np.setdiff1d(np.arange(len(features)), copies), []
     some = np.linspace(0, len(images) - 1, min(len(images), SAMPLE)).astype(int)
-    sample, distances = torch.as_tensor(features[images[some]]), []
+    sample = torch.as_tensor(features[images[some]])
     axes = torch.linalg.eigh(sample.T @ sample)[1][:, -AXES:]
-    for start in range(0, len(images), SAMPLE):
-        rows = torch.as_tensor(features[images[start : start + SAMPLE]])
-        nearest = torch.cdist(rows @ axes, sample @ axes).topk(min(NEIGHBOUR + 1, len(some)),
-                                                               largest=False)
-        distances.append(nearest.values[:, -1])
-    furthest = torch.cat(distances).argsort(descending=True, stable=True)[:OUTLIERS]
-    return images[furthest.numpy()].tolist()
+    for block in np.split(images, range(SAMPLE, len(images), SAMPLE)):
+        all_distances = torch.cdist(torch.as_tensor(features[block]) @ axes, sample @ axes)
+        distances.append(all_distances.kthvalue(min(NEIGHBOUR + 1, len(some))).values)
+    return images[torch.cat(distances).argsort(descending=True)[:OUTLIERS].numpy()].tolist()
 
 
 def class_names(dataset):
@@ -149,11 +133,12 @@ def cluster_records(dataset, clustering):
     members, similarity = clustering.members(), clustering.similarity.double()
     sizes = clustering.labels.bincount(minlength=len(clustering.centroids))
     present = [k for k in sizes.argsort(descending=True, stable=True).tolist() if sizes[k]]
-    records, classes = [], class_names(dataset)
-    for k, near, best, place in zip(present, *neighbours_and_map(clustering.centroids[present])):
+    records, classes, unit = [], class_names(dataset), F.normalize(clustering.centroids)
+    for k, near, place in zip(present, *neighbours_and_map(clustering.centroids[present])):
         size, tightness = len(members[k]), float(similarity[members[k]].mean())
-        record = dict(id=k, size=size, tightness=round(tightness, 4), place=place, nearest=best,
+        record = dict(id=k, size=size, tightness=round(tightness, 4), place=place,
                       near=[present[n] for n in near],
+                      nearest=float(unit[k] @ unit[present[near[0]]]) if near else 1.0,
                       caption=f"{size:,} image{'s' * (size != 1)} · tightness {tightness:.2f}")
         if classes:
             counts = dataset.labels[members[k]].bincount()
@@ -173,18 +158,16 @@ def sample(images, count):
 
 
 def neighbours_and_map(centroids):
-    """For each centroid [K, d], the most similar others, the similarity of the first of them, and
-    its place by PCA, -1..1: three lists."""
+    """For each centroid [K, d], the most similar others and its place by PCA, -1..1: two lists."""
     unit = F.normalize(centroids)
-    found = [(part @ unit.T).topk(min(NEAR + 1, len(unit))) for part in unit.split(1024)]
-    best = torch.cat([part.values[:, :2][:, -1] for part in found]).double().round(decimals=3)
-    nearest = torch.cat([part.indices for part in found]).tolist()
-    near = [[other for other in row if other != n][:NEAR] for n, row in enumerate(nearest)]
+    nearest = torch.cat([(part @ unit.T).topk(min(NEAR + 1, len(unit))).indices
+                         for part in unit.split(1024)])
+    near = [[other for other in row if other != n][:NEAR] for n, row in enumerate(nearest.tolist())]
     centred = unit - unit.mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False)[2][:2]
     places = F.pad(centred @ axes.T, (0, 2 - len(axes)))
     places = places / places.abs().max().clamp(min=1e-9)
-    return near, best.tolist(), [[round(x, 3), round(y, 3)] for x, y in places.tolist()]
+    return near, [[round(x, 3), round(y, 3)] for x, y in places.tolist()]
 
 
 def sprite_sheets(dataset, shown, workers=0):

@@ -9,10 +9,7 @@ from odc.runtime.checkpoint import write_atomically
 
 
 def write_results_files(folder, backbone, image_size, dataset, clustering, workers=0):
-    """All but features.npy. clustering: the dataset's `odc.clusters.Clustering`, with all features.
-
-    Its duplicates are found here. Raises UserError.
-    """
+    """All but features.npy. clustering: of all images; its duplicates are found here."""
     write_backbone(folder / "backbone.pth", backbone, image_size)
     write_array(folder / "labels.npy", clustering.labels)
     write_array(folder / "centroids.npy", clustering.centroids)
@@ -46,8 +43,8 @@ def write_table(path, dataset, labels, similarity, neighbours=None, listed=None)
     for n in range(images.shape[1]):
         columns += [f"neighbour_{n + 1}", f"similarity_{n + 1}"]
 
-    def write(file):
-        file.write((",".join(columns) + "\n").encode())
+    def lines():
+        yield columns
         rows = zip(labels.tolist(), similarity, images, scores)
         for name in listed or map(dataset.name_of, range(len(dataset))):
             row = [name] + [""] * (len(columns) - 1)
@@ -56,25 +53,26 @@ def write_table(path, dataset, labels, similarity, neighbours=None, listed=None)
                 row = [name, cluster, f"{cosine:.4f}"]
                 for image, score in zip(found, near):
                     row += [train.name_of(image), f"{score:.4f}"]
-            file.write((",".join(map(quote, row)) + "\n").encode("utf-8", "surrogateescape"))
+            yield row
 
-    write_atomically(path, write)
+    write_lines(path, lines())
 
 
 def write_duplicates(path, dataset, groups, least):
-    """A line for each image that has copies; groups, least: of `duplicates.find_groups`."""
-    def write(file):
-        file.write(b"group,path,width,height,bytes,similarity,found\n")
-        for number, group in enumerate(groups, 1):
-            for image, similarity, found in group:
-                _, size, width, height = duplicates.size_of(dataset, image)
-                row = (number, dataset.name_of(image), width, height, size or "",
-                       f"{similarity:.4f}", found)
-                file.write((",".join(map(quote, row)) + "\n").encode("utf-8", "surrogateescape"))
+    """A line for each image that has copies. groups, least: of `duplicates.find_groups`."""
+    lines = [["group", "path", "width", "height", "bytes", "similarity", "found"]]
+    for number, group in enumerate(groups, 1):
+        lines += [[number, dataset.name_of(image), *size, f"{similarity:.4f}", found]
+                  for image, *size, similarity, found in group]
+    write_lines(path, lines)
+    print_main(f"{len(groups):,} groups of {len(lines) - 1:,} copies, by a hash, or by features "
+               f"with a similarity of at least {least:.3f}.")
 
-    write_atomically(path, write)
-    print_main(f"{len(groups):,} groups of {sum(map(len, groups)):,} copies, by a hash and small "
-               f"pictures or by features with a similarity of at least {least:.3f}.")
+
+def write_lines(path, lines):
+    """A CSV file of lines, lists of values."""
+    write_atomically(path, lambda file: file.writelines(
+        (",".join(map(quote, line)) + "\n").encode("utf-8", "surrogateescape") for line in lines))
 
 
 def write_unreadable(path, left_out):
