@@ -1,5 +1,6 @@
 """Groups of images that are copies of each other, over all clusters."""
 
+import collections
 import functools
 import os
 
@@ -13,7 +14,7 @@ from odc.data.loader import evaluation_batches
 
 BITS, REACH = 6, 16  # that hashes may differ in; images that one meets of each equal quarter
 BLOCK, NEAREST = 2048, 4  # images compared by features, and candidates that each has there
-PAIRS = 10_000  # of candidates, at most
+PAIRS = 20_000  # the most similar candidates that are looked at
 # Least correlations of small pictures of copies: gray, colours, and gray if the features agree.
 SAME, SAME_COLOURS, ALIKE = 0.99, 0.98, 0.9
 
@@ -24,20 +25,18 @@ def find_groups(dataset, clustering, workers=0):
     The first image of a group is the largest, the others are similar to it: `found` is "hash" for
     the correlation of small pictures, "features" for the cosine. Raises UserError.
     """
-    features, labels = clustering.features, clustering.labels
+    features, labels, near = clustering.features, clustering.labels, collections.defaultdict(set)
     some = np.linspace(0, len(labels) - 1, BLOCK).astype(int)
     rows = torch.as_tensor(features[some])  # of different clusters, hardly any pair is a copy
     others = (rows @ rows.T)[labels[some, None] != labels[some]]
     least = max(0.9, float(others.quantile(0.9999))) if len(others) else 0.9
-    near = {}
-    for i, j in np.concatenate([*candidates(clustering, least)])[:PAIRS].tolist():
-        near.setdefault(i, set()).add(j)
-        near.setdefault(j, set()).add(i)
+    for _, i, j in np.unique(np.concatenate([*candidates(clustering, least)]), axis=0)[:PAIRS]:
+        near[int(i)].add(int(j))
+        near[int(j)].add(int(i))
     sizes = {i: size_of(dataset, i) for i in near}
     images = sorted(near, key=lambda i: (-sizes[i][0] * sizes[i][1], -sizes[i][2], i))
     transform = functools.partial(resize_exact, size=16, resize=64)
-    batches = evaluation_batches(dataset, torch.tensor(images, dtype=torch.int64), transform, 64,
-                                 workers)
+    batches = evaluation_batches(dataset, np.array(images, int), transform, 64, workers)
     small = dict(zip(images, (pixels.float() for batch in batches for pixels in batch.images)))
 
     def likeness(i, j):
@@ -63,7 +62,7 @@ def find_groups(dataset, clustering, workers=0):
 
 
 def candidates(clustering, least):
-    """Yield arrays [n, 2] of pairs that may be copies, without comparing all.
+    """Yield arrays [n, 3], without comparing all: a distance, and a pair that may be copies.
 
     Hashes share a quarter, but one of zeros; or features in a block of a cluster are near: copies
     are about equally similar to the centroid.
@@ -73,19 +72,22 @@ def candidates(clustering, least):
         order = np.lexsort((hashes, quarter))
         for step in range(1, REACH + 1):
             a, b = order[:-step], order[step:]
-            different = np.unpackbits((hashes[a] ^ hashes[b]).view(np.uint8)).reshape(-1, 64)
-            few = (quarter[a] == quarter[b]) & (quarter[a] > 0) & (different.sum(1) <= BITS)
-            yield np.stack([a[few], b[few]], 1)
+            equal = (quarter[a] == quarter[b]) & (quarter[a] > 0)
+            a, b = a[equal], b[equal]
+            bits = np.unpackbits((hashes[a] ^ hashes[b]).view(np.uint8)).reshape(-1, 64)
+            found = np.stack([bits.sum(1, dtype=int), a, b], 1)
+            yield found[found[:, 0] <= BITS]
     for images in clustering.members():
         for block in np.split(images, range(BLOCK, len(images), BLOCK)):
             rows = torch.as_tensor(clustering.features[block])
             best = (rows @ rows.T).fill_diagonal_(-1).topk(min(NEAREST, len(block)))
-            row, column = (best.values >= least).nonzero().T.numpy()
-            yield np.stack([block[row], block[best.indices[row, column]]], 1)
+            row, column = (best.values >= least).nonzero().numpy().T
+            distance = 64 * (1 - best.values[row, column].numpy())
+            yield np.stack([distance.astype(int), block[row], block[best.indices[row, column]]], 1)
 
 
 def correlation(a, b):
-    """Of pixels 0..255. About 0 if one picture has a single colour: noise is not compared."""
+    """Of pixels 0..255; near 0 if one picture has a single colour, as noise is not compared."""
     (aa, ab), (_, bb) = torch.cov(torch.stack([a.flatten(), b.flatten()]))
     return float(ab / (aa.clamp(min=16) * bb.clamp(min=16)).sqrt())
 

@@ -116,8 +116,9 @@ def far_images(features, copies):
     sample = torch.as_tensor(features[images[some]])
     axes = torch.linalg.eigh(sample.T @ sample)[1][:, -AXES:]
     for block in np.split(images, range(SAMPLE, len(images), SAMPLE)):
-        all_distances = torch.cdist(torch.as_tensor(features[block]) @ axes, sample @ axes)
-        distances.append(all_distances.kthvalue(min(NEIGHBOUR + 1, len(some))).values)
+        rows = torch.cdist(torch.as_tensor(features[block]) @ axes, sample @ axes)
+        nearest = rows.topk(min(NEIGHBOUR + 1, len(some)), largest=False)  # the image itself, too
+        distances.append(nearest.values[:, -1])
     return images[torch.cat(distances).argsort(descending=True)[:OUTLIERS].numpy()].tolist()
 
 
