@@ -35,8 +35,8 @@ def find_groups(dataset, clustering, workers=0):
         near[int(j)].add(int(i))
     sizes = {i: size_of(dataset, i) for i in near}
     images = sorted(near, key=lambda i: (-sizes[i][0] * sizes[i][1], -sizes[i][2], i))
-    transform = functools.partial(resize_exact, size=16, resize=64)
-    batches = evaluation_batches(dataset, np.array(images, int), transform, 64, workers)
+    batches = evaluation_batches(dataset, np.array(images, int), functools.partial(
+        resize_exact, size=16, resize=64), 64, workers)
     small = dict(zip(images, (pixels.float() for batch in batches for pixels in batch.images)))
 
     def likeness(i, j):
@@ -62,22 +62,18 @@ def find_groups(dataset, clustering, workers=0):
 
 
 def candidates(clustering, least):
-    """Yield arrays [n, 3], without comparing all: a distance, and a pair that may be copies.
-
-    Hashes share a quarter, but one of zeros; or features in a block of a cluster are near: copies
-    are about equally similar to the centroid.
-    """
+    """Yield arrays [n, 3]: a distance, and two images that may be copies. Not all are compared."""
     hashes = clustering.hashes.numpy()
-    for quarter in hashes.view(np.uint16).reshape(-1, 4).T:
+    for quarter in hashes.view(np.uint16).reshape(-1, 4).T:  # one at least is equal
         order = np.lexsort((hashes, quarter))
         for step in range(1, REACH + 1):
             a, b = order[:-step], order[step:]
-            equal = (quarter[a] == quarter[b]) & (quarter[a] > 0)
-            a, b = a[equal], b[equal]
+            a, b = np.stack([a, b])[:, (quarter[a] == quarter[b]) & (quarter[a] > 0)]
             bits = np.unpackbits((hashes[a] ^ hashes[b]).view(np.uint8)).reshape(-1, 64)
             found = np.stack([bits.sum(1, dtype=int), a, b], 1)
             yield found[found[:, 0] <= BITS]
     for images in clustering.members():
+        # Copies are about equally similar to the centroid.
         for block in np.split(images, range(BLOCK, len(images), BLOCK)):
             rows = torch.as_tensor(clustering.features[block])
             best = (rows @ rows.T).fill_diagonal_(-1).topk(min(NEAREST, len(block)))

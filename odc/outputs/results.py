@@ -60,28 +60,24 @@ def write_table(path, dataset, labels, similarity, neighbours=None, listed=None)
 
 def write_duplicates(path, dataset, groups, least):
     """A line for each image that has copies. groups, least: of `duplicates.find_groups`."""
-    lines = [["group", "path", "width", "height", "bytes", "similarity", "found"]]
-    for number, group in enumerate(groups, 1):
-        lines += [[number, dataset.name_of(image), *size, f"{similarity:.4f}", found]
-                  for image, *size, similarity, found in group]
-    write_lines(path, lines)
-    print_main(f"{len(groups):,} groups of {len(lines) - 1:,} copies, by a hash, or by features "
+    lines = [[n, dataset.name_of(image), *size, f"{similarity:.4f}", found]
+             for n, group in enumerate(groups, 1) for image, *size, similarity, found in group]
+    write_lines(path, ["group path width height bytes similarity found".split(), *lines])
+    print_main(f"{len(groups):,} groups of {len(lines):,} copies, by a hash, or by features "
                f"with a similarity of at least {least:.3f}.")
 
 
 def write_lines(path, lines):
-    """A CSV file of lines, lists of values."""
+    """A CSV file. Python's own writer leaves a carriage return bare before 3.13."""
+    def quoted(value):
+        text = str(value)
+        return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text
+
     write_atomically(path, lambda file: file.writelines(
-        (",".join(map(quote, line)) + "\n").encode("utf-8", "surrogateescape") for line in lines))
+        (",".join(map(quoted, line)) + "\n").encode("utf-8", "surrogateescape") for line in lines))
 
 
 def write_unreadable(path, left_out):
     """A line for each image that was left out, {name: reason}: both, with a tab between."""
     text = "".join(f"{name}\t{reason}\n" for name, reason in sorted(left_out.items()))
     write_atomically(path, lambda file: file.write(text.encode("utf-8", errors="surrogateescape")))
-
-
-def quote(value):
-    """A field of a CSV file. Python's own writer leaves a carriage return bare before 3.13."""
-    text = str(value)
-    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text
