@@ -130,15 +130,23 @@ def load_checkpoint(args, settings, classifiers, optimizer):
     """The history of the checkpoint beside --output, with what it held; [] for a new run."""
     if not args.output or distributed.any_process(not checkpoint_path(args).exists()):
         return []
-    with distributed.raise_everywhere():
-        saved = checkpoint.read_dict(file := checkpoint_path(args))
+    file = checkpoint_path(args)
+    with distributed.raise_everywhere(), checkpoint.reading(file):
+        saved = checkpoint.read_dict(file)
         if saved.get("program") != "odc eval_linear":
             raise UserError(f"{file} is no checkpoint of eval_linear.py: choose another --output.")
         checkpoint.check_same_settings(file, saved["settings"], settings)
-    classifiers.load_state_dict(saved["classifiers"])
-    optimizer.load_state_dict(saved["optimizer"])
-    print_main(f"Continuing {file} after epoch {len(saved['history'])}.")
-    return saved["history"]
+        optimizer.load_state_dict(saved["optimizer"])
+        columns, history = classifiers.columns, saved["history"]
+        values = torch.tensor([[accuracy[name] for name in columns] for accuracy in history])
+        pairs = [(values, values.new_zeros(len(history), len(columns), 2)),
+                 (saved["classifiers"], classifiers.state_dict())]
+        pairs += [(kept["momentum_buffer"], own.data) for own, kept in optimizer.state.items()]
+        if not all(checkpoint.has_form(value, own) for value, own in pairs):
+            raise ValueError("its content is not that of a run with these settings")
+        classifiers.load_state_dict(saved["classifiers"])
+    print_main(f"Continuing {file} after epoch {len(history)}.")
+    return history
 
 
 def settings_of(args, network, protocol):

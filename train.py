@@ -16,21 +16,21 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from odc import distributed, settings
-from odc.clusters import cluster_images
-from odc.data.augmentation import Augmentation, augment_batch, evaluation_transform
+from odc.clusters import cluster_images, neck_features, stabilities
+from odc.data.augmentation import Augmentation, augment_batch, clustering_transform
 from odc.data.datasets import check_same_images, open_dataset
 from odc.data.loader import steps_per_epoch, training_batches
 from odc.distributed import all_gather_rows, print_main, share_statistics
 from odc.errors import Interrupted, UserError
 from odc.evaluation import knn, metrics
-from odc.evaluation.weights import load_pretrained
+from odc.evaluation.weights import load_backbone
 from odc.features import extract, unit_pixels, write_rows
 from odc.kmeans import kmeans
 from odc.memory import ODCMemory
-from odc.model import FEATURE_DIM, ODC, use_small_stem
+from odc.model import FEATURE_DIM, ODC, CentredPool
 from odc.outputs import page, results
 from odc.runtime import checkpoint, launch
-from odc.runtime.log import Log, print_settings, progress_bar
+from odc.runtime.log import Log, print_end, print_settings, progress_bar
 from odc.state import Progress, State, restore, save
 
 LOG_INTERVAL = 50  # steps between two lines of the log, besides one at the end of each epoch
@@ -50,7 +50,8 @@ def train_epoch(args, state, model, dataset, log, autocast):
     model.train()
     state.final_clusters = None  # out of date as soon as the weights change
     loss_weights = memory.loss_weights(args.reweight_power)
-    bar = progress_bar(steps, f"epoch {epoch + 1}/{args.epochs}", initial=progress.step)
+    bar = progress_bar(args.epochs * steps, f"epoch {epoch + 1}/{args.epochs}",
+                       initial=epoch * steps + progress.step)
 
     for step in range(progress.step, steps):
         try:
@@ -103,6 +104,9 @@ def train_epoch(args, state, model, dataset, log, autocast):
             log.write_steps(progress, steps, memory.cluster_sizes,
                             optimizer.param_groups[0]["lr"], rate)
             progress.interval = Progress().interval
+            if progress.global_step == LOG_INTERVAL:
+                left = args.epochs * steps - progress.global_step
+                print_end(args.epochs, left * args.batch_size / rate)
             began, timed = now, 0
         if stop or (step + 1 < steps and progress.global_step % args.checkpoint_interval == 0):
             save(state, dataset, log)
@@ -135,16 +139,22 @@ def check_step(args, progress, loss):
 def cluster_before_training(args, state, dataset, device, autocast):
     """K-means, both memories, a new head (paper). Images that cannot be read leave the dataset."""
     network = state.network.eval()
-    width = 3 * min(args.image_size, 32) ** 2 if args.initial == "pixels" else 0
+    width = {"network": 0, "pixels": 3 * min(args.image_size, 32) ** 2,
+             "backbone": network.backbone.out_channels[-1]}[args.initial]
 
     def forward(images):
         with autocast:
-            features = F.normalize(network.neck(network.backbone(images)[-1]).float())
-        return torch.cat([features, unit_pixels(images)[:, :width]], dim=1)
-    rows = extract(forward, dataset, evaluation_transform(args.image_size), FEATURE_DIM + width,
-                   device, workers=args.workers)
-    features, pixels = rows[:, :FEATURE_DIM], rows[:, FEATURE_DIM:]
-    labels, _ = kmeans(pixels if width else features, args.num_clusters, seed=args.seed)
+            last_map = network.backbone(images)[-1]
+            features = F.normalize(network.neck(last_map).float())
+        pixels = args.initial == "pixels"
+        others = unit_pixels(images) if pixels else last_map.mean((2, 3)).float()
+        return torch.cat([features, others[:, :width]], dim=1)
+    rows = extract(forward, dataset, clustering_transform(args.image_size, dataset.whole_images),
+                   FEATURE_DIM + width, device, workers=args.workers)
+    features, others = rows[:, :FEATURE_DIM], rows[:, FEATURE_DIM:]
+    if args.initial == "backbone":
+        others = neck_features(CentredPool(width).to(device), others, len(dataset))
+    labels, _ = kmeans(others if width else features, args.num_clusters, seed=args.seed)
     state.memory = make_memory(args, dataset, device)
     state.memory.initialize(features, distributed.all_gather_uneven_rows(labels))
     torch.manual_seed(args.seed + 1)
@@ -167,12 +177,22 @@ def cluster_between_epochs(args, state, dataset):
 def cluster_after_training(args, state, dataset, log):
     """Cluster all images by the current network, save, and write what people and programs read."""
     output = Path(args.output)
-    clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers)
+    clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
+                                trained=state.progress.global_step > 0)
     if state.final_clusters is None:  # trained since the last call: not logged yet
-        mean = metrics.mean_silhouette(clustering.features, clustering.labels, clustering.centroids)
+        record = {}
+        if args.preset == "small" and len(dataset) > 40:
+            network, pixels = stabilities(dataset, clustering.features, args.num_clusters,
+                                          args.workers)
+            record = dict(stability=network, stability_of_pixels=pixels)
+            better = "they are better" if network > pixels else (
+                "those are better: learn longer, or start with --pretrained")
+            print_main(f"The clusters of two halves of the images agree by {network:.2f} (NMI), "
+                       f"those of raw pixels by {pixels:.2f}: {better}.")
         log_measures(log, state.progress, clustering.labels, dataset,
-                     f"epoch {state.progress.epoch}, final clusters", dict(silhouette=mean))
-    state.final_clusters = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids)
+                     f"epoch {state.progress.epoch}, final clusters", record)
+    state.final_clusters = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids,
+                                whole_images=dataset.whole_images)
     save(state, dataset, log)
     write_rows(output / "features.npy", clustering.features, len(dataset))
     with distributed.raise_everywhere():
@@ -227,16 +247,22 @@ def main(arguments=None):
         dataset = open_dataset(args.data, "train", exclude=(args.output,))
     saved, lock = checkpoint.open_run(output)  # the lock lasts as long as this function
     check_same_images(dataset)
-    settings.resolve_defaults(args, dataset, saved, device)
+    pretrained = None
+    for turn in (0, 1) if args.pretrained and not saved else ():
+        with distributed.raise_everywhere():
+            if turn == min(distributed.rank(), 1):  # process 0 first: it may download the file
+                pretrained, said = load_backbone(args.pretrained, args.arch, option="--pretrained")
+                print_main(said)
+    settings.resolve_defaults(args, dataset, saved, device, pretrained)
     print_settings(vars(args))
     settings.validate(args, dataset, saved, device)
 
     # Network and optimizer.
     torch.manual_seed(args.seed)
-    network = ODC(args.arch, use_small_stem(args.image_size), num_clusters=args.num_clusters)
-    if args.pretrained and not saved:
-        with distributed.raise_everywhere():
-            print_main(load_pretrained(network.backbone, args.pretrained, args.image_size))
+    small_stem = saved["small_stem"] if saved else settings.has_small_stem(args, pretrained)
+    network = ODC(args.arch, small_stem, num_clusters=args.num_clusters)
+    if pretrained is not None:
+        network.backbone.load_state_dict(pretrained.state_dict())
     if device.type == "cuda" and distributed.world_size() > 1:  # torch has none for CPUs
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
@@ -247,6 +273,10 @@ def main(arguments=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     half = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
+
+    if args.preset == "small" and dataset.pixels is None and args.epochs and not args.export_only:
+        with distributed.raise_everywhere():
+            dataset.keep_small_copies(max(128, args.image_size * 3 // 2))
 
     # Both memories: from the checkpoint, or from k-means of the first features.
     run_settings = saved["settings"] if args.export_only else vars(args)

@@ -11,7 +11,7 @@ import torch
 
 from odc import distributed
 from odc.clusters import cosine_to_centroid, unit_features
-from odc.data.augmentation import evaluation_transform, normalise
+from odc.data.augmentation import clustering_transform, normalise
 from odc.data.datasets import check_same_images, open_dataset
 from odc.data.loader import default_workers
 from odc.errors import UserError
@@ -19,10 +19,13 @@ from odc.evaluation import metrics
 from odc.evaluation.knn import nearest_neighbours
 from odc.features import extract
 from odc.kmeans import nearest_centroids
-from odc.model import FEATURE_DIM, Neck, ResNet
+from odc.model import CentredPool, Neck, ResNet
 from odc.outputs import results
 from odc.runtime import checkpoint, launch
 from odc.runtime.arguments import Parser, check_output, path, whole
+
+# How a file of vectors begins.
+NUMPY_START = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': ("
 
 
 def make_parser():
@@ -42,18 +45,25 @@ def make_parser():
 
 def load_run(path, device):
     """(checkpoint of a run, network: images [B, 3, S, S] -> unit features [B, d], centroids)."""
-    state = checkpoint.read_dict(path)
-    if state.get("program") != checkpoint.PROGRAM or not state.get("final_clusters"):
-        raise UserError(f"--checkpoint {path}: is not of a run of this version of train.py that "
-                        "has come to its end; run its command again, with --export-only.")
+    state = checkpoint.read_run(Path(path))
+    if not state or not state.get("final_clusters"):
+        raise UserError(f"--checkpoint {path}: is not of a run that has come to its end; run its "
+                        "command again, with --export-only.")
     with checkpoint.reading(path):  # another program may have written what is in it
         centroids = state["final_clusters"]["centroids"].to(device)
         backbone = ResNet(state["arch"], state["small_stem"]).to(device).eval()
-        neck = Neck(backbone.out_channels[-1]).to(device).eval()
+        kind = CentredPool if "mean" in state["final_clusters"]["neck"] else Neck
+        neck = kind(backbone.out_channels[-1]).to(device).eval()
         backbone.load_state_dict(state["backbone"])
         neck.load_state_dict(state["final_clusters"]["neck"])
         values = [*backbone.state_dict().values(), *neck.state_dict().values(), centroids]
-        if centroids.shape[1:] != (FEATURE_DIM,) or not all(v.isfinite().all() for v in values):
+        dim = unit_features(neck, torch.zeros(1, backbone.out_channels[-1], device=device)).shape[1]
+        K, size = (state["settings"][name] for name in ("num_clusters", "image_size"))
+        if not (centroids.shape == (K, dim) and size in range(8, 4097)
+                and isinstance(state["progress"]["epoch"], int)
+                and isinstance(state["settings"]["data"], str)
+                and isinstance(state["final_clusters"]["whole_images"], bool)
+                and all(value.isfinite().all() for value in values)):
             raise ValueError("sizes that do not fit, or values that are not finite")
     backbone.to(memory_format=torch.channels_last)
     return state, lambda images: unit_features(neck, backbone(images)[-1].mean((2, 3))), centroids
@@ -99,15 +109,20 @@ def main(arguments=None):
     train = neighbours = None
     with distributed.raise_everywhere():
         vectors_path = Path(args.checkpoint).with_name("features.npy")
-        inputs = [args.checkpoint, vectors_path, args.folders or args.checkpoint]
-        check_output("--output", args.output, b"path,cluster,similarity", inputs)
-        if args.features:
-            check_output("--features", args.features, b"\x93NUMPY", [*inputs, args.output])
-        if args.folders and (os.path.lexists(args.folders)
-                             or Path(args.folders).is_relative_to(args.data)):
+        if args.folders and (os.path.lexists(args.folders) or Path(
+                os.path.realpath(args.folders)).is_relative_to(os.path.realpath(args.data))):
             raise UserError(f"--folders {args.folders}: choose a new folder, outside --data.")
+        taken = [args.checkpoint, *map(vectors_path.with_name, (
+            "features.npy", "labels.npy", "centroids.npy", "clusters.csv"))]  # of the run
+        for option, file, start in (("--folders", args.folders, b""),
+                                    ("--output", args.output, b"path,cluster,similarity"),
+                                    ("--features", args.features, NUMPY_START)):
+            if file:
+                check_output(option, file, start, taken)
+                taken.append(file)
         state, network, centroids = load_run(args.checkpoint, device)
-        transform = evaluation_transform(state["settings"]["image_size"])
+        transform = clustering_transform(state["settings"]["image_size"],
+                                         state["final_clusters"]["whole_images"])
         dataset = open_dataset(args.data)
         if args.neighbours:
             train, vectors = open_training_images(args.train_data or state["settings"]["data"],
@@ -116,7 +131,7 @@ def main(arguments=None):
     distributed.print_main(f"{len(dataset):,} images, {len(centroids):,} clusters after epoch "
                            f"{state['progress']['epoch']} of a run on {state['settings']['data']}")
     listed = dataset.names  # of all images; those that cannot be read leave the dataset now
-    features = extract(network, dataset, transform, FEATURE_DIM, device, 128,
+    features = extract(network, dataset, transform, centroids.shape[1], device, 128,
                        default_workers(dataset.pixels is not None), unreadable_share=1.0)
     labels = nearest_centroids(features, centroids)
     similarity = cosine_to_centroid(features, centroids, labels)

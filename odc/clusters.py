@@ -12,9 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from odc import distributed
-from odc.data.augmentation import evaluation_transform
-from odc.features import extract
-from odc.kmeans import ClusterSums, kmeans
+from odc.data.augmentation import clustering_transform
+from odc.evaluation import metrics
+from odc.features import extract, unit_pixels
+from odc.kmeans import ClusterSums, kmeans, nearest_centroids
+from odc.model import CentredPool
+
+COMPARED = 10_000  # images, for the comparison with pixels
 
 
 @dataclass
@@ -25,7 +29,7 @@ class Clustering:
     similarity: torch.Tensor  # float32 [N], cosine to the centroid of the own cluster, on the CPU
     centroids: torch.Tensor  # float32 [K, d], on the CPU; rows of -1 for empty clusters
     features: torch.Tensor  # float32 [n, d], unit rows: of this process, or of all images
-    neck: torch.nn.Module | None = None  # the network's, with batch norm statistics of all images
+    neck: torch.nn.Module | None = None  # gave the features, with statistics of all images
     hashes: torch.Tensor | None = None  # int64 [N], difference hashes, on the CPU
     duplicates: tuple = ([], 1.0)  # what odc.outputs.duplicates.find_groups has found
 
@@ -37,25 +41,25 @@ class Clustering:
         return np.split(order, self.labels.bincount(minlength=len(self.centroids)).cumsum(0)[:-1])
 
 
-def cluster_images(network, dataset, memory, image_size, workers=0):
+def cluster_images(network, dataset, memory, image_size, workers=0, trained=True):
     """The Clustering of the unaugmented images, from that of `memory` on. A collective.
 
+    trained: whether the neck is; else the backbone's features are clustered, less their mean.
     Clusters below memory.min_cluster_size give way to halves of wide ones, while there are any.
     Raises UserError if an image cannot be read any more.
     """
-    device, K = memory.labels.device, len(memory.centroids)
-    backbone, neck = network.backbone.eval(), copy.deepcopy(network.neck).eval()
+    device, K, backbone = memory.labels.device, len(memory.centroids), network.backbone.eval()
     C = backbone.out_channels[-1]
 
     def forward(images):  # features, and by how much a gray pixel of 8 x 9 is lighter than the last
         gray = F.adaptive_avg_pool2d(images.mean(1), (8, 9))
         return torch.cat([backbone(images)[-1].mean((2, 3)), gray.diff().flatten(1)], dim=1)
-    rows = extract(forward, dataset, evaluation_transform(image_size), C + 64, device,
-                   workers=workers, unreadable_share=0)
+    rows = extract(forward, dataset, clustering_transform(image_size, dataset.whole_images), C + 64,
+                   device, workers=workers, unreadable_share=0)
     pooled, lighter = rows[:, :C], rows[:, C:] > 2**-6  # [n, C], [n, 64]: by more than noise
     hashes = (lighter.long() << torch.arange(64, device=device)).sum(1)
-    estimate_statistics(neck, pooled, len(dataset))
-    features = torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])  # [n, d]
+    neck = copy.deepcopy(network.neck).eval() if trained else CentredPool(C)
+    features = neck_features(neck.to(device), pooled, len(dataset))
     sums = ClusterSums(K, features.shape[1], len(dataset), device)
     sums.add(features, memory.labels[memory.rows])
     start = sums.means(memory.labels.bincount(minlength=K))  # [K, d]
@@ -78,14 +82,24 @@ def cluster_images(network, dataset, memory, image_size, workers=0):
 
 
 @torch.no_grad()
+def neck_features(neck, pooled, num_images):
+    """`unit_features` [n, d] after the neck has got the statistics of all images. A collective."""
+    estimate_statistics(neck, pooled, num_images)
+    return torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])
+
+
+@torch.no_grad()
 def unit_features(neck, pooled):
     """The neck of pooled features [B, C] of the last map, L2-normalised: [B, d]."""
     return F.normalize(neck(pooled[:, :, None, None]).float())
 
 
-@torch.no_grad()
 def estimate_statistics(neck, pooled, num_images):
-    """Give the neck's batch norm the mean and variance of all images. A collective."""
+    """Give the neck the mean, and its batch norm the variance, of all images. A collective."""
+    if isinstance(neck, CentredPool):
+        total = distributed.all_reduce(F.normalize(pooled).sum(0, dtype=torch.float64))
+        neck.mean.copy_(total / num_images)
+        return
     sums = torch.zeros(2, neck.bn1.num_features, dtype=torch.float64, device=pooled.device)
     for rows in pooled.split(4096):
         hidden = neck.fc1(rows).double()
@@ -93,6 +107,29 @@ def estimate_statistics(neck, pooled, num_images):
     mean, square = distributed.all_reduce(sums) / num_images
     neck.bn1.running_mean.copy_(mean)
     neck.bn1.running_var.copy_((square - mean.square()).clamp(min=0))
+
+
+def stabilities(dataset, features, num_clusters, workers=0):
+    """`stability` of features [n, d] and of the images' raw pixels, of a sample. A collective."""
+    step = -(-len(dataset) // COMPARED)
+    pixels = extract(unit_pixels, dataset.take(range(0, len(dataset), step)),
+                     clustering_transform(32, dataset.whole_images), 3 * 32**2, features.device,
+                     workers=workers, unreadable_share=0)
+    return stability(features[::step], num_clusters), stability(pixels, num_clusters)
+
+
+def stability(features, num_clusters):
+    """NMI in 0..1 of two clusterings of features [n, d]: by the means of the even and the odd rows.
+
+    It needs no labels, and was larger for the better of two kinds of features in all our tests.
+    """
+    labels = []
+    for half in (features[::2], features[1::2]):
+        num_rows = int(distributed.all_reduce(torch.tensor(len(half))))
+        _, centroids = kmeans(half.contiguous(), max(1, min(num_clusters, num_rows // 10)))
+        own = nearest_centroids(features, centroids)
+        labels.append(distributed.all_gather_uneven_rows(own).cpu())
+    return metrics.nmi(*labels)
 
 
 def cosine_to_centroid(features, centroids, labels):

@@ -47,12 +47,12 @@ def init(device="auto"):
 def choose_device(device):
     if not (match := re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)):
         raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:INDEX.")
-    processes, available = _environment("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+    processes, available = environment("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
     if device == "auto" and 0 < available < processes:
         print_main(f"{processes} processes run on the CPU; for CUDA start at most {available}.")
     if device == "cpu" or device == "auto" and available < processes:
         return torch.device("cpu")
-    index = int(match[1] or _environment("LOCAL_RANK", 0))
+    index = int(match[1] or environment("LOCAL_RANK", 0))
     if max(index, processes - 1) >= available or match[1] and processes > 1:
         raise UserError(f"--device {device}: this machine has {available} CUDA device(s), numbered "
                         "from 0, and each process needs its own; start fewer, or give cpu.")
@@ -68,14 +68,14 @@ def check_same_device(store, rank, world_size, kind):
                         "--device cpu, or find out why the GPUs of a machine are not seen.")
 
 
-def _environment(name, default):
+def environment(name, default):
     """A number that torchrun sets; without WORLD_SIZE it is left over from elsewhere."""
     return int(os.environ.get(name) or default) if os.environ.get("WORLD_SIZE") else default
 
 
 def rank():
     """The number of this process, 0 <= rank < W."""
-    return dist.get_rank() if dist.is_initialized() else _environment("RANK", 0)
+    return dist.get_rank() if dist.is_initialized() else environment("RANK", 0)
 
 
 def world_size():

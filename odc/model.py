@@ -1,6 +1,7 @@
 """The network: a ResNet that returns its five feature maps, the ODC neck, and the classifier."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -83,6 +84,17 @@ class Neck(nn.Module):
         x = feature5.mean(dim=(2, 3))
         x = self.dropout(torch.relu(self.bn1(self.fc1(x))))
         return torch.relu(self.fc2(x))
+
+
+class CentredPool(nn.Module):
+    """For a neck that has learned nothing yet: unit length less the mean of all images (ours)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+
+    def forward(self, feature5):
+        return F.normalize(feature5.mean(dim=(2, 3))) - self.mean
 
 
 class ODC(nn.Module):

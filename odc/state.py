@@ -1,7 +1,6 @@
 """The state of a run: all that learns or remembers, and how it is saved and restored."""
 
 import copy
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def restore(state, saved):
         pairs += [(kept["momentum_buffer"], own.data) for own, kept in optimizer.state.items()]
         pairs += [(features, memory.features)] if len(features) else []
         labels = saved["memory"]["labels"]
-        if not all(_has_form(value, own) for value, own in pairs) or not (
+        if not all(checkpoint.has_form(value, own) for value, own in pairs) or not (
                 0 <= labels.min() <= labels.max() < len(memory.centroids)):
             raise ValueError("its content is not that of a run with these settings")
         for name in ("backbone", "neck", "head"):
@@ -91,14 +90,3 @@ def restore(state, saved):
         state.progress = Progress(**saved["progress"])
         state.labels_before, state.final_clusters = saved["labels_before"], saved["final_clusters"]
         state.memory_parts = saved["memory_parts"]
-
-
-def _has_form(value, own):
-    """Whether value has own's types, keys and shapes, and finite numbers, from own's on."""
-    if type(value) is not type(own):
-        return False
-    if isinstance(own, dict):
-        return value.keys() == own.keys() and all(_has_form(value[name], own[name]) for name in own)
-    if torch.is_tensor(own):
-        return value.shape == own.shape and value.dtype == own.dtype and value.isfinite().all()
-    return own <= value < math.inf

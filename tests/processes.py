@@ -121,6 +121,13 @@ class ForkedScript(FORKS.Process):
         os.kill(self.pid, number)
 
 
+def fork_ranks(script, *arguments, processes):
+    """The processes of a group that run a script, a ForkedScript each, without torchrun."""
+    group = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    return [ForkedScript(script, *arguments, **group, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank in range(processes)]
+
+
 def run_script(script, *arguments, processes=1, timeout=300, **extra):
     """Run a script to its end; a CompletedProcess with text output."""
     if processes > 1:

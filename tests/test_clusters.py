@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from odc import assign, clusters, distributed
-from odc.data.augmentation import evaluation_transform, normalise
+from odc.data.augmentation import normalise, whole_image
 from odc.data.datasets import open_dataset
 from odc.model import ODC
 from odc.kmeans import nearest_centroids
@@ -39,8 +39,7 @@ def clusters_of(folder):
 def test_statistics_features_and_labels(folder):
     labels, similarity, centroids, features, mean, var, hashes = clusters_of(folder)
     network, dataset = small_network().eval(), open_dataset(str(folder))
-    transform = evaluation_transform(32)
-    images = normalise(torch.stack([transform(dataset.load(i)) for i in range(len(dataset))]))
+    images = normalise(torch.stack([whole_image(dataset.load(i), 32) for i in range(150)]))
     with torch.no_grad():
         hidden = network.neck.fc1(network.backbone(images)[-1].mean((2, 3)))
         torch.testing.assert_close(mean, hidden.mean(0), rtol=1e-4, atol=1e-5)

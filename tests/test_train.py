@@ -168,33 +168,23 @@ def test_another_number_of_processes_goes_on(folder, finished, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--data", "nowhere/to/be/found"], ["nowhere/to/be/found", "does not exist"]),
-    (["--arch", "vit"], ["--arch", "vit"]),
-    (["--epochs", "0"], ["--epochs", "'0'"]),
-    (["--lr", "nan"], ["--lr", "nan"]),
-    (["--lr", "-1"], ["--lr"]),
-    (["--memory-momentum", "1.5"], ["--memory-momentum", "1.5"]),
-    (["--batch-size", "many"], ["--batch-size", "many"]),
-    (["--num-clusters", "200", "--min-cluster-size", "0"],
-     ["--num-clusters 200", "need 200 images"]),
+    (["--data", __file__], ["test_train.py", "is no folder"]),
+    (["--workers", "2"], ["--workers 2", "/dev/shm", "--shm-size"]),
+    (["--arch", "vit"], ["--arch", "vit"]), (["--epochs", "0"], ["--epochs 0", "--pretrained"]),
+    (["--lr", "nan"], ["--lr", "nan"]), (["--lr", "-1"], ["--lr"]),
+    (["--memory-momentum", "1.5"], ["1.5"]), (["--batch-size", "many"], ["--batch-size", "many"]),
+    (["--num-clusters", "200", "--min-cluster-size", "0"], ["-clusters 200", "need 200 images"]),
     (["--min-cluster-size", "100"], ["--min-cluster-size 100", "800", "150"]),
-    (["--amp", "fp16"], ["--amp fp16", "bf16"]),
-    (["--device", "cuda:77"], ["--device cuda:77"]),
-    (["--pretrained", "nothing.pth"], ["nothing.pth"]),
-    (["--batch-size", "1"], ["--batch-size"]),
+    (["--device", "cuda:77"], ["cuda:77"]), (["--pretrained", "no.pth"], ["no.pth"]),
+    (["--batch-size", "1"], ["--batch-size"]), (["--amp", "fp16"], ["--amp fp16", "bf16"]),
     (["--tensorboard"], ["--tensorboard", "pip install tensorboard"]),
-    (["--export-only"], ["--export-only", "there is no run"]),
-    (["--unknown"], ["--unknown"]),
+    (["--export-only"], ["--export-only", "there is no run"]), (["--unknown"], ["--unknown"]),
 ])
 def test_mistakes_are_one_sentence(folder, tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_bavail=16, f_frsize=4096))
     code = run_main("--data", folder, "--output", tmp_path, *SMALL, *arguments)
     assert_one_sentence(capsys, code, *words)
-
-
-def test_workers_whose_batches_do_not_fit_into_shared_memory(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_bavail=16, f_frsize=4096))
-    code = run_main("--data", folder, "--output", tmp_path, *SMALL, "--workers", "2")
-    assert_one_sentence(capsys, code, "--workers 2", "/dev/shm", "--shm-size")
 
 
 def test_a_folder_without_images(tmp_path, capsys):
@@ -275,15 +265,6 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, capsys, mon
                     "--checkpoint-interval", "1")
     assert_one_sentence(capsys, code, "The weights are not finite after step 3", "--lr")
     assert checkpoint.read_dict(tmp_path / "checkpoint.pth")["progress"]["global_step"] == 2
-
-
-def test_a_checkpoint_of_another_program(folder, finished, tmp_path, capsys):
-    """With a right checksum, as eval_linear.py writes them."""
-    state = checkpoint.read_dict(finished / "checkpoint.pth")
-    checkpoint.write_dict(tmp_path / "checkpoint.pth", {**state, "program": "another"})
-    code = run_main("--data", folder, "--output", tmp_path, *SMALL)
-    assert_one_sentence(capsys, code, tmp_path / "checkpoint.pth",
-                        "not a checkpoint of this version")
 
 
 # --- images that cannot be read ------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torchvision.transforms import functional as TF
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, red green blue, in 0..1
@@ -111,11 +112,25 @@ def evaluation_transform(image_size):
     return functools.partial(resize_center_crop, resize=resize, crop=image_size)
 
 
+def clustering_transform(image_size, whole_images):
+    """For what is clustered and shown: whole images, or as `evaluation_transform`."""
+    whole = functools.partial(whole_image, size=image_size)
+    return whole if whole_images else evaluation_transform(image_size)
+
+
+def whole_image(image, size):
+    """All of an image, in the middle of a white square."""
+    return TF.pil_to_tensor(ImageOps.pad(_not_too_long(image), (size, size),
+                                         Image.Resampling.BILINEAR, color="white"))
+
+
 def _central_square(image, resize, crop):
+    return TF.center_crop(TF.resize(_not_too_long(image), resize), crop)
+
+
+def _not_too_long(image):  # resized by its shorter edge, a very long one would take gigabytes
     width, height = image.size
-    # Resized as a whole, a very long image would take gigabytes.
-    image = TF.center_crop(image, [min(height, 8 * width), min(width, 8 * height)])
-    return TF.center_crop(TF.resize(image, resize), crop)
+    return TF.center_crop(image, [min(height, 8 * width), min(width, 8 * height)])
 
 
 # --- on the device: a batch ----------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A data set of images, and how one image is read."""
 
 import array
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -12,12 +13,17 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from odc.distributed import print_main
+from odc.runtime import launch
+from odc.runtime.log import progress_bar
 
 # Only these decoders are tried, whatever a file is called. Pillow has others that start programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 PAUSES = (0.1, 0.4)  # seconds before a file that a disk failed to give is read again
 PATIENT_PAUSES = (0.1, 0.4, 1.5, 3, 5)  # the same for a file that was read before in this run
+KEPT_BYTES = 2**30  # of images in memory, for each process
 
 
 class UnreadableImage(Exception):
@@ -64,6 +70,7 @@ class ImageSet:
     targets: torch.Tensor | None = None  # for "voc07": int8 [N, classes], 0 is difficult, else +-1
     taken: np.ndarray | None = None  # int64 [N], where these images lie in the set they are part of
     left_out: dict = field(default_factory=dict)  # {name: reason} of images that cannot be read
+    kept: list | None = None  # small copies of files, uint8 [h, w, 3], None for an unreadable one
 
     def __len__(self):
         return len(self.names) if self.pixels is None else len(self.pixels)
@@ -73,14 +80,21 @@ class ImageSet:
         chosen = {name: value[indices] for name in ("pixels", "labels", "targets")
                   if (value := getattr(self, name)) is not None}
         names = self.names and Names(self.names[i] for i in indices)
-        return replace(self, names=names, taken=np.asarray(indices), **chosen)
+        kept = self.kept and [self.kept[i] for i in indices]
+        return replace(self, names=names, taken=np.asarray(indices), kept=kept, **chosen)
 
     def leave_out(self, unreadable):
         """Remove the images with these names, {name: reason}, from this ImageSet."""
         self.fingerprint  # cached now: it stays that of the set as it was opened
-        kept = self.take([i for i in range(len(self)) if self.name_of(i) not in unreadable])
-        self.names, self.labels, self.targets = kept.names, kept.labels, kept.targets
+        rest = self.take([i for i in range(len(self)) if self.name_of(i) not in unreadable])
+        self.names, self.labels, self.targets = rest.names, rest.labels, rest.targets
+        self.kept = rest.kept
         self.left_out = {**self.left_out, **unreadable}
+
+    @property
+    def whole_images(self):
+        """Whether people expect to see all of an image, turned as they hold it: in own folders."""
+        return self.name == "folder"
 
     def typical_side(self):
         """The median of the shorter sides of 100 images, in pixels."""
@@ -94,6 +108,29 @@ class ImageSet:
                     sides.append(min(image.size))
         return int(np.median(sides)) if sides else 224
 
+    def keep_small_copies(self, side):
+        """Decode all files once, and keep them with shorter sides of at most `side` pixels.
+
+        Nothing is kept if that takes more than KEPT_BYTES.
+        """
+        def small(i):
+            with contextlib.suppress(UnreadableImage):  # the first pass will say so
+                image = self.load(i, draft_side=side)
+                image.thumbnail([side * max(image.size) // min(image.size)] * 2)
+                return np.asarray(image)
+
+        bar, kept, size = progress_bar(len(self), "reading", "img"), [], 0
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            for copy in threads.map(small, range(len(self))):
+                launch.check_signals()
+                kept.append(copy)
+                size += 0 if copy is None else copy.nbytes
+                bar.update()
+                if size > KEPT_BYTES:
+                    return
+        self.kept = kept
+        print_main(f"{len(kept):,} images are kept in memory: {size >> 20:,} MiB in each process.")
+
     def name_of(self, i):
         """The path of image i relative to the root; for images in memory, the index as text."""
         return self.names[int(i)] if self.pixels is None else str(int(i))
@@ -106,14 +143,16 @@ class ImageSet:
             b"none" if part is None else np.asarray(part)
             for part in (self.labels, self.targets, self.taken, *names))).hex()
 
-    def load(self, i, patient=False):
+    def load(self, i, patient=False, draft_side=None):
         """Image i as an RGB `PIL.Image`. patient: it was read before. Raises UnreadableImage."""
         if self.pixels is not None:
             return Image.fromarray(np.asarray(self.pixels[int(i)])).convert("RGB")
+        if self.kept and self.kept[int(i)] is not None:
+            return Image.fromarray(self.kept[int(i)])
         path = os.path.join(self.root, self.name_of(i))
         for pause in (*(PATIENT_PAUSES if patient else PAUSES), None):
             try:
-                return read_image(path)
+                return read_image(path, self.whole_images, draft_side)
             except Exception as error:  # for broken files, decoders raise anything
                 # Errors of a disk or a network have a number, those of a decoder have none.
                 number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
@@ -125,15 +164,22 @@ class ImageSet:
                 time.sleep(pause)
 
 
-def read_image(path):
-    """The first frame of a file as an RGB `PIL.Image`, on white; without EXIF, as torchvision."""
+def read_image(path, turn=False, draft_side=None):
+    """The first frame of a file as an RGB `PIL.Image`, on white.
+
+    turn: as its EXIF says, unlike torchvision. draft_side: a JPEG with longer sides may be smaller.
+    """
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for images that are merely odd
         image = Image.open(file, formats=FORMATS)
         width, height = image.size
         if width * height > Image.MAX_IMAGE_PIXELS:  # above twice of it, Pillow raises an error
             image.draft("RGB", (width // 4, height // 4))  # JPEG: decoded in a quarter of the size
+        elif draft_side:
+            image.draft("RGB", (draft_side, draft_side))
         image.load()
+        with contextlib.suppress(Exception):  # odd EXIF
+            image = ImageOps.exif_transpose(image) if turn else image
         if image.mode.startswith("I"):  # "I;16", "I;16B" and "I": 0..65535, clipped by Pillow
             values = np.asarray(image).astype(np.int64).clip(0, 65535)
             image = Image.fromarray(((values + 128) // 257).astype(np.uint8))

@@ -15,7 +15,7 @@ import torch
 
 from odc.data import augmentation as augment
 from odc.data.images import ImageSet, UnreadableImage, digest
-from odc.distributed import rank, shard, world_size
+from odc.distributed import environment, raise_everywhere, rank, shard, world_size
 from odc.errors import Interrupted, UserError
 from odc.runtime import launch
 
@@ -36,7 +36,18 @@ def default_workers(in_memory):
     if in_memory:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(4, cores // environment("LOCAL_WORLD_SIZE", 1)))
+
+
+def check_shared_memory(workers, batch_size, image_size):
+    """Raise UserError if a machine lacks room for two batches of each worker. A collective."""
+    with raise_everywhere():
+        if workers and os.path.isdir("/dev/shm"):
+            status, needed = os.statvfs("/dev/shm"), 2 * workers * batch_size * 3 * image_size**2
+            if status.f_bavail * status.f_frsize < needed:
+                raise UserError(f"--workers {workers}: their batches need {needed >> 20} MiB of "
+                                "shared memory, more than /dev/shm has: use fewer, or give a "
+                                "container more (--shm-size).")
 
 
 def steps_per_epoch(num_images, batch_size):

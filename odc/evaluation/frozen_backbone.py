@@ -103,14 +103,17 @@ def prepare(args, one_class=False):
     print_main(f"{description}\n{args.data}: {len(train):,} train, {len(val):,} val, {size} pixels")
     backbone = backbone.to(device, memory_format=torch.channels_last).requires_grad_(False)
     workers = loader.default_workers(in_memory) if args.workers is None else args.workers
+    loader.check_shared_memory(workers, args.batch_size or 256, size)
     return FrozenBackbone(backbone, description, train, val, size, workers, device)
 
 
 def trained_size(weights):
     """The side of the training images, from our backbone.pth or checkpoint.pth, or None."""
     with contextlib.suppress(Exception):  # other files do not tell
-        content = torch.load(weights, map_location="cpu", weights_only=True)
-        return int((content.get("settings") or content._metadata[""])["image_size"])
+        if os.path.isfile(weights):
+            content = torch.load(weights, map_location="cpu", weights_only=True)
+            size = (content.get("settings") or content._metadata[""])["image_size"]
+            return size if size in range(8, 4097) else None
 
 
 def check_labels(data, train, val, one_class):

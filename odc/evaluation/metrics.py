@@ -3,8 +3,6 @@
 import numpy as np
 import torch
 
-from odc import distributed
-
 
 def agreement(clusters, classes):
     """All measures of agreement of two labelings [N] int64, and a line that says them."""
@@ -85,26 +83,3 @@ def _best_assignment(gains):
             row = owner[column] = before[column]
             column_of[row], column = column, column_of[row]
     return float(gains[np.arange(num_rows), column_of].sum())
-
-
-def silhouette(features, labels, centroids, sizes):
-    """The simplified silhouette of every image, in -1..1 (Hruschka 2004): [N] float32.
-
-    (b - a) / max(a, b): a is the distance of features [N, d] to the own centroid, b to the nearest
-    other one of [K, d]. An image alone in its cluster has 0. sizes: [K], of the clusters.
-    """
-    values = torch.empty(len(features), device=features.device)
-    for rows in torch.arange(len(features), device=features.device).split(4096):
-        distances = torch.cdist(features[rows], centroids)
-        own = (features[rows] - centroids[labels[rows]]).norm(dim=1)
-        other = distances.scatter(1, labels[rows, None], torch.inf).amin(1)
-        values[rows] = torch.nan_to_num((other - own) / torch.maximum(other, own))
-    return values.masked_fill_(sizes[labels] == 1, 0)
-
-
-def mean_silhouette(features, labels, centroids):
-    """The mean `silhouette` of features [n, d], this process's, and labels [N]. A collective."""
-    device, sizes = features.device, labels.bincount(minlength=len(centroids))
-    own = labels[distributed.shard(len(labels))].to(device)
-    values = silhouette(features, own, centroids.to(device), sizes.to(device))
-    return float(distributed.all_reduce(values.double().sum())) / len(labels)

@@ -94,7 +94,7 @@ def _read_array(path, name):
             content = file.read_bytes()
         else:
             raise FileNotFoundError("there is no such file")
-        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False).astype(np.float64)
     except Exception as error:  # whatever a foreign file makes them raise
         raise UserError(f"{path}: {name} cannot be read ({error}); give the folder or the zip file "
                         "of the published low-shot targets.") from None

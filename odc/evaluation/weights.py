@@ -12,6 +12,7 @@ import zipfile
 from collections import OrderedDict, deque
 
 import torch
+import torchvision
 from torch.serialization import safe_globals
 
 from odc.errors import UserError
@@ -30,8 +31,9 @@ STRUCTURES = {(blocks, block.expansion, width): name
 
 
 def load_backbone(weights, arch=None, image_size=224, seed=0, option="--weights"):
-    """The backbone of a weights file, or for "random" one with seeded random convolutions.
+    """The backbone of a weights file, of a name, or for "random" with seeded random convolutions.
 
+    A name, such as resnet50, stands for torchvision's file, which it downloads if need be.
     arch: a key of ARCHS; by default the file's, or resnet50 for "random". image_size: decides the
     stem of a random network. Returns (ResNet in eval mode on the CPU, one line about what was
     matched). Raises UserError, naming the option, for a file that is not wholly a ResNet of `arch`.
@@ -44,6 +46,9 @@ def load_backbone(weights, arch=None, image_size=224, seed=0, option="--weights"
             backbone = ResNet(arch or "resnet50", use_small_stem(image_size))
         return backbone.eval(), f"{_describe(backbone)}, random weights from seed {seed}"
     try:
+        if weights in ARCHS:
+            file = torchvision.models.get_model_weights(weights)["IMAGENET1K_V1"]
+            return _find_backbone(file.url, arch, file.get_state_dict(check_hash=True), [])
         return _find_backbone(weights, arch, *_read(weights))
     except UserError as error:
         raise UserError(f"{option} {weights}: {error}") from None
@@ -53,19 +58,6 @@ def load_backbone(weights, arch=None, image_size=224, seed=0, option="--weights"
             reason = f"reading it would run {refused[1]}, which is refused"
         raise UserError(f"{option} {weights}: cannot be read ({reason}); it is missing, truncated, "
                         "damaged, or not a weights file: give a network's state_dict().") from None
-
-
-def load_pretrained(backbone, weights, image_size):
-    """Load a weights file into a backbone, as a start for training; returns one line about it.
-
-    Raises UserError as `load_backbone`, and if the file's stem is for images of another size.
-    """
-    loaded, description = load_backbone(weights, backbone.arch, image_size, option="--pretrained")
-    if loaded.small_stem != backbone.small_stem:
-        raise UserError(f"--pretrained {weights}: its stem does not fit --image-size {image_size} "
-                        "(up to 64 pixels, or more); change it, or take other weights.")
-    backbone.load_state_dict(loaded.state_dict())
-    return description
 
 
 def _find_backbone(path, arch, content, passed_over):

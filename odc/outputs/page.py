@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from odc.data.augmentation import evaluation_transform
+from odc.data.augmentation import clustering_transform
 from odc.data.loader import evaluation_batches
 from odc.runtime.checkpoint import write_atomically
 from odc.runtime.log import read_record
@@ -176,7 +176,8 @@ def sprite_sheets(dataset, shown, workers=0):
     side = 96 if len(shown) <= IMAGES / 4 else 64 if len(shown) <= IMAGES * 1.1 else 32
     rules = []
     for n, batch in enumerate(evaluation_batches(
-            dataset, torch.tensor(shown), evaluation_transform(side), TILES**2, workers)):
+            dataset, torch.tensor(shown), clustering_transform(side, dataset.whole_images),
+            TILES**2, workers)):
         tiles = torch.zeros(TILES**2, 3, side, side, dtype=torch.uint8)
         tiles[: len(batch.images)] = batch.images
         sheet = tiles.view(TILES, TILES, 3, side, side).permute(0, 3, 1, 4, 2)  # rows of tiles

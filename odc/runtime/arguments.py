@@ -37,6 +37,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def path(text):
     """An argparse type: a path, absolute and without ~. The words shapes and random stay words."""
+    if not text:  # a variable of a script that is not set; it would mean the current folder
+        raise argparse.ArgumentTypeError("an empty text is no path")
     return text if text in ("shapes", "random") else os.path.abspath(os.path.expanduser(text))
 
 
@@ -58,16 +60,16 @@ def number(minimum, maximum=1e9, above=False, kind=float):
     return parse
 
 
-def check_output(option, file, start, inputs=()):
+def check_output(option, file, start, taken=()):
     """Raise UserError for an output file that cannot be written, or is not ours to overwrite.
 
     start: bytes with which this output begins. A file that is there must be empty or begin alike,
-    and must not be one of the inputs.
+    and must not be one of those that are taken.
     """
-    problem, real = None, os.path.realpath(file)
-    if real in map(os.path.realpath, inputs):
-        problem = "it is read, or written by another argument"
-    elif not os.access(os.path.dirname(real), os.W_OK):
+    problem = None
+    if os.path.realpath(file) in map(os.path.realpath, taken):
+        problem = "it is read, or written by a run or another argument"
+    elif not os.access(os.path.dirname(os.path.abspath(file)), os.W_OK):  # a link is replaced
         problem = "its folder is missing or not writable"
     elif os.path.isfile(file):
         with open(file, "rb") as there:

@@ -7,6 +7,7 @@ replaced last. So a kill at any moment leaves the old checkpoint or the new one.
 
 import contextlib
 import fcntl
+import math
 import os
 import secrets
 import zipfile
@@ -93,21 +94,26 @@ def open_run(output):
     """
     path, lock = output / "checkpoint.pth", output / ".lock"
     with distributed.raise_everywhere():
-        for link in filter(Path.is_symlink, (lock, path, output / "memory", output / "log.jsonl")):
+        names = (lock.name, path.name, "memory", "log.jsonl", "tensorboard")
+        for link in filter(Path.is_symlink, map(output.joinpath, names)):
             raise UserError(f"{link} is a link: remove it, or choose another --output.")
         output.mkdir(parents=True, exist_ok=True)
-        # The lock's text marks a run that has no checkpoint yet.
-        text = lock.read_bytes() if lock.is_file() else b""
-        others = [name for name in os.listdir(output) if name != lock.name or text]
-        if _read_run(path) is None and others and not text.startswith(PROGRAM.encode()):
+        text = lock.read_text(errors="replace") if lock.is_file() else ""
+        program, _, token = text.strip().rpartition(" ")
+        others = set(os.listdir(output)) - ({lock.name} if text == "" else set())
+        if program == PROGRAM:  # a run has begun there: without a checkpoint yet, its log is empty
+            others -= {lock.name, "memory", "unreadable.txt", "tensorboard"}
+            others = [name for name in others if not name.endswith(f".{token}.partial")
+                      and (name != "log.jsonl" or (output / name).stat().st_size)]
+        if read_run(path) is None and others:
             raise UserError(f"--output {output} holds other files and no run: choose a new folder.")
     with distributed.raise_everywhere():
         lock = _lock(output) if distributed.is_main() else None
-        return _read_run(path), lock
+        return read_run(path), lock
 
 
-def _read_run(path):
-    """The checkpoint of a run, or None if there is none yet."""
+def read_run(path):
+    """The checkpoint of a run, or None if there is none yet. Raises UserError."""
     if not path.exists():
         return None
     saved = read_dict(path)
@@ -194,3 +200,14 @@ def check_same_settings(where, before, now):
         if before.get(name) != now.get(name):
             raise UserError(f"{where} holds a run with {name} {before.get(name)}, not "
                             f"{now.get(name)}: use the same, or another --output.")
+
+
+def has_form(value, own):
+    """Whether value has own's types, keys and shapes, and finite numbers, from own's on."""
+    if type(value) is not type(own):
+        return False
+    if isinstance(own, dict):
+        return value.keys() == own.keys() and all(has_form(value[name], own[name]) for name in own)
+    if torch.is_tensor(own):
+        return value.shape == own.shape and value.dtype == own.dtype and value.isfinite().all()
+    return own <= value < math.inf

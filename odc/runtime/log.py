@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import textwrap
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -50,11 +51,15 @@ class Log:
                     self.file.write((json.dumps(record) + "\n").encode())
                     self.file.flush()
                     self.records += 1
-                for name in record.keys() - {"epoch", "step"} if self.events else ():
-                    self.events.add_scalar(name, record[name], record["step"])
             except OSError as error:
                 raise UserError(f"{self.file.name}: could not be written ({error.strerror}); "
                                 "make room, and start the same command again.") from None
+        try:
+            for name in record.keys() - {"epoch", "step"} if self.events else ():
+                self.events.add_scalar(name, record[name], record["step"])
+        except Exception as error:  # another program's; log.jsonl has all
+            print_main(f"warning: no more events for TensorBoard: {error}")
+            self.events = None
 
     def write_steps(self, progress, steps, cluster_sizes, lr, rate):
         """Write and show the means since the last line. steps: of an epoch; rate: images/s."""
@@ -80,6 +85,13 @@ def progress_bar(total, description, unit="step", initial=0):
     """A tqdm bar, on process 0 and a terminal only."""
     return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False,
                 dynamic_ncols=True, disable=None if distributed.is_main() else True)
+
+
+def print_end(epochs, seconds):
+    """Print when a run will be done."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    print_main(f"About {f'{hours} h ' if hours else ''}{minutes} min for {epochs} epochs on this "
+               f"machine, until {time.strftime('%H:%M', time.localtime(time.time() + seconds))}.")
 
 
 def print_settings(settings):

@@ -8,7 +8,7 @@ import pytest
 
 from odc.data.datasets import open_dataset
 from odc.errors import UserError
-from tests.layouts import (put_cifar10, put_fashion_mnist, put_files, put_image, put_imagenet_lists,
+from tests.layouts import (put_cifar10, put_fashion_mnist, put_files, put_imagenet_lists,
                            put_inaturalist, put_stl10, put_voc)
 
 
@@ -81,9 +81,3 @@ def test_damaged_files(tmp_path, monkeypatch, put, path, content, split, sentenc
         (tmp_path / path).write_bytes(content)
     expect(sentence, tmp_path, split)
     assert not os.path.exists("odc-was-here")
-
-
-def test_path_that_is_not_a_folder(tmp_path):
-    put_image(tmp_path / "a.jpg")
-    for name in ("nowhere", "a.jpg"):
-        expect(f"{name} does not exist or is no folder", tmp_path / name, "train")

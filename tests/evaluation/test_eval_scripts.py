@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,22 +163,24 @@ def test_the_image_size_comes_with_the_weights(tmp_path, weights):
     with pytest.raises(UserError, match="--image-size 224: .* is for 64 pixels or less"):
         prepared("--weights", weights, "--data", data)  # without the size
     assert prepared("--weights", weights, "--data", "shapes").image_size == 32
-    torch.save(ResNet("narrow").state_dict(), tmp_path / "other.pth")
+    results.write_backbone(tmp_path / "other.pth", ResNet("narrow"), 10**6)  # no size of an image
     assert prepared("--weights", tmp_path / "other.pth", "--data", data).image_size == 224
 
 
-def test_mistakes_of_all_scripts(tmp_path, weights):
+def test_mistakes_of_all_scripts(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_bavail=16, f_frsize=4096))
     data = put_imagenet(tmp_path / "data", train=2, val=2)
     put_inaturalist(tmp_path / "plants")
     path = tmp_path / "plants" / "val2018.json"
     path.write_text(path.read_text().replace("plant 1", "tree"))
     put_files(tmp_path, "other/train/a.jpg", "other/val/b.jpg", "alone/train/a.jpg")
+    os.mkfifo(tmp_path / "fifo")
     for arguments, sentence in [
             (["--weights", tmp_path / "absent.pth"], "No such file"),
-            (["--data", tmp_path / "absent"], "does not exist"),
-            (["--arch", "resnet50"], "resnet50"),
+            (["--weights", tmp_path / "fifo"], "a directory or a device"),
+            (["--workers", 2, *SMALL[:2]], "--shm-size"), (["--data", ""], "an empty text"),
+            (["--arch", "resnet50"], "resnet50"), (["--output", tmp_path], "it is no file"),
             (["--output", tmp_path / "no" / "a.json"], "writable"),
-            (["--output", tmp_path], "it is no file"),
             (["--data", tmp_path / "plants"], "same classes in one order"),
             (["--data", tmp_path / "other"], "has no labels"),
             (["--data", tmp_path / "alone"], "has no val split")]:

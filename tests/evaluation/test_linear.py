@@ -12,7 +12,7 @@ from torch import nn
 
 import eval_linear
 from eval_linear import (
-    evaluate, load_checkpoint, make_parser, settings_of, train, train_epoch)
+    evaluate, load_checkpoint, make_parser, save_checkpoint, settings_of, train, train_epoch)
 from odc import distributed
 from odc.data.augmentation import (
     LINEAR_AUGMENTATIONS, Augmentation, augment_batch, normalise)
@@ -291,9 +291,17 @@ def test_resumed_run_is_the_same_run(path, monkeypatch, protocol, stop):
     assert train(*Run(path, protocol).parts) == history
 
 
-def test_other_file_is_refused(path):
-    checkpoint.write_dict(path, {"program": "odc train"})
-    with pytest.raises(UserError, match="no checkpoint of eval_linear.py"):
+@pytest.mark.parametrize("change, words", [
+    (dict(program="odc train"), "no checkpoint of eval_linear.py"), (dict(settings=3), "damaged"),
+    *[({name: {}}, "damaged") for name in ("classifiers", "optimizer", "history")],
+    (dict(history=[{"Feature2": [1.0], "Feature5": [1.0]}]), "not that of a run")])
+def test_a_file_that_does_not_fit_is_refused(path, change, words):
+    args, network, protocol, *parts = Run(path).parts
+    settings = settings_of(args, network, protocol)
+    save_checkpoint(args, settings, *parts, [dict.fromkeys(protocol.columns, [60.0, 90.0])])
+    assert len(Run(path).load()) == 1
+    checkpoint.write_dict(path, checkpoint.read_dict(path) | change)
+    with pytest.raises(UserError, match=f"{path}.*{words}"):
         Run(path).load()
 
 

@@ -1,13 +1,11 @@
 """Clustering metrics against scikit-learn and SciPy."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import (adjusted_rand_score, normalized_mutual_info_score, pairwise_distances,
-                             silhouette_samples)
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from odc.evaluation import metrics
@@ -56,27 +54,3 @@ def test_a_million_clusters_need_no_table_of_all_pairs():
         assert ours(clusters, classes) == pytest.approx(theirs(classes, clusters), abs=1e-12)
 
 
-def test_silhouette():
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(5000, 8, generator=generator)
-    centroids = torch.randn(7, 8, generator=generator)
-    labels = torch.randint(6, (5000,), generator=generator)
-    labels[17] = 6  # alone in its cluster
-    found = metrics.silhouette(features, labels, centroids, labels.bincount())
-    distances = pairwise_distances(features, centroids)
-    own = distances[np.arange(5000), labels]
-    distances[np.arange(5000), labels] = np.inf
-    other = distances.min(1)
-    expected = (other - own) / np.maximum(own, other)
-    expected[17] = 0
-    assert found.numpy() == pytest.approx(expected, abs=1e-5)
-
-
-def test_silhouette_of_points_on_their_centroids_is_scikit_learns():
-    points = torch.tensor([[0.0, 0], [0, 3], [4, 0]])
-    features, labels = points.repeat_interleave(4, 0), torch.arange(3).repeat_interleave(4)
-    found = metrics.silhouette(features, labels, points, labels.bincount())
-    assert found.tolist() == silhouette_samples(features, labels).tolist() == [1.0] * 12
-    one = torch.zeros(12, dtype=torch.int64)
-    found = metrics.silhouette(features, one, points[:1], one.bincount())
-    assert found.tolist() == [0.0] * 12

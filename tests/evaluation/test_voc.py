@@ -110,8 +110,9 @@ def test_target_files_that_do_not_fit(tmp_path, monkeypatch):
         refused("sample3_k8.npy must be .* with 8 ones, 16 zeros")
     broken.write_bytes(b"not an array")
     refused("sample3_k8.npy cannot be read")
-    np.save(broken, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    refused("sample3_k8.npy cannot be read")
+    for array in (np.array([{"a": 1}], object), np.zeros((2000, 3), [("a", int), ("b", int)])):
+        np.save(broken, array, allow_pickle=True)
+        refused("sample3_k8.npy cannot be read")
     broken.unlink()
     os.mkfifo(broken)
     refused("sample3_k8.npy cannot be read .there is no such file")

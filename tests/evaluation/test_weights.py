@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from odc.errors import UserError
-from odc.evaluation.weights import load_backbone, load_pretrained
+from odc.evaluation.weights import load_backbone
 from odc.model import ResNet
 
 
@@ -382,12 +382,13 @@ def test_an_archive_that_was_compressed_is_refused(tmp_path, narrow):
     assert "it is compressed" in _refused(None, tmp_path / "c.pth")
 
 
-def test_training_names_its_own_argument(tmp_path, narrow):
-    torch.save(narrow, tmp_path / "w.pth")
-    backbone = ResNet("narrow")
-    assert "72 tensors" in load_pretrained(backbone, tmp_path / "w.pth", 224)
-    assert torch.equal(backbone.conv1.weight, narrow["conv1.weight"])
-    for network, path, size in ((ResNet("narrow", True), tmp_path / "w.pth", 32),
-                                (backbone, tmp_path / "absent.pth", 224)):
-        with pytest.raises(UserError, match="^--pretrained "):
-            load_pretrained(network, path, size)
+def test_a_name_stands_for_the_file_of_torchvision(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError))
+    with pytest.raises(UserError, match="^--pretrained resnet18: "):
+        load_backbone("resnet18", option="--pretrained")
+    (tmp_path / "hub/checkpoints").mkdir(parents=True, exist_ok=True)
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(state, tmp_path / "hub/checkpoints/resnet18-f37072fd.pth")
+    backbone, told = load_backbone("resnet18")
+    assert torch.equal(backbone.conv1.weight, state["conv1.weight"]) and "resnet18-f37072fd" in told

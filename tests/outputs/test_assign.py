@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from odc import assign
-from odc.data.augmentation import evaluation_transform, normalise
+from odc.data.augmentation import normalise, whole_image
 from odc.data.datasets import open_dataset
 from odc.data.images import ImageSet, Names
 from odc.errors import UserError
@@ -57,7 +57,7 @@ def expected_features(state, dataset):
     network = ODC(state["arch"], state["small_stem"], num_clusters=8).eval()
     network.backbone.load_state_dict(state["backbone"])
     network.neck.load_state_dict(state["final_clusters"]["neck"])
-    images = torch.stack([evaluation_transform(32)(dataset.load(i)) for i in range(len(dataset))])
+    images = torch.stack([whole_image(dataset.load(i), 32) for i in range(len(dataset))])
     return torch.nn.functional.normalize(network(normalise(images))[0])
 
 
@@ -161,11 +161,13 @@ def test_vectors_that_do_not_belong_to_the_checkpoint(finished, folder, tmp_path
     (lambda state: state.update(program="odc train 1"), "this version"),
     (lambda state: state["backbone"]["conv1.weight"].mul_(torch.inf), "not finite"),
     (lambda state: state["final_clusters"].update(centroids=torch.zeros(8, 31)), "do not fit"),
-    (lambda state: state.pop("backbone"), "'backbone'.*damaged"),
-    (lambda state: state.update(arch=["x"]), "damaged")])
+    (lambda state: state.update(arch=["x"]), "damaged"),
+    *[(lambda state, name=name: state.pop(name), f"'{name}'.*damaged")
+      for name in ("backbone", "settings", "progress", "unreadable", "fingerprint")],
+    (lambda state: state["settings"].update(image_size="9"), "do not fit")])
 def test_checkpoints_that_are_not_of_a_finished_run(finished, folder, tmp_path, change, words):
     path = copy_run(finished, tmp_path, change)
-    with pytest.raises(UserError, match=f"checkpoint.pth: .*{words}"):
+    with pytest.raises(UserError, match=f"checkpoint.pth:? .*{words}"):
         run_assign(path, folder, tmp_path / "new.csv")
 
 
@@ -173,16 +175,20 @@ def test_checkpoints_that_are_not_of_a_finished_run(finished, folder, tmp_path, 
     (dict(checkpoint="nothing.pth"), "nothing.pth"), (dict(checkpoint="."), "it is no file"),
     (dict(checkpoint="backbone.pth"), "backbone.pth"), (dict(data="nowhere"), "nowhere"),
     (dict(output="backbone.pth"), "--output .*/backbone.pth: .* not a result of this program"),
-    (dict(output="linked.csv"), "--output .*/linked.csv: it is read, or written"),
-    (dict(features="./features.npy"), "--features .*/features.npy: it is read, or written"),
-    (dict(output="a", features="a"), "--features .*/a: it is read, or written"),
+    *[({option: name}, f"--{option} .*/{name}: it is read, or written") for option, name in (
+        ("output", "linked.csv"), ("output", "clusters.csv"), ("features", "new"),
+        ("features", "labels.npy"), ("features", "features.npy"))],
+    (dict(features="a.npy"), "--features .*/a.npy: this file is not a result of this program"),
+    (dict(folders="no/sorted"), "--folders .*/no/sorted: its folder is missing"),
     (dict(folders="memory"), "--folders .*/memory: choose a new folder"),
-    (dict(data=".", folders="sorted"), "--folders .*/sorted: choose a new folder, outside --data")])
+    (dict(data="here", folders="sorted"), "--folders .*/sorted: choose a new folder, outside --d")])
 def test_mistakes_are_one_sentence(finished, folder, tmp_path, monkeypatch, change, words):
     monkeypatch.chdir(shutil.copytree(finished, tmp_path / "run"))
     os.symlink("checkpoint.pth", "linked.csv")
+    os.symlink(".", "here")
+    os.link("labels.npy", "a.npy")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    given = dict(checkpoint="checkpoint.pth", data=str(folder), neighbours="1") | change
+    given = dict(checkpoint="checkpoint.pth", data=str(folder), output="new") | change
     with pytest.raises(UserError, match=words) as error:
         assign.main([word for name, value in given.items() for word in (f"--{name}", value)])
     assert len(str(error.value).splitlines()) == 1

@@ -131,7 +131,7 @@ def test_two_programs_with_one_output(saved):
 # --- folders of runs -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [[1, 2], torch.ones(3), {}, {"epoch": 3}])
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(3), {}, {"program": "other"}])
 def test_files_that_hold_no_checkpoint_of_a_run(tmp_path, content):
     torch.save(content, tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match="checkpoint"):
@@ -148,7 +148,7 @@ def test_a_folder_of_someone_else_is_refused_and_stays(tmp_path, name):
     assert file.read_text() == "of someone" and set(tmp_path.rglob("*")) <= {file, file.parent}
 
 
-@pytest.mark.parametrize("name", [".lock", "memory", "checkpoint.pth", "log.jsonl"])
+@pytest.mark.parametrize("name", [".lock", "memory", "checkpoint.pth", "log.jsonl", "tensorboard"])
 def test_links_out_of_the_folder(tmp_path, name):
     (tmp_path / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=f"{tmp_path / name} is a link"):
@@ -157,18 +157,22 @@ def test_links_out_of_the_folder(tmp_path, name):
 
 
 def test_what_a_killed_process_has_left(tmp_path, monkeypatch):
-    """It goes, also before the first checkpoint; everything else stays."""
+    """It goes, also before the first checkpoint, if nothing of someone else has come since."""
     checkpoint.open_run(tmp_path)[1].close()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: os._exit(9))
         if (child := os.fork()) == 0:
             checkpoint.write_dict(tmp_path / "backbone.pth", {"epoch": 3})
         os.waitpid(child, 0)
-    (tmp_path / "log.jsonl").write_text("{}")
-    (tmp_path / "film.mkv.partial").write_text("of someone")
-    assert len(os.listdir(tmp_path)) == 4
+    for name in ("film.mkv.partial", "log.jsonl"):
+        (tmp_path / name).write_text("of someone")
+        with pytest.raises(UserError, match="holds other files"):
+            checkpoint.open_run(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "log.jsonl").touch()
+    assert len(os.listdir(tmp_path)) == 3
     assert checkpoint.open_run(tmp_path)[0] is None
-    assert sorted(os.listdir(tmp_path)) == [".lock", "film.mkv.partial", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "log.jsonl"]
 
 
 # --- the rows of several processes ---------------------------------------------------------------

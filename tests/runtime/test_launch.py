@@ -109,10 +109,12 @@ def test_too_little_memory(error, remedy, capsys):
     assert stopped.value.code == 2 and capsys.readouterr().err.count(remedy) == 1
 
 
-def test_a_log_that_was_cut(tmp_path):
+def test_a_log_that_was_cut_and_events_that_fail(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
-    log.Log(tmp_path / "log.jsonl", 5).write(step=2)
-    assert (tmp_path / "log.jsonl").read_text().splitlines()[-1] == '{"step": 2}'
+    (cut := log.Log(tmp_path / "log.jsonl", 5)).events = object()  # for TensorBoard
+    cut.write(step=2, loss=3.0)
+    assert cut.events is None
+    assert (tmp_path / "log.jsonl").read_text().splitlines()[-1] == '{"step": 2, "loss": 3.0}'
 
 
 @pytest.mark.parametrize("inserted", ["", "# a note\n", "{}\n", "[" * 100_000 + "\n", "\xff\n"])
