@@ -199,7 +199,7 @@ def cluster_after_training(args, state, dataset, log):
         if distributed.is_main():
             clustering.features = np.load(output / "features.npy", mmap_mode="r")
             results.write_results_files(output, state.network.backbone, args.image_size, dataset,
-                                        clustering)
+                                        clustering, args.workers)
             page.write_page(output, dataset, clustering, args.workers)
 
 

@@ -33,11 +33,11 @@ def clusters_of(folder):
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     features = distributed.all_gather_uneven_rows(found.features)
     return [found.labels, found.similarity, found.centroids, features,
-            found.neck.bn1.running_mean, found.neck.bn1.running_var]
+            found.neck.bn1.running_mean, found.neck.bn1.running_var, found.hashes]
 
 
 def test_statistics_features_and_labels(folder):
-    labels, similarity, centroids, features, mean, var = clusters_of(folder)
+    labels, similarity, centroids, features, mean, var, hashes = clusters_of(folder)
     network, dataset = small_network().eval(), open_dataset(str(folder))
     images = normalise(torch.stack([whole_image(dataset.load(i), 32) for i in range(150)]))
     with torch.no_grad():
@@ -51,6 +51,9 @@ def test_statistics_features_and_labels(folder):
     own = F.cosine_similarity(features, centroids[labels])
     torch.testing.assert_close(similarity, own, rtol=1e-5, atol=1e-6)
     assert labels.bincount(minlength=8).min() >= 5
+    gray = F.adaptive_avg_pool2d(images.mean(1), (8, 9))  # row by row, the lowest bit first
+    bits = (hashes[:, None] >> torch.arange(64)) & 1
+    assert torch.equal(bits.bool(), (gray[:, :, 1:] - gray[:, :, :-1] > 1 / 64).flatten(1))
 
 
 def test_any_number_of_processes_gives_the_same_clusters(folder):
@@ -88,7 +91,7 @@ def test_assign_agrees_with_the_table_and_copies_are_in_one_cluster(tmp_path):
 def test_a_group_without_spread_is_not_split(folder, monkeypatch, capsys, different):
     """Copies that lie in four clusters of the memory, with features that differ by rounding."""
     generator = torch.Generator().manual_seed(0)
-    pooled = torch.rand(150, 128, generator=generator)
+    pooled = torch.rand(150, 128 + 64, generator=generator)
     pooled[different:] = pooled[-1] * (1 + 1e-6 * torch.randn(150 - different, 1,
                                                               generator=generator))
     monkeypatch.setattr(clusters, "extract", lambda *_, **__: pooled.clone())

@@ -39,7 +39,7 @@ def test_files_of_a_run(finished, folder):
     assert (finished / "report.html").stat().st_size > 10_000
     assert {path.name for path in finished.iterdir()} == {
         "backbone.pth", "checkpoint.pth", "clusters.csv", "features.npy", "labels.npy",
-        "centroids.npy", "log.jsonl", "memory", "report.html", ".lock"}
+        "centroids.npy", "log.jsonl", "memory", "report.html", ".lock", "duplicates.csv"}
 
 
 def test_log(finished, folder):
