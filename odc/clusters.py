@@ -28,7 +28,7 @@ class Clustering:
     labels: torch.Tensor  # int64 [N], on the CPU
     similarity: torch.Tensor  # float32 [N], cosine to the centroid of the own cluster, on the CPU
     centroids: torch.Tensor  # float32 [K, d], on the CPU; rows of -1 for empty clusters
-    features: torch.Tensor  # float32 [n, d], unit rows: of this process, or of all images
+    features: torch.Tensor | None = None  # float32 [n, d], unit rows: this process's, or all
     neck: torch.nn.Module | None = None  # gave the features, with statistics of all images
     hashes: torch.Tensor | None = None  # int64 [N], difference hashes, on the CPU
     duplicates: tuple = ([], 1.0)  # what odc.outputs.duplicates.find_groups has found
@@ -121,7 +121,8 @@ def stabilities(dataset, features, num_clusters, workers=0):
 def stability(features, num_clusters):
     """NMI in 0..1 of two clusterings of features [n, d]: by the means of the even and the odd rows.
 
-    It needs no labels, and was larger for the better of two kinds of features in all our tests.
+    It needs no labels. The larger one was that of the better features in 8 of 11 pairs; in the
+    others the NMI with the labels differed by at most 0.025.
     """
     labels = []
     for half in (features[::2], features[1::2]):

@@ -6,6 +6,7 @@ text. The page's policy lets the browser run no other script.
 """
 
 import base64
+import contextlib
 import hashlib
 import html
 import io
@@ -34,18 +35,25 @@ SAMPLE, AXES, NEIGHBOUR = 4096, 128, 20  # for outliers: images, main directions
 TILES = 16  # images in a row and in a column of a sprite sheet
 
 
-def write_page(folder, dataset=None, clustering=None, workers=0):
+def write_page(folder, dataset=None, clustering=None, workers=0, note=""):
     """Write report.html into the folder of a run; process 0 only. Raises UserError.
 
-    dataset, clustering: with the features of all images; without both the page has curves alone.
+    dataset, clustering: with the features of all images, or none; without both only the curves
+    are renewed. note: about the clusters.
     """
     records, data, sheets = read_log(folder / "log.jsonl"), {}, ""
     summary = "epoch {epoch}, step {step:,}".format(**records[-1]) if records else "no step yet"
     if clustering is not None:
         data, shown = contents(dataset, clustering)
         data["root"] = quote(os.path.relpath(dataset.root, folder)) if dataset.names else ""
-        summary += f" · {len(dataset):,} images in {len(data['clusters']):,} clusters"
+        data["note"] = f"{len(dataset):,} images in {len(data['clusters']):,} clusters{note}"
         sheets = sprite_sheets(dataset, shown, workers)
+    elif (folder / "report.html").exists():
+        with contextlib.suppress(Exception):  # no page of ours: only curves
+            text = (folder / "report.html").read_text(encoding="utf-8")
+            sheets = "\n".join(re.findall(r"^\.sheet\d+ { [^}]+ }$", text, re.MULTILINE))
+            data = json.loads(re.search('id="data">(.*?)</script>', text, re.DOTALL)[1])
+    summary += " · " * ("note" in data) + html.escape(data.get("note", ""))
     data["curves"] = curves(records)
     template = Path(__file__).with_name("page.template.html").read_text(encoding="utf-8")
     script = re.search("<script>(.*?)</script>", template, re.DOTALL)[1]
@@ -89,7 +97,7 @@ def contents(dataset, clustering):
         shown += images
     groups, least = clustering.duplicates
     copies = [i for group in groups for i, *_ in group[1:]]
-    outliers = far_images(clustering.features, copies)
+    outliers = [] if clustering.features is None else far_images(clustering.features, copies)
     if len(dataset) > IMAGES:
         groups = groups[: np.cumsum([len(group) for group in groups]).searchsorted(COPIES)]
     shown += sorted({*outliers, *(i for group in groups for i, *_ in group)}.difference(shown))

@@ -159,6 +159,12 @@ def test_a_large_run_shows_a_sample_of_each_cluster(run, tmp_path, monkeypatch):
         shown = data["images"]["path"][cluster["first"] : cluster["first"] + cluster["count"]]
         assert shown == sorted(set(shown), key=paths.index)
         assert shown[:8] == paths[:8] and shown[-4:] == paths[-4:]  # both ends
+    sheets = (tmp_path / "report.html").read_text().count("data:image/webp")
+    made_up_run.write_log(tmp_path, '{"epoch": 4, "step": 9, "loss": 2}')
+    page.write_page(tmp_path)  # new curves, the same clusters
+    assert data_of(tmp_path)["curves"]["loss"][-1] == [9, 2]
+    assert data_of(tmp_path)["clusters"] == data["clusters"]
+    assert (tmp_path / "report.html").read_text().count("data:image/webp") == sheets > 0
 
 
 def tiles(folder):
