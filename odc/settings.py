@@ -34,7 +34,7 @@ RECIPE = dict(
 SMALL = RECIPE | dict(
     crop_scale=0.5, jitter=[0.8, 0.8, 0.8, 0.2], memory_momentum=0.1, batch_size=64,
     lr_schedule="cosine", image_size=None, arch=None, num_clusters=None, min_cluster_size=None,
-    initial=None, epochs=None, recluster_interval=None, offline_epochs=None)
+    lr=None, initial=None, epochs=None, recluster_interval=None, offline_epochs=None)
 # Chosen without labels, by the agreement of the clusters of several seeds.
 DEMO = RECIPE | dict(arch="narrow", image_size=32, num_clusters=60, crop_scale=0.5, epochs=20,
                      batch_size=64, checkpoint_interval=100)
@@ -182,8 +182,8 @@ def _follow_images(args, dataset, device, pretrained):
         side = max(24, min(side, 64 if on_cpu or pretrained else 224)) // 4 * 4
     else:
         side = 224  # small images, too: they were clustered better so
-    _fill(args, dict(image_size=side,
-                     num_clusters=max(2, min(1000, N // 40)),
+    _fill(args, dict(image_size=side, num_clusters=max(2, min(1000, N // 40)),
+                     lr=0.06 if pretrained is None else 0.006,  # with 0.06 it would forget
                      initial="pixels" if pretrained is None else "backbone"))
     _fill(args, dict(arch="narrow" if args.image_size <= 64 and on_cpu else "resnet18",
                      min_cluster_size=max(1, N // args.num_clusters // 8)))  # 1/8 of the mean
