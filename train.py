@@ -44,7 +44,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
     epoch, device, began, timed = progress.epoch, memory.labels.device, time.monotonic(), 0
     B = args.batch_size // distributed.world_size()
     steps = steps_per_epoch(len(dataset), B)
-    online = epoch >= args.offline_epochs  # else labels stay as the last k-means made them
+    online = epoch >= progress.offline_epochs  # else labels stay as the last k-means made them
     augmentation = Augmentation(min_scale=args.crop_scale, jitter=tuple(args.jitter))
     batches = iter(training_batches(dataset, augmentation, args.image_size, B, args.seed, epoch,
                                     progress.step, args.workers, pin_memory=device.type == "cuda"))
@@ -138,10 +138,7 @@ def check_step(args, progress, loss):
 
 
 def cluster_before_training(args, state, dataset, device, autocast):
-    """K-means, both memories, a new head (paper): the Clustering, without features.
-
-    Images that cannot be read leave the dataset.
-    """
+    """K-means, both memories, a new head (paper). Unreadable images leave the dataset."""
     network = state.network.eval()
     width = {"network": 0, "pixels": 3 * min(args.image_size, 32) ** 2,
              "backbone": network.backbone.out_channels[-1]}[args.initial]
@@ -175,11 +172,23 @@ def make_memory(args, dataset, device):
                      args.min_cluster_size, device)
 
 
+def pixels_lead(args, progress):
+    """Whether the clusters of the pixels stay until those of the network are more stable."""
+    return args.initial == "pixels" and progress.epoch < progress.offline_epochs < args.epochs
+
+
 def cluster_between_epochs(args, state, dataset):
     """Both memories from all unaugmented images again; the head stays. Ours, not in the paper."""
+    progress = state.progress
+    progress.reclustered_at = progress.epoch
     clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers)
+    if pixels_lead(args, progress):
+        network, pixels = stabilities(dataset, clustering.features, args.num_clusters, args.workers)
+        print_main(f"epoch {progress.epoch}: stability {network:.3f}, of pixels {pixels:.3f}")
+        if network <= pixels:
+            return
+        progress.offline_epochs = progress.epoch  # labels move from now on
     state.memory.initialize(clustering.features, clustering.labels)
-    state.progress.reclustered_at = state.progress.epoch
 
 
 def cluster_after_training(args, state, dataset, log):
@@ -198,8 +207,8 @@ def cluster_after_training(args, state, dataset, log):
             note = (f". The clusters of two halves of the images agree by {network:.2f} (NMI), "
                     f"those of raw pixels by {pixels:.2f}: {better}.")
             print_main(note[2:])
-        log_measures(log, state.progress, clustering.labels, dataset,
-                     f"epoch {state.progress.epoch}, final clusters", record)
+        log.write_measures(state.progress, clustering.labels, dataset,
+                           f"epoch {state.progress.epoch}, final clusters", record)
     state.final_clusters = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids,
                                 whole_images=dataset.whole_images)
     save(state, dataset, log)
@@ -223,7 +232,7 @@ def measure(args, state, dataset, held_out, log, autocast):
                 args.workers, autocast)
         if epoch:
             record["nmi_previous"] = metrics.nmi(memory.labels.cpu(), state.labels_before)
-        log_measures(log, progress, memory.labels, dataset, when, record)
+        log.write_measures(progress, memory.labels, dataset, when, record)
         with distributed.raise_everywhere():
             if distributed.is_main() and epoch:
                 page.write_page(Path(args.output))
@@ -231,18 +240,6 @@ def measure(args, state, dataset, held_out, log, autocast):
         print_main(f"warning: {when}: {error}")
     state.labels_before = memory.labels.cpu().clone()
     progress.measured = epoch
-
-
-def log_measures(log, progress, labels, dataset, when, record):
-    """Log a record, and how well labels [N] of clusters agree with the true classes."""
-    if dataset.labels is not None:
-        measures, line = metrics.agreement(labels.cpu(), dataset.labels)  # clusters, classes
-        record = {**measures, **record}
-        print_main(f"{when}: {line}")
-    if "knn_accuracy" in record:
-        print_main(f"{when}: nearest-neighbour accuracy {record['knn_accuracy']:.1%}")
-    if record:
-        log.write(epoch=progress.epoch, step=progress.global_step, **record)
 
 
 def main(arguments=None):
@@ -299,6 +296,7 @@ def main(arguments=None):
     with distributed.raise_everywhere():
         log = Log(output / "log.jsonl", saved["log_position"] if saved else 0, args.tensorboard)
     if not saved:
+        progress.offline_epochs = args.offline_epochs
         clustering = cluster_before_training(args, state, dataset, device, autocast)
         with distributed.raise_everywhere():
             if dataset.left_out and distributed.is_main():
@@ -333,7 +331,7 @@ def main(arguments=None):
         if progress.epoch >= args.epochs:
             break
         due = progress.epoch > 0 and (
-            progress.epoch == args.offline_epochs
+            progress.epoch == progress.offline_epochs or pixels_lead(args, progress)
             or args.recluster_interval and progress.epoch % args.recluster_interval == 0)
         if due and progress.reclustered_at != progress.epoch:
             cluster_between_epochs(args, state, dataset)

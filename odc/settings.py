@@ -88,7 +88,8 @@ def make_parser():
     add("--recluster-interval", metavar="EPOCHS", type=whole(0), help="epochs between two times "
         "that both memories start anew from all images; 0: only after --offline-epochs")
     add("--offline-epochs", metavar="EPOCHS", type=whole(0),
-        help="first epochs, in which only k-means moves the labels")
+        help="first epochs, in which only k-means moves the labels; those of pixels stay only "
+        "until the network's clusters are more stable")
     add = group("optimisation")
     add("--epochs", metavar="N", type=whole(0, 10**6), help="epochs in all; 0: the backbone of "
         "--pretrained, or the run in --output, only clusters the images")

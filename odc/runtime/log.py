@@ -12,6 +12,7 @@ from tqdm import tqdm
 from odc import distributed
 from odc.distributed import print_main
 from odc.errors import UserError
+from odc.evaluation import metrics
 
 
 def read_record(line):
@@ -73,6 +74,17 @@ class Log:
         shown = {name: f"{value:.4g}" for name, value in shown.items()}
         print_main(f"epoch {progress.epoch + 1} step {progress.step}/{steps}: "
                    + ", ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def write_measures(self, progress, labels, dataset, when, record):
+        """Write and show a record, and how well labels [N] of clusters agree with the classes."""
+        if dataset.labels is not None:
+            measures, line = metrics.agreement(labels.cpu(), dataset.labels)
+            record = {**measures, **record}
+            print_main(f"{when}: {line}")
+        if "knn_accuracy" in record:
+            print_main(f"{when}: nearest-neighbour accuracy {record['knn_accuracy']:.1%}")
+        if record:
+            self.write(epoch=progress.epoch, step=progress.global_step, **record)
 
     def position(self):
         """The number of records, all of them on disk; 0 on processes other than 0."""
