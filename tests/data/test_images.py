@@ -3,10 +3,6 @@
 import contextlib
 import errno
 import os
-import struct
-import tempfile
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,19 +45,6 @@ def truncated_jpeg(path):
 def sixteen_bits_big_endian(path):
     content = SIXTEEN_BITS.astype(">u2").tobytes()
     path.write_bytes(f"P5 {WIDTH} {HEIGHT} 65535\n".encode() + content)
-
-
-def bomb(path, edge=20000):
-    """A PNG of 20,000 x 20,000 black pixels in 400 kB: decoded, 1.6 GB."""
-    packer = zlib.compressobj(9)
-    row = b"\0" * (1 + edge)
-    pixels = b"".join(packer.compress(row) for _ in range(edge)) + packer.flush()
-    header = struct.pack(">IIBBBBB", edge, edge, 8, 0, 0, 0, 0)
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, body in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
-        content += struct.pack(">I", len(body)) + kind + body
-        content += struct.pack(">I", zlib.crc32(kind + body))
-    path.write_bytes(content)
 
 
 def broken_png(path):
@@ -115,7 +98,8 @@ TABLE = [
     ("text.jpg", lambda path: path.write_text("<html>404</html>"), UNREADABLE, UNKNOWN),
     ("floats.tif", saved(Image.fromarray(RAMP.astype(np.float32))), UNREADABLE, "floating-point"),
     ("broken.png", broken_png, UNREADABLE, "broken data"),
-    ("bomb.png", bomb, UNREADABLE, "pixels"),
+    # 20,000 x 20,000 pixels would be 1.2 GB.
+    ("bomb.ppm", lambda path: path.write_bytes(b"P6 20000 20000 255\n..."), UNREADABLE, "pixels"),
     ("dangling-link.jpg", lambda path: path.symlink_to("nowhere"), LEFT_OUT, None),
     ("postscript.jpg", lambda path: path.write_bytes(POSTSCRIPT), UNREADABLE, UNKNOWN),
     ("pipe.jpg", os.mkfifo, LEFT_OUT, None),
@@ -185,24 +169,7 @@ def test_other_errors_are_not_tried_again(tmp_path, monkeypatch, error):
     assert len(reads) == 5
 
 
-# --- files that cannot be read, and a folder that changes ----------------------------------------
-
-
-def test_unreadable_permissions():
-    """As an ordinary user, whoever runs the tests."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        jpeg(Path(folder) / "secret.jpg")
-        os.chmod(Path(folder) / "secret.jpg", 0)
-        dataset = open_dataset(folder)
-        user = os.geteuid()
-        if user == 0:
-            os.seteuid(65534)
-        try:
-            with pytest.raises(UnreadableImage, match="^Permission denied"):
-                dataset.load(0)
-        finally:
-            os.seteuid(user)
+# --- what reading costs, and how exact it is ------------------------------------------------------
 
 
 def test_large_photographs_are_read_and_bombs_are_not(tmp_path, monkeypatch):
