@@ -253,10 +253,10 @@ def test_an_image_that_is_away_later(folder, finished, tmp_path, capsys, monkeyp
     linked(folder, tmp_path / "data")
     read, away, slept = images.read_image, set(), []
 
-    def failing_read(path):
+    def failing_read(path, *rest):
         if path in away and sum(slept) < seconds:
             raise FileNotFoundError(2, "No such file", path)
-        return read(path)
+        return read(path, *rest)
 
     def check_and_take_away(args, progress, loss):
         if progress.global_step == 3:
