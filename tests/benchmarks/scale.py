@@ -83,7 +83,8 @@ def step(memory, num_images, z):
 if __name__ == "__main__":
     args = make_parser(__doc__).parse_args()
     for size in SIZES:
-        one = multiprocessing.get_context("spawn").Process(target=measure, args=(*size, args.device))
+        spawn = multiprocessing.get_context("spawn")
+        one = spawn.Process(target=measure, args=(*size, args.device))
         one.start()
         one.join()
         print(flush=True)
