@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from odc import distributed, settings
-from odc.clusters import cluster_images, neck_features, stabilities
+from odc.clusters import (Clustering, cluster_images, cosine_to_centroid, neck_features,
+                          stabilities)
 from odc.data.augmentation import Augmentation, augment_batch, clustering_transform
 from odc.data.datasets import check_same_images, open_dataset
 from odc.data.loader import steps_per_epoch, training_batches
@@ -137,7 +138,10 @@ def check_step(args, progress, loss):
 
 
 def cluster_before_training(args, state, dataset, device, autocast):
-    """K-means, both memories, a new head (paper). Images that cannot be read leave the dataset."""
+    """K-means, both memories, a new head (paper): the Clustering, without features.
+
+    Images that cannot be read leave the dataset.
+    """
     network = state.network.eval()
     width = {"network": 0, "pixels": 3 * min(args.image_size, 32) ** 2,
              "backbone": network.backbone.out_channels[-1]}[args.initial]
@@ -154,11 +158,15 @@ def cluster_before_training(args, state, dataset, device, autocast):
     features, others = rows[:, :FEATURE_DIM], rows[:, FEATURE_DIM:]
     if args.initial == "backbone":
         others = neck_features(CentredPool(width).to(device), others, len(dataset))
-    labels, _ = kmeans(others if width else features, args.num_clusters, seed=args.seed)
+    rows = others if width else features
+    own_labels, centroids = kmeans(rows, args.num_clusters, seed=args.seed)
+    labels, similarity = map(distributed.all_gather_uneven_rows, (
+        own_labels, cosine_to_centroid(rows, centroids, own_labels)))
     state.memory = make_memory(args, dataset, device)
-    state.memory.initialize(features, distributed.all_gather_uneven_rows(labels))
+    state.memory.initialize(features, labels)
     torch.manual_seed(args.seed + 1)
     network.reset_head()
+    return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu())
 
 
 def make_memory(args, dataset, device):
@@ -179,16 +187,17 @@ def cluster_after_training(args, state, dataset, log):
     output = Path(args.output)
     clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
                                 trained=state.progress.global_step > 0)
+    note, record = "", {}
     if state.final_clusters is None:  # trained since the last call: not logged yet
-        record = {}
         if args.preset == "small" and len(dataset) > 40:
             network, pixels = stabilities(dataset, clustering.features, args.num_clusters,
                                           args.workers)
             record = dict(stability=network, stability_of_pixels=pixels)
             better = "they are better" if network > pixels else (
                 "those are better: learn longer, or start with --pretrained")
-            print_main(f"The clusters of two halves of the images agree by {network:.2f} (NMI), "
-                       f"those of raw pixels by {pixels:.2f}: {better}.")
+            note = (f". The clusters of two halves of the images agree by {network:.2f} (NMI), "
+                    f"those of raw pixels by {pixels:.2f}: {better}.")
+            print_main(note[2:])
         log_measures(log, state.progress, clustering.labels, dataset,
                      f"epoch {state.progress.epoch}, final clusters", record)
     state.final_clusters = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids,
@@ -199,8 +208,8 @@ def cluster_after_training(args, state, dataset, log):
         if distributed.is_main():
             clustering.features = np.load(output / "features.npy", mmap_mode="r")
             results.write_results_files(output, state.network.backbone, args.image_size, dataset,
-                                        clustering)
-            page.write_page(output, dataset, clustering, args.workers)
+                                        clustering, args.workers)
+            page.write_page(output, dataset, clustering, args.workers, note)
 
 
 def measure(args, state, dataset, held_out, log, autocast):
@@ -274,12 +283,13 @@ def main(arguments=None):
     half = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
 
-    if args.preset == "small" and dataset.pixels is None and args.epochs and not args.export_only:
+    if args.preset == "small" and dataset.pixels is None and args.epochs:
         with distributed.raise_everywhere():
             dataset.keep_small_copies(max(128, args.image_size * 3 // 2))
 
     # Both memories: from the checkpoint, or from k-means of the first features.
-    run_settings = saved["settings"] if args.export_only else vars(args)
+    only_export = saved is not None and args.epochs == 0
+    run_settings = saved["settings"] if only_export else vars(args)
     state = State(network, optimizer, scaler, run_settings, output / "checkpoint.pth")
     if saved:
         dataset.leave_out(saved["unreadable"])
@@ -289,13 +299,16 @@ def main(arguments=None):
     with distributed.raise_everywhere():
         log = Log(output / "log.jsonl", saved["log_position"] if saved else 0, args.tensorboard)
     if not saved:
-        cluster_before_training(args, state, dataset, device, autocast)
+        clustering = cluster_before_training(args, state, dataset, device, autocast)
         with distributed.raise_everywhere():
             if dataset.left_out and distributed.is_main():
                 results.write_unreadable(output / "unreadable.txt", dataset.left_out)
         save(state, dataset, log)
+        with distributed.raise_everywhere():
+            if distributed.is_main():
+                page.write_page(output, dataset, clustering, args.workers, ", before the training")
     elif progress.epoch >= args.epochs:
-        print_main(f"{output} holds the finished run.")
+        print_main(f"{output} holds a run of {progress.epoch} epochs.")
     else:
         print_main(f"Continuing {output} in epoch {progress.epoch + 1} after step {progress.step}.")
     del saved
@@ -314,7 +327,7 @@ def main(arguments=None):
         (z.sum() + logits.sum()).backward()
         optimizer.zero_grad()
 
-    while not args.export_only:
+    while not only_export:
         if progress.step == 0 and progress.measured < progress.epoch:
             measure(args, state, dataset, held_out, log, autocast)
         if progress.epoch >= args.epochs:

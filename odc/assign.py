@@ -48,7 +48,7 @@ def load_run(path, device):
     state = checkpoint.read_run(Path(path))
     if not state or not state.get("final_clusters"):
         raise UserError(f"--checkpoint {path}: is not of a run that has come to its end; run its "
-                        "command again, with --export-only.")
+                        "command again, with --epochs 0.")
     with checkpoint.reading(path):  # another program may have written what is in it
         centroids = state["final_clusters"]["centroids"].to(device)
         backbone = ResNet(state["arch"], state["small_stem"]).to(device).eval()
@@ -85,7 +85,7 @@ def open_training_images(path, vectors_path, state, network, transform, device):
             raise ValueError("the checkpoint gives others")
     except Exception as error:
         raise UserError(f"{vectors_path}: the run's vectors are missing, damaged or of another time"
-                        f" ({error}); run its command again, with --export-only.") from None
+                        f" ({error}); run its command again, with --epochs 0.") from None
     return dataset, vectors
 
 

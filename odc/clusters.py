@@ -7,6 +7,7 @@ The memory's features are of augmented images and old weights, and the neck's ba
 import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -27,8 +28,17 @@ class Clustering:
     labels: torch.Tensor  # int64 [N], on the CPU
     similarity: torch.Tensor  # float32 [N], cosine to the centroid of the own cluster, on the CPU
     centroids: torch.Tensor  # float32 [K, d], on the CPU; rows of -1 for empty clusters
-    features: torch.Tensor  # float32 [n, d], unit rows: of this process, or of all images
-    neck: torch.nn.Module  # gave the features, with statistics of all images
+    features: torch.Tensor | None = None  # float32 [n, d], unit rows: this process's, or all
+    neck: torch.nn.Module | None = None  # gave the features, with statistics of all images
+    hashes: torch.Tensor | None = None  # int64 [N], difference hashes, on the CPU
+    duplicates: tuple = ([], 1.0)  # what odc.outputs.duplicates.find_groups has found
+
+    def members(self):
+        """The images of each of the K clusters, the most similar to the centroid first: arrays."""
+        # As clusters.csv has the similarities: equal there, images keep their order.
+        similarity = self.similarity.double().round(decimals=4)
+        order = np.lexsort((-similarity.numpy(), self.labels.numpy()))
+        return np.split(order, self.labels.bincount(minlength=len(self.centroids)).cumsum(0)[:-1])
 
 
 def cluster_images(network, dataset, memory, image_size, workers=0, trained=True):
@@ -39,11 +49,16 @@ def cluster_images(network, dataset, memory, image_size, workers=0, trained=True
     Raises UserError if an image cannot be read any more.
     """
     device, K, backbone = memory.labels.device, len(memory.centroids), network.backbone.eval()
-    pooled = extract(lambda images: backbone(images)[-1].mean((2, 3)), dataset,
-                     clustering_transform(image_size, dataset.whole_images),
-                     backbone.out_channels[-1], device, workers=workers,
-                     unreadable_share=0)  # [n, C]
-    neck = copy.deepcopy(network.neck).eval() if trained else CentredPool(pooled.shape[1])
+    C = backbone.out_channels[-1]
+
+    def forward(images):  # features, and by how much a gray pixel of 8 x 9 is lighter than the last
+        gray = F.adaptive_avg_pool2d(images.mean(1), (8, 9))
+        return torch.cat([backbone(images)[-1].mean((2, 3)), gray.diff().flatten(1)], dim=1)
+    rows = extract(forward, dataset, clustering_transform(image_size, dataset.whole_images), C + 64,
+                   device, workers=workers, unreadable_share=0)
+    pooled, lighter = rows[:, :C], rows[:, C:] > 2**-6  # [n, C], [n, 64]: by more than noise
+    hashes = (lighter.long() << torch.arange(64, device=device)).sum(1)
+    neck = copy.deepcopy(network.neck).eval() if trained else CentredPool(C)
     features = neck_features(neck.to(device), pooled, len(dataset))
     sums = ClusterSums(K, features.shape[1], len(dataset), device)
     sums.add(features, memory.labels[memory.rows])
@@ -62,7 +77,8 @@ def cluster_images(network, dataset, memory, image_size, workers=0, trained=True
                                "too small to split, or hold copies of one image.")
     similarity = distributed.all_gather_uneven_rows(
         cosine_to_centroid(features, centroids, own_labels))
-    return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck)
+    return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck,
+                      distributed.all_gather_uneven_rows(hashes).cpu())
 
 
 @torch.no_grad()
@@ -105,7 +121,8 @@ def stabilities(dataset, features, num_clusters, workers=0):
 def stability(features, num_clusters):
     """NMI in 0..1 of two clusterings of features [n, d]: by the means of the even and the odd rows.
 
-    It needs no labels, and was larger for the better of two kinds of features in all our tests.
+    It needs no labels. The larger one was that of the better features in 8 of 11 pairs; in the
+    others the NMI with the labels differed by at most 0.025.
     """
     labels = []
     for half in (features[::2], features[1::2]):

@@ -34,13 +34,13 @@ RECIPE = dict(
 SMALL = RECIPE | dict(
     crop_scale=0.5, jitter=[0.8, 0.8, 0.8, 0.2], memory_momentum=0.1, batch_size=64,
     lr_schedule="cosine", image_size=None, arch=None, num_clusters=None, min_cluster_size=None,
-    initial=None, epochs=None, recluster_interval=None, offline_epochs=None)
+    lr=None, initial=None, epochs=None, recluster_interval=None, offline_epochs=None)
 # Chosen without labels, by the agreement of the clusters of several seeds.
 DEMO = RECIPE | dict(arch="narrow", image_size=32, num_clusters=60, crop_scale=0.5, epochs=20,
                      batch_size=64, checkpoint_interval=100)
 PRESETS = {"recipe": RECIPE, "small": SMALL, "demo": DEMO}
 
-MAY_DIFFER = {"data", "output", "workers", "device", "tensorboard", "export_only", "epochs",
+MAY_DIFFER = {"data", "output", "workers", "device", "tensorboard", "epochs",
               "checkpoint_interval"}  # when a run is continued
 
 
@@ -90,8 +90,8 @@ def make_parser():
     add("--offline-epochs", metavar="EPOCHS", type=whole(0),
         help="first epochs, in which only k-means moves the labels")
     add = group("optimisation")
-    add("--epochs", metavar="N", type=whole(0, 10**6), help="epochs in all; with 0 a pre-trained "
-        "backbone only clusters the images")
+    add("--epochs", metavar="N", type=whole(0, 10**6), help="epochs in all; 0: the backbone of "
+        "--pretrained, or the run in --output, only clusters the images")
     add("--batch-size", metavar="N", type=whole(2, 10**6), help="of all processes together")
     add("--lr", metavar="LR", type=number(0, 1e6), help="learning rate")
     add("--lr-schedule", choices=["step", "cosine"],
@@ -104,7 +104,6 @@ def make_parser():
     add("--checkpoint-interval", metavar="STEPS", type=whole(1),
         help="steps between two checkpoints within an epoch")
     add("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
-    add("--export-only", action="store_true", help="only write the files of the run in --output")
     return parser
 
 
@@ -183,8 +182,8 @@ def _follow_images(args, dataset, device, pretrained):
         side = max(24, min(side, 64 if on_cpu or pretrained else 224)) // 4 * 4
     else:
         side = 224  # small images, too: they were clustered better so
-    _fill(args, dict(image_size=side,
-                     num_clusters=max(2, min(1000, N // 40)),
+    _fill(args, dict(image_size=side, num_clusters=max(2, min(1000, N // 40)),
+                     lr=0.06 if pretrained is None else 0.006,  # with 0.06 it would forget
                      initial="pixels" if pretrained is None else "backbone"))
     _fill(args, dict(arch="narrow" if args.image_size <= 64 and on_cpu else "resnet18",
                      min_cluster_size=max(1, N // args.num_clusters // 8)))  # 1/8 of the mean
@@ -229,12 +228,10 @@ def validate(args, dataset, saved, device):
         raise UserError(f"--batch-size {args.batch_size} cannot be split evenly over {W} "
                         "processes, at least 2 each: choose another.")
     check_shared_memory(args.workers, args.batch_size, args.image_size)
-    if args.epochs == 0 and not args.pretrained:
+    if args.epochs == 0 and not args.pretrained and not saved:
         raise UserError("--epochs 0 clusters by a network that has learned: give --pretrained, "
-                        "such as resnet18.")
-    if args.export_only and not saved:
-        raise UserError(f"--export-only: there is no run in --output {args.output}.")
-    if args.amp == "fp16" and device.type == "cpu" and not args.export_only:
+                        "such as resnet18, or the --output of a run.")
+    if args.amp == "fp16" and device.type == "cpu" and args.epochs:
         raise UserError("--amp fp16 needs a CUDA device; a CPU takes --amp bf16 or off.")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs a package: pip install tensorboard.")

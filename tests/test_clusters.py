@@ -33,11 +33,11 @@ def clusters_of(folder):
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     features = distributed.all_gather_uneven_rows(found.features)
     return [found.labels, found.similarity, found.centroids, features,
-            found.neck.bn1.running_mean, found.neck.bn1.running_var]
+            found.neck.bn1.running_mean, found.neck.bn1.running_var, found.hashes]
 
 
 def test_statistics_features_and_labels(folder):
-    labels, similarity, centroids, features, mean, var = clusters_of(folder)
+    labels, similarity, centroids, features, mean, var, hashes = clusters_of(folder)
     network, dataset = small_network().eval(), open_dataset(str(folder))
     images = normalise(torch.stack([whole_image(dataset.load(i), 32) for i in range(150)]))
     with torch.no_grad():
@@ -51,6 +51,9 @@ def test_statistics_features_and_labels(folder):
     own = F.cosine_similarity(features, centroids[labels])
     torch.testing.assert_close(similarity, own, rtol=1e-5, atol=1e-6)
     assert labels.bincount(minlength=8).min() >= 5
+    gray = F.adaptive_avg_pool2d(images.mean(1), (8, 9))  # row by row, the lowest bit first
+    bits = (hashes[:, None] >> torch.arange(64)) & 1
+    assert torch.equal(bits.bool(), (gray[:, :, 1:] - gray[:, :, :-1] > 1 / 64).flatten(1))
 
 
 def test_any_number_of_processes_gives_the_same_clusters(folder):
@@ -88,7 +91,7 @@ def test_assign_agrees_with_the_table_and_copies_are_in_one_cluster(tmp_path):
 def test_a_group_without_spread_is_not_split(folder, monkeypatch, capsys, different):
     """Copies that lie in four clusters of the memory, with features that differ by rounding."""
     generator = torch.Generator().manual_seed(0)
-    pooled = torch.rand(150, 128, generator=generator)
+    pooled = torch.rand(150, 128 + 64, generator=generator)
     pooled[different:] = pooled[-1] * (1 + 1e-6 * torch.randn(150 - different, 1,
                                                               generator=generator))
     monkeypatch.setattr(clusters, "extract", lambda *_, **__: pooled.clone())
@@ -104,26 +107,26 @@ def test_a_group_without_spread_is_not_split(folder, monkeypatch, capsys, differ
     assert torch.isin(nearest_centroids(new, found.centroids), found.labels).all()
 
 
-def test_export_only_makes_the_clusters_of_a_run_that_was_stopped(folder, tmp_path, capsys):
+def test_no_epochs_make_the_clusters_of_a_run_that_was_stopped(folder, tmp_path, capsys):
     arguments = ["--data", folder, "--output", tmp_path, *SMALL]
     assert run_main(*arguments, "--epochs", "1") == 0
     for path in tmp_path.glob("*"):
         if path.is_file() and path.name not in ("checkpoint.pth", "log.jsonl"):
             path.unlink()
-    assert run_main(*arguments, "--epochs", "9", "--export-only") == 0
+    assert run_main(*arguments, "--epochs", "0") == 0
     assert (tmp_path / "clusters.csv").exists() and (tmp_path / "report.html").exists()
     assert state_of(tmp_path)["progress"]["epoch"] == 1  # and nothing was trained
 
 
-def test_a_run_goes_on_after_export_only_as_if_nothing_had_happened(folder, finished, tmp_path):
-    """Even if the export had other epochs and another number of processes."""
+def test_a_run_goes_on_after_no_epochs_as_if_nothing_had_happened(folder, finished, tmp_path):
+    """Even if another number of processes wrote its files."""
     child = start(folder, tmp_path, "--checkpoint-interval", "1000")
     wait_for_step(child, tmp_path, 4)
     child.send_signal(signal.SIGTERM)
     assert child.wait(300) == 128 + signal.SIGTERM
     before = state_of(tmp_path)
-    done = run_script("train.py", "--data", folder, "--output", tmp_path, *SMALL, "--epochs", "9",
-                      "--export-only", processes=2)
+    done = run_script("train.py", "--data", folder, "--output", tmp_path, *SMALL, "--epochs", "0",
+                      processes=2)
     assert done.returncode == 0, done.stderr
     after = state_of(tmp_path)
     for name in ("settings", "progress", "memory"):  # and the step of the epoch

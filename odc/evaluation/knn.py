@@ -13,8 +13,7 @@ from odc.features import extract
 from odc.runtime import launch
 
 TEMPERATURE = 0.07  # a neighbour of similarity s votes with weight exp(s / TEMPERATURE)
-QUERIES, ROWS = 512, 16384  # of a tile: 32 MB of similarities
-GROUP = 32  # rows side by side in the bank, of which the best is looked at first; divides ROWS
+QUERIES, ROWS = 512, 4096  # of a tile. A larger one leaves a CPU's caches.
 
 
 def pooled(maps):
@@ -88,26 +87,16 @@ def nearest_neighbours(queries, bank, labels, k):
         raise UserError("The features hold values that are not finite: check the weights.")
     # topk promises no order of equal numbers. So it orders similarities less 2^-52 times the index.
     sizes = distributed.all_gather_rows(torch.tensor([len(bank)]))
-    labels = F.pad(labels.to(bank.device), (0, -len(bank) % GROUP))
-    indices = sizes[: distributed.rank()].sum() + torch.arange(len(labels))
-    shift = (indices.double() * 2.0**-52).to(bank.device)
-    tile = bank.new_empty(min(QUERIES, len(queries)), min(ROWS, len(labels)))
-    columns = torch.arange(tile.shape[1], device=bank.device).view(-1, GROUP)
+    indices = sizes[: distributed.rank()].sum() + torch.arange(len(bank))
+    shift, labels = (indices.double() * 2.0**-52).to(bank.device), labels.to(bank.device)
     blocks = []
     for some in queries.split(QUERIES):
         launch.check_signals()
         best = some.new_full((len(some), k), -torch.inf, dtype=torch.float64)
         found = torch.zeros_like(best, dtype=torch.int64)
         for rows, own, less in zip(bank.split(ROWS), labels.split(ROWS), shift.split(ROWS)):
-            scores = tile[: len(some), : len(own)]
-            torch.mm(some, rows.T, out=scores[:, : len(rows)])
-            scores[:, len(rows) :] = -torch.inf
-            # topk of all takes half as long as the product. So first the groups with better rows.
-            bounds = scores.unflatten(1, (-1, GROUP)).amax(2) - less[::GROUP]
-            groups = min(k, int((bounds > best[:, -1:]).sum(1).max()))
-            index = columns[bounds.topk(groups).indices].flatten(1)
-            keys = torch.cat([best, scores.gather(1, index) - less[index]], dim=1)
-            best, order = keys.topk(k)
+            keys, index = (some @ rows.T - less).topk(min(k, len(rows)))
+            best, order = torch.cat([best, keys], dim=1).topk(k)
             found = torch.cat([found, own[index]], dim=1).gather(1, order)
         best, found = (distributed.all_gather_rows(x.T).T for x in (best, found))  # [q, W * k]
         best, order = best.topk(k)

@@ -6,19 +6,22 @@ text. The page's policy lets the browser run no other script.
 """
 
 import base64
+import contextlib
 import hashlib
 import html
 import io
 import json
+import os
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from odc.data.augmentation import evaluation_transform
+from odc.data.augmentation import clustering_transform
 from odc.data.loader import evaluation_batches
 from odc.runtime.checkpoint import write_atomically
 from odc.runtime.log import read_record
@@ -26,21 +29,31 @@ from odc.runtime.log import read_record
 POINTS = 400  # of a longer curve, about so many are drawn
 IMAGES = 10_000  # a page shows all images up to so many, above that a sample of each cluster
 CENTRAL, EDGE = 8, 4  # images that a card shows, from both ends of its cluster
-NEAR, PAIRS, OUTLIERS = 5, 24, 48  # neighbours of a cluster, near-duplicate pairs, outliers
+NEAR, OUTLIERS = 5, 48  # neighbours of a cluster, outliers
+COPIES = 1000  # images in groups of duplicates on a page that shows a sample
+SAMPLE, AXES, NEIGHBOUR = 4096, 128, 20  # for outliers: images, main directions, which neighbour
 TILES = 16  # images in a row and in a column of a sprite sheet
 
 
-def write_page(folder, dataset=None, clustering=None, workers=0):
+def write_page(folder, dataset=None, clustering=None, workers=0, note=""):
     """Write report.html into the folder of a run; process 0 only. Raises UserError.
 
-    dataset, clustering: with the features of all images; without both the page has curves alone.
+    dataset, clustering: with the features of all images, or none; without both only the curves
+    are renewed. note: about the clusters.
     """
     records, data, sheets = read_log(folder / "log.jsonl"), {}, ""
     summary = "epoch {epoch}, step {step:,}".format(**records[-1]) if records else "no step yet"
     if clustering is not None:
         data, shown = contents(dataset, clustering)
-        summary += f" · {len(dataset):,} images in {len(data['clusters']):,} clusters"
+        data["root"] = quote(os.path.relpath(dataset.root, folder)) if dataset.names else ""
+        data["note"] = f"{len(dataset):,} images in {len(data['clusters']):,} clusters{note}"
         sheets = sprite_sheets(dataset, shown, workers)
+    elif (folder / "report.html").exists():
+        with contextlib.suppress(Exception):  # no page of ours: only curves
+            text = (folder / "report.html").read_text(encoding="utf-8")
+            sheets = "\n".join(re.findall(r"^\.sheet\d+ { [^}]+ }$", text, re.MULTILINE))
+            data = json.loads(re.search('id="data">(.*?)</script>', text, re.DOTALL)[1])
+    summary += " · " * ("note" in data) + html.escape(data.get("note", ""))
     data["curves"] = curves(records)
     template = Path(__file__).with_name("page.template.html").read_text(encoding="utf-8")
     script = re.search("<script>(.*?)</script>", template, re.DOTALL)[1]
@@ -82,19 +95,39 @@ def contents(dataset, clustering):
         images = sample(members[record["id"]].tolist(), per_cluster)
         record.update(first=len(shown), count=len(images))
         shown += images
-    pairs = near_duplicates(clustering.features, members)
-    outliers = clustering.similarity.argsort(stable=True)[:OUTLIERS].tolist()
-    shown += sorted({*outliers, *(i for _, *pair in pairs for i in pair)}.difference(shown))
-    position = {image: n for n, image in enumerate(shown)}
+    groups, least = clustering.duplicates
+    copies = [i for group in groups for i, *_ in group[1:]]
+    outliers = [] if clustering.features is None else far_images(clustering.features, copies)
+    if len(dataset) > IMAGES:
+        groups = groups[: np.cumsum([len(group) for group in groups]).searchsorted(COPIES)]
+    shown += sorted({*outliers, *(i for group in groups for i, *_ in group)}.difference(shown))
+    position, names = {image: n for n, image in enumerate(shown)}, list(map(dataset.name_of, shown))
     data = dict(
-        clusters=records, outliers=[position[i] for i in outliers],
-        pairs=[dict(similarity=score, images=[position[i], position[j]]) for score, i, j in pairs],
-        classes=class_names(dataset),
-        images=dict(path=[dataset.name_of(i).encode("utf-8", "replace").decode() for i in shown],
+        clusters=records, outliers=[position[i] for i in outliers], classes=class_names(dataset),
+        groups=[[(position[i], *facts) for i, *facts in group] for group in groups], least=least,
+        images=dict(path=[name.encode("utf-8", "replace").decode() for name in names],
+                    file=[quote(os.fsencode(name)) for name in names],
                     label=[] if dataset.labels is None else dataset.labels[shown].tolist(),
                     cluster=clustering.labels[shown].tolist(),
                     similarity=[round(s, 4) for s in clustering.similarity[shown].tolist()]))
     return data, shown
+
+
+def far_images(features, copies):
+    """OUTLIERS images that are far from their 20th neighbour; features: unit rows [N, d].
+
+    Nearer ones may be as foreign, as such pictures come in handfuls. Distances are in the set's
+    main directions, as in others every image is alone, and to a sample; `copies` do not count.
+    """
+    images, distances = np.setdiff1d(np.arange(len(features)), copies), []
+    some = np.linspace(0, len(images) - 1, min(len(images), SAMPLE)).astype(int)
+    sample = torch.as_tensor(features[images[some]])
+    axes = torch.linalg.eigh(sample.T @ sample)[1][:, -AXES:]
+    for block in np.split(images, range(SAMPLE, len(images), SAMPLE)):
+        rows = torch.cdist(torch.as_tensor(features[block]) @ axes, sample @ axes)
+        nearest = rows.topk(min(NEIGHBOUR + 1, len(some)), largest=False)  # the image itself, too
+        distances.append(nearest.values[:, -1])
+    return images[torch.cat(distances).argsort(descending=True)[:OUTLIERS].numpy()].tolist()
 
 
 def class_names(dataset):
@@ -106,17 +139,15 @@ def class_names(dataset):
 
 def cluster_records(dataset, clustering):
     """(a dict for each cluster with images, largest first; images of all K, the nearest first)."""
-    # As clusters.csv has the similarities: equal there, images keep their order.
-    similarity = clustering.similarity.double().round(decimals=4)
-    order = np.lexsort((-similarity.numpy(), clustering.labels.numpy()))
+    members, similarity = clustering.members(), clustering.similarity.double()
     sizes = clustering.labels.bincount(minlength=len(clustering.centroids))
-    members = np.split(order, sizes.cumsum(0)[:-1])
     present = [k for k in sizes.argsort(descending=True, stable=True).tolist() if sizes[k]]
-    records, classes = [], class_names(dataset)
+    records, classes, unit = [], class_names(dataset), F.normalize(clustering.centroids)
     for k, near, place in zip(present, *neighbours_and_map(clustering.centroids[present])):
         size, tightness = len(members[k]), float(similarity[members[k]].mean())
         record = dict(id=k, size=size, tightness=round(tightness, 4), place=place,
                       near=[present[n] for n in near],
+                      nearest=float(unit[k] @ unit[present[near[0]]]) if near else 1.0,
                       caption=f"{size:,} image{'s' * (size != 1)} · tightness {tightness:.2f}")
         if classes:
             counts = dataset.labels[members[k]].bincount()
@@ -148,34 +179,13 @@ def neighbours_and_map(centroids):
     return near, [[round(x, 3), round(y, 3)] for x, y in places.tolist()]
 
 
-def near_duplicates(features, members):
-    """Pairs of very similar images of one cluster, [(similarity, i, j)], the best first.
-
-    features: unit rows [N, d]. members: each cluster's images, by similarity to the centroid:
-    copies lie in one block of 2,048. An image is in one pair at most: copies do not fill the list.
-    """
-    pairs = []
-    for images in members:
-        for start in range(0, len(images), 2048):
-            block = images[start : start + 2048]
-            rows = torch.as_tensor(features[block])
-            best, column = (rows @ rows.T).fill_diagonal_(-1).max(1)  # -1: an image and itself
-            pairs += zip(best.tolist(), block.tolist(), block[column.numpy()].tolist())
-        pairs = sorted(pairs, reverse=True)[: 50 * PAIRS]
-    found, seen = [], set()
-    for score, i, j in pairs:
-        if score > 0 and len(found) < PAIRS and seen.isdisjoint((i, j)):
-            found.append((score, i, j))
-            seen.update((i, j))
-    return found
-
-
 def sprite_sheets(dataset, shown, workers=0):
     """CSS rules .sheet0, .sheet1, ...: the thumbnails of images, TILES x TILES in a picture."""
     side = 96 if len(shown) <= IMAGES / 4 else 64 if len(shown) <= IMAGES * 1.1 else 32
     rules = []
     for n, batch in enumerate(evaluation_batches(
-            dataset, torch.tensor(shown), evaluation_transform(side), TILES**2, workers)):
+            dataset, torch.tensor(shown), clustering_transform(side, dataset.whole_images),
+            TILES**2, workers)):
         tiles = torch.zeros(TILES**2, 3, side, side, dtype=torch.uint8)
         tiles[: len(batch.images)] = batch.images
         sheet = tiles.view(TILES, TILES, 3, side, side).permute(0, 3, 1, 4, 2)  # rows of tiles

@@ -3,15 +3,19 @@
 import numpy as np
 import torch
 
+from odc.distributed import print_main
+from odc.outputs import duplicates
 from odc.runtime.checkpoint import write_atomically
 
 
-def write_results_files(folder, backbone, image_size, dataset, clustering):
-    """All but features.npy. clustering: the dataset's `odc.clusters.Clustering`."""
+def write_results_files(folder, backbone, image_size, dataset, clustering, workers=0):
+    """All but features.npy. clustering: of all images; its duplicates are found here."""
     write_backbone(folder / "backbone.pth", backbone, image_size)
     write_array(folder / "labels.npy", clustering.labels)
     write_array(folder / "centroids.npy", clustering.centroids)
     write_table(folder / "clusters.csv", dataset, clustering.labels, clustering.similarity)
+    clustering.duplicates = duplicates.find_groups(dataset, clustering, workers)
+    write_duplicates(folder / "duplicates.csv", dataset, *clustering.duplicates)
 
 
 def write_backbone(path, backbone, image_size):
@@ -39,8 +43,8 @@ def write_table(path, dataset, labels, similarity, neighbours=None, listed=None)
     for n in range(images.shape[1]):
         columns += [f"neighbour_{n + 1}", f"similarity_{n + 1}"]
 
-    def write(file):
-        file.write((",".join(columns) + "\n").encode())
+    def lines():
+        yield columns
         rows = zip(labels.tolist(), similarity, images, scores)
         for name in listed or map(dataset.name_of, range(len(dataset))):
             row = [name] + [""] * (len(columns) - 1)
@@ -49,18 +53,31 @@ def write_table(path, dataset, labels, similarity, neighbours=None, listed=None)
                 row = [name, cluster, f"{cosine:.4f}"]
                 for image, score in zip(found, near):
                     row += [train.name_of(image), f"{score:.4f}"]
-            file.write((",".join(map(quote, row)) + "\n").encode("utf-8", "surrogateescape"))
+            yield row
 
-    write_atomically(path, write)
+    write_lines(path, lines())
+
+
+def write_duplicates(path, dataset, groups, least):
+    """A line for each image that has copies. groups, least: of `duplicates.find_groups`."""
+    lines = [[n, dataset.name_of(image), *size, f"{similarity:.4f}", found]
+             for n, group in enumerate(groups, 1) for image, *size, similarity, found in group]
+    write_lines(path, ["group path width height bytes similarity found".split(), *lines])
+    print_main(f"{len(groups):,} groups of {len(lines):,} copies, by a hash, or by features "
+               f"with a similarity of at least {least:.3f}.")
+
+
+def write_lines(path, lines):
+    """A CSV file. Python's own writer leaves a carriage return bare before 3.13."""
+    def quoted(value):
+        text = str(value)
+        return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text
+
+    write_atomically(path, lambda file: file.writelines(
+        (",".join(map(quoted, line)) + "\n").encode("utf-8", "surrogateescape") for line in lines))
 
 
 def write_unreadable(path, left_out):
     """A line for each image that was left out, {name: reason}: both, with a tab between."""
     text = "".join(f"{name}\t{reason}\n" for name, reason in sorted(left_out.items()))
     write_atomically(path, lambda file: file.write(text.encode("utf-8", errors="surrogateescape")))
-
-
-def quote(value):
-    """A field of a CSV file. Python's own writer leaves a carriage return bare before 3.13."""
-    text = str(value)
-    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text

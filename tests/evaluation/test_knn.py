@@ -57,7 +57,7 @@ def oracle(queries, bank, k):
 
 def predict_shard(queries, bank, labels, num_classes, ks):
     """Votes, and the neighbours among rows with many ties, in small tiles."""
-    knn.QUERIES, knn.ROWS, knn.GROUP = 32, 40, 4
+    knn.QUERIES, knn.ROWS = 32, 40
     rows = distributed.shard(len(bank))
     ties, tied = whole_numbers()
     return (knn_predict(queries, bank[rows], labels[rows], num_classes, ks),
@@ -76,8 +76,8 @@ def test_votes_and_ties_on_any_number_of_processes(world_size):
 
 @pytest.mark.parametrize("k", [1, 20, 200, 501])
 def test_neighbours_are_those_of_a_search_in_double_precision(monkeypatch, k):
-    for name, value in dict(QUERIES=32, ROWS=100, GROUP=2).items():
-        monkeypatch.setattr(knn, name, value)
+    monkeypatch.setattr(knn, "QUERIES", 32)
+    monkeypatch.setattr(knn, "ROWS", 100)
     queries, bank, _ = problem()
     similarities, indices = nearest_neighbours(queries, bank, torch.arange(501), k)
     expected, _ = oracle(queries, bank, k)
@@ -93,7 +93,7 @@ def test_neighbours_are_those_of_a_search_in_double_precision(monkeypatch, k):
 
 def uneven_shards(sizes, signal_on=None):
     """Neighbours of three queries in a bank of rows that point ever less their way."""
-    knn.ROWS, knn.GROUP = 8, 2
+    knn.ROWS = 8
     if distributed.rank() == signal_on:
         launch._signal_received = 15
     size, rank = sum(sizes), distributed.rank()

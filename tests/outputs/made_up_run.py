@@ -38,7 +38,9 @@ def clusters():
     noise *= torch.linspace(0.08, 0.4, K)[labels, None]
     features = F.normalize(centroids[labels] + noise)
     similarity = F.cosine_similarity(features, centroids[labels]).round(decimals=4)
-    return Clustering(labels, similarity, centroids, features)
+    copies = [[(20 * n, 12, 12, 99, 1.0, ""), (20 * n + 7, 12, 9, 50, 0.995, "hash"),
+               (20 * n + 9, 9, 9, 1, 0.91, "features")] for n in range(14)]
+    return Clustering(labels, similarity, centroids, features, duplicates=(copies, 0.9))
 
 
 def write_log(folder, *more):

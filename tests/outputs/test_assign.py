@@ -152,12 +152,12 @@ def test_training_images_elsewhere(finished, folder, tmp_path):
 def test_vectors_that_do_not_belong_to_the_checkpoint(finished, folder, tmp_path, change, words):
     path = copy_run(finished, tmp_path)
     np.save(tmp_path / "features.npy", change(np.load(finished / "features.npy")))
-    with pytest.raises(UserError, match=f"features.npy: .*{words}.*--export-only"):
+    with pytest.raises(UserError, match=f"features.npy: .*{words}.*--epochs 0"):
         run_assign(path, folder, tmp_path / "new.csv", "--neighbours", 1)
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda state: state.update(final_clusters=None), "come to its end.*--export-only"),
+    (lambda state: state.update(final_clusters=None), "come to its end.*--epochs 0"),
     (lambda state: state.update(program="odc train 1"), "this version"),
     (lambda state: state["backbone"]["conv1.weight"].mul_(torch.inf), "not finite"),
     (lambda state: state["final_clusters"].update(centroids=torch.zeros(8, 31)), "do not fit"),

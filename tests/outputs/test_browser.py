@@ -2,10 +2,12 @@
 
 import http.server
 import json
+import os
 import re
 import shutil
 import threading
 import time
+import urllib.parse
 
 import pytest
 
@@ -83,8 +85,14 @@ def page(browser, folder):
 def test_every_cluster_has_a_card_and_the_lists_show_their_images(page, folder):
     data = data_of(folder)
     clusters, paths = data["clusters"], data["images"]["path"]
-    assert page.texts("#pairs .image", "title") == [
-        paths[n] for pair in data["pairs"] for n in pair["images"]]
+    shown = []
+    for _ in range(2):  # groups of duplicates, twelve and two
+        shown += page.texts("#groups .image", "title")
+        page.all("main .pager button")[1].click()
+    assert shown == [paths[n] for group in data["groups"] for n, *_ in group]
+    assert page.texts("#groups figcaption")[-1] == "9 × 9\n1 bytes\nfeatures 0.910"
+    small = sorted(clusters[len(clusters) // 2 :], key=lambda cluster: cluster["nearest"])
+    assert page.texts("#apart .image", "title") == [paths[c["first"]] for c in small[:8]]
     assert page.texts("#far .image", "title") == [paths[n] for n in data["outliers"]]
     assert page.texts("#cards header + p") == [cluster["caption"] for cluster in clusters]
     assert page.texts("article", "querySelectorAll('.image').length") == [
@@ -122,8 +130,8 @@ def test_pages_without_labels(browser, folder, tmp_path):
     dataset.labels, dataset.root = None, str(folder.parent / "images")
     pages.write_page(tmp_path, dataset, made_up_run.clusters())
     page = Page(browser, tmp_path)
-    assert page.texts("#sort option, #colour option", "value") == [
-        "-size", "size", "-tightness", "tightness", "size"]
+    assert page.texts("select:not([hidden]) option", "value") == [
+        "-size", "size", "-tightness", "tightness", "nearest"]
     page.all("#cards .image")[0].click()
     assert "similarity" in page.one("#facts").text and "undefined" not in page.one("#facts").text
 
@@ -138,14 +146,29 @@ def test_search_and_odd_names(page, folder):
     assert page.path() == expected[3]
     page.one("#facts a").click()  # to the cluster of that image
     assert page.target() == data_of(folder)["images"]["cluster"][paths.index(expected[3])]
-    for name in made_up_run.ODD_NAMES:
-        name = re.sub("[\udc80-\udcff]", "?", name)  # what is not UTF-8
+    for odd in made_up_run.ODD_NAMES:
+        name = re.sub("[\udc80-\udcff]", "?", odd)  # what is not UTF-8
         page.one("#search").clear()
         page.one("#search").send_keys(name[:9])
         page.all("#found .image")[page.texts("#found .image", "title").index(name)].click()
         assert page.path() == name
+        file = urllib.parse.urlsplit(page.texts("#path", "href")[0]).path
+        assert os.path.samefile(urllib.parse.unquote_to_bytes(file), folder.parent / "images" / odd)
+        page.one("#copy").click()
+        assert page.script("return getSelection().toString()") == name
         page.press(Keys.ESCAPE)
     assert page.browser.title == "<b>run & co" and page.all("img, i, b") == []
+
+
+def test_circles_that_cover_each_other_are_listed(page, folder):
+    page.script("for (const node of document.querySelectorAll('#map .image'))"
+                "node.style.left = node.style.top = '50%'")
+    circles = page.all("#map .image")
+    circles[-1].click()
+    assert sorted(page.texts("#here a", "hash")) == sorted(
+        f"#cluster-{cluster['id']}" for cluster in data_of(folder)["clusters"])
+    page.all("#here a")[3].click()
+    assert page.target() == int(page.texts("#here a", "hash")[3].split("-")[1])
 
 
 @pytest.fixture
@@ -198,5 +221,9 @@ def test_telephones_and_dark_mode(browser, folder, width, scheme):
     assert page.script("return document.documentElement.scrollWidth") <= width
     colours = page.script(
         "const style = getComputedStyle(document.body); return [style.color, style.background]")
+    page.all("article header button")[0].click()
+    page.all("#page .image")[-1].click()
+    assert page.script("const box = document.querySelector('#large').getBoundingClientRect();"
+                       "return box.top >= 0 && box.bottom <= innerHeight")  # also when scrolled
     ink, paper = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
     assert (ink < 150 and paper > 700) if scheme == "light" else (ink > 650 and paper < 100)

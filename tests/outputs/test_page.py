@@ -2,6 +2,7 @@
 """
 
 import base64
+import csv
 import html
 import io
 import json
@@ -10,13 +11,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance
 from sklearn.decomposition import PCA
 
-from odc.clusters import Clustering
+from odc.clusters import Clustering, cluster_images
+from odc.data.datasets import open_dataset
 from odc.data.images import ImageSet, Names
 from odc.errors import UserError
-from odc.outputs import page
+from odc.memory import ODCMemory
+from odc.model import ODC
+from odc.outputs import duplicates, page, results
 from tests.outputs import made_up_run
 from tests.outputs.made_up_run import data_of, shown_name
 
@@ -69,42 +74,75 @@ def test_nearest_clusters_and_the_map(run):
     assert np.abs(places) == pytest.approx(np.abs(expected), abs=2e-3)
 
 
-def test_near_duplicates_and_outliers(run):
+def test_duplicates_and_outliers_of_the_page(run):
     _, dataset, clusters = run
     data = data_of(run[0])
-    number = {shown_name(dataset, i): i for i in range(len(dataset))}
-    images = [number[path] for path in data["images"]["path"]]
-    scores = clusters.features @ clusters.features.T
-    scores[clusters.labels[:, None] != clusters.labels] = -1
-    scores.fill_diagonal_(-1)
-    found = [[images[n] for n in pair["images"]] for pair in data["pairs"]]
-    shown = [pair["similarity"] for pair in data["pairs"]]
-    assert shown == pytest.approx([float(scores[i, j]) for i, j in found], abs=1e-4)
-    best, nearest = scores.max(1)
-    for score, pair in zip(shown, found):  # the best one that is left, of an image and its nearest
-        assert score == pytest.approx(float(best.max()), abs=1e-4)
-        best[torch.isin(torch.arange(len(best)), torch.tensor(pair))] = -1
-        best[torch.isin(nearest, torch.tensor(pair))] = -1
-    assert len(found) == page.PAIRS
-    furthest = clusters.similarity.sort().values[: page.OUTLIERS]
-    assert [float(clusters.similarity[images[n]]) for n in data["outliers"]] == furthest.tolist()
+    index = {shown_name(dataset, i): i for i in range(len(dataset))}
+    images = [index[path] for path in data["images"]["path"]]
+    found = [[(images[n], *facts) for n, *facts in group] for group in data["groups"]]
+    assert (found, data["least"]) == clusters.duplicates
+    copies = [i for group in found for i, *_ in group[1:]]
+    alone = torch.tensor([i for i in range(len(dataset)) if i not in copies])
+    rows = clusters.features[alone]  # of 8 directions: none is left out
+    twentieth = torch.cdist(rows, rows).sort().values[:, page.NEIGHBOUR]
+    outliers = [images[n] for n in data["outliers"]]
+    assert outliers == alone[twentieth.argsort(descending=True)[: page.OUTLIERS]].tolist()
+    pairs = [[cluster["id"], *cluster["near"][:1]] for cluster in data["clusters"]]
+    assert [cluster["nearest"] for cluster in data["clusters"]] == pytest.approx([
+        float(F.cosine_similarity(*clusters.centroids[pair], dim=0)) for pair in pairs])
 
 
-def test_pairs_of_large_clusters_and_of_many_copies(monkeypatch):
-    """Copies are found among the images that are about equally similar to the centroid."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.nn.functional.normalize(torch.randn(5000, 16, generator=generator))
-    copies = {(0, 4999), (1100, 3), (2000, 2001)}
-    for i, j in copies:
-        features[j] = features[i]
-    features[10:30] = features[10]  # would be 190 pairs
-    monkeypatch.setattr(page, "PAIRS", 14)
-    order = (features @ features[40]).argsort(descending=True, stable=True).numpy()
-    pairs = page.near_duplicates(features.numpy(), [order, np.arange(0)])
-    pairs = [{i, j} for score, i, j in pairs if score > 0.9999]
-    assert all(set(pair) in pairs for pair in copies)
-    images = [i for pair in pairs for i in pair]
-    assert len(images) == len(set(images)) and set(images) & set(range(10, 30))
+def pattern(n):
+    """A picture of 8 x 8 random colours, smooth."""
+    colours = np.random.default_rng(n).integers(0, 255, (8, 8, 3), np.uint8)
+    return Image.fromarray(colours).resize((80, 60), Image.Resampling.BICUBIC)
+
+
+def test_copies_are_found_and_nothing_else(tmp_path):
+    """Among 40 pictures and 20 of one colour, which all have the hash 0."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for n in range(40):
+        pattern(n).save(images / f"{n:02d}.png")
+        Image.new("RGB", (80, 60), (n, 90, 90)).save(images / f"plain-{n // 2}.png")
+    for n in range(10):
+        pattern(n).resize((48, 36)).save(images / f"{n:02d} small, \xff.png")
+        pattern(n).save(images / f"{n:02d}-jpeg.jpg", quality=50)
+        ImageEnhance.Brightness(pattern(n)).enhance(0.8).save(images / f"{n:02d}-dark.png")
+    dataset, memory = open_dataset(str(images)), ODCMemory(90, 32, 4)
+    memory.labels.copy_(torch.arange(90) % 4)
+    torch.manual_seed(0)
+    network = ODC("narrow", True, dim=32, num_clusters=4)
+    found = cluster_images(network, dataset, memory, 32)
+    groups, least = duplicates.find_groups(dataset, found)
+    results.write_duplicates(tmp_path / "duplicates.csv", dataset, groups, least)
+    with open(tmp_path / "duplicates.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["group"], row["path"][:2]) for row in rows} == {
+        (str(n), name) for n, name in enumerate(dict.fromkeys(row["path"][:2] for row in rows), 1)}
+    assert sorted(row["path"][:2] for row in rows) == [f"{n:02d}" for n in range(10)
+                                                       for _ in range(4)]
+    assert all(float(row["similarity"]) >= least for row in rows)
+    for row in rows:
+        size = (int(row["width"]), int(row["height"]))
+        assert size == ((48, 36) if "small" in row["path"] else (80, 60))
+        assert int(row["bytes"]) == (images / row["path"]).stat().st_size
+    assert all("small" not in dataset.name_of(group[0][0]) for group in groups)
+
+
+def test_a_chain_of_similar_images_is_not_one_group():
+    """A picture that becomes another in 60 steps: all of a group are like its first image."""
+    ends = [np.asarray(pattern(n), float) for n in (0, 1)]
+    pixels = np.stack([ends[0] + (ends[1] - ends[0]) * t for t in np.linspace(0, 1, 60)])
+    dataset = ImageSet("a", "train", "", pixels=pixels.astype(np.uint8))
+    clusters = Clustering(torch.zeros(60).long(), torch.ones(60), torch.ones(1, 2),
+                          F.normalize(torch.ones(60, 2)), hashes=torch.full((60,), 77))
+    groups, least = duplicates.find_groups(dataset, clusters)
+    assert least == 0.9 and 3 < len(groups) < 30
+    for (first, *size, _, _), *others in groups:
+        assert size == [80, 60, 0]
+        for image, *_, similarity, _ in others:
+            assert similarity > 0.9 and abs(image - first) < 20
 
 
 def test_a_large_run_shows_a_sample_of_each_cluster(run, tmp_path, monkeypatch):
@@ -121,6 +159,12 @@ def test_a_large_run_shows_a_sample_of_each_cluster(run, tmp_path, monkeypatch):
         shown = data["images"]["path"][cluster["first"] : cluster["first"] + cluster["count"]]
         assert shown == sorted(set(shown), key=paths.index)
         assert shown[:8] == paths[:8] and shown[-4:] == paths[-4:]  # both ends
+    sheets = (tmp_path / "report.html").read_text().count("data:image/webp")
+    made_up_run.write_log(tmp_path, '{"epoch": 4, "step": 9, "loss": 2}')
+    page.write_page(tmp_path)  # new curves, the same clusters
+    assert data_of(tmp_path)["curves"]["loss"][-1] == [9, 2]
+    assert data_of(tmp_path)["clusters"] == data["clusters"]
+    assert (tmp_path / "report.html").read_text().count("data:image/webp") == sheets > 0
 
 
 def tiles(folder):
