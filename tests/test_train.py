@@ -118,7 +118,7 @@ def test_a_finished_run_says_so(folder, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     assert run_main("--data", folder, "--output", tmp_path / "run", *SMALL, "--epochs", "2") == 0
     said = capsys.readouterr().out
-    assert "holds the finished run" in said and "Continuing" not in said
+    assert "holds a run of 2 epochs" in said and "Continuing" not in said
 
 
 def test_two_runs_in_one_folder(folder, tmp_path, capsys):
