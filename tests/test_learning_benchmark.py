@@ -101,12 +101,6 @@ def test_a_view_is_drawn_for_each_image_and_again_for_the_second(folder):
     assert colour.tolist() == (2 - labels).tolist() * 2
 
 
-def test_a_smaller_set_has_the_same_share_of_both_splits(folder, tmp_path):
-    small = learning.smaller_set(tmp_path / "small", str(folder), 45)
-    train, val = open_dataset(str(small), "train"), open_dataset(str(small), "val")
-    assert (len(train), len(val)) == (45, 15) and train.classes == ["blue", "green", "red"]
-
-
 def test_a_crop_of_a_photograph_lies_in_one_band():
     starts = range(0, 600 - data.CROP, data.STRIDE)
     inside = [x for x in starts if data.split_of(x) == data.split_of(x + data.CROP - 1)]

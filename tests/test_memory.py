@@ -103,23 +103,6 @@ def test_every_rule_against_the_simple_form(K):
     assert (K == 24) == bool((simple.sizes() == 0).any())
 
 
-def test_centroids_are_not_normalised_and_empty_ones_stay():
-    memory = ODCMemory(2, 2, 2, min_cluster_size=0)
-    memory.initialize(torch.eye(2), torch.tensor([0, 0]))
-    assert torch.allclose(memory.centroids[0], torch.tensor([0.5, 0.5]))
-    memory.centroids[1] = torch.tensor([3.0, 4.0])
-    memory.update_centroids()
-    assert torch.equal(memory.centroids[1], torch.tensor([3.0, 4.0]))
-
-
-def test_last_occurrence_wins():
-    memory = ODCMemory(3, 2, 1, momentum=1.0)
-    memory.initialize(torch.eye(2)[[0, 0, 0]], torch.zeros(3, dtype=torch.int64))
-    memory.update_samples(torch.tensor([1, 1, 2, 1]),
-                          torch.tensor([[5.0, 5], [1, 1], [1, 0], [0, 2]]))
-    assert torch.allclose(memory.features, torch.tensor([[1.0, 0], [0, 1], [1, 0]]))
-
-
 def test_zero_features():
     """A dead ReLU gives z = 0: the feature then stays where it was."""
     memory = ODCMemory(4, 3, 2, min_cluster_size=0)
@@ -137,6 +120,7 @@ def test_a_feature_that_is_not_finite_is_refused():
 def test_loss_weights():
     memory = ODCMemory(30, 2, 3, min_cluster_size=0)
     memory.initialize(torch.rand(30, 2), torch.tensor([0] * 25 + [1] * 5))  # cluster 2 is empty
+    assert memory.split_small_clusters() == 0 and memory.cluster_sizes.tolist() == [25, 5, 0]
     expected = torch.tensor([25, 5, 1]) ** -0.5
     torch.testing.assert_close(memory.loss_weights(), expected / expected.sum())
     assert torch.allclose(memory.loss_weights(power=0), torch.full((3,), 1 / 3))

@@ -27,7 +27,7 @@ def commands(text):
 def test_every_command_has_arguments_that_its_script_takes(path):
     for script, arguments in commands(READMES[path]):
         module = importlib.import_module("odc.settings" if script == "train" else script)
-        module.make_parser().parse_args(shlex.split(arguments))
+        module.make_parser().parse_args(shlex.split(arguments, comments=True))
 
 
 def test_the_main_readme_has_commands_for_all_programs_and_those_of_ci():

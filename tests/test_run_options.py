@@ -9,12 +9,8 @@ import train
 from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.datasets import open_dataset
 from odc.errors import UserError
-from odc.evaluation import knn
-from odc.memory import ODCMemory
 from odc.model import ResNet
-from odc.runtime import checkpoint
-from tests.runs import (
-    SMALL, assert_equal_state, assert_same_run, log_of, run_main, state_of)
+from tests.runs import SMALL, assert_same_run, log_of, run_main, state_of
 
 # --- accuracy while training ---------------------------------------------------------------------
 
@@ -56,45 +52,7 @@ def test_every_tenth_image_is_held_out_without_a_val_split(folder, tmp_path, cap
     assert records[-1]["knn_accuracy"] == pytest.approx(expected, abs=1e-9)
 
 
-def link_split(folder, target, wanted):
-    for number, path in enumerate(sorted(folder.glob("*/*"))):
-        if wanted(number):
-            (target / path.parent.name).mkdir(parents=True, exist_ok=True)
-            (target / path.parent.name / path.name).symlink_to(path)
-
-
-def test_the_val_split_is_held_out_if_there_is_one(folder, tmp_path):
-    link_split(folder, tmp_path / "data" / "train", lambda number: number % 3)
-    link_split(folder, tmp_path / "data" / "val", lambda number: number % 3 == 0)
-    output = tmp_path / "out"
-    arguments = ["--data", tmp_path / "data", "--output", output, *SMALL]
-    assert run_main(*arguments, "--epochs", "2") == 0
-    assert [record["epoch"] for record in log_of(output) if "knn_accuracy" in record] == [0, 1, 2]
-    state = checkpoint.read_dict(output / "checkpoint.pth")
-    sets = [open_dataset(str(tmp_path / "data"), split) for split in ("train", "val")]
-    backbone = ResNet("narrow", small_stem=True)
-    backbone.load_state_dict(state["backbone"])
-    with torch.no_grad():
-        accuracy = knn.knn_accuracy(backbone.eval(), *sets, 32, torch.device("cpu"))
-    (bank, queries) = (pooled_features(state, dataset) for dataset in sets)
-    expected = accuracy_by_voting(bank, sets[0].labels, queries, sets[1].labels)
-    assert accuracy == pytest.approx(expected, abs=1e-9)
-
-
 # --- ablations -----------------------------------------------------------------------------------
-
-
-def test_clusters_may_be_empty_without_the_handling_of_small_ones():
-    memory = ODCMemory(30, 4, num_clusters=5, min_cluster_size=0)
-    features = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
-    memory.initialize(features, torch.arange(30) % 3)
-    before = memory.state_dict()
-    assert memory.cluster_sizes.tolist() == [10, 10, 10, 0, 0]
-    assert memory.split_small_clusters() == 0
-    assert_equal_state(memory.state_dict(), before)
-    weights = memory.loss_weights(0.5)
-    assert torch.isfinite(weights).all() and float(weights.sum()) == pytest.approx(1)
-    assert torch.equal(memory.loss_weights(0.0), torch.full((5,), 0.2))
 
 
 def test_a_run_without_handling_small_clusters(folder, tmp_path):
@@ -105,69 +63,72 @@ def test_a_run_without_handling_small_clusters(folder, tmp_path):
     assert all(record["splits"] == 0 for record in steps) and steps[-1]["smallest"] < 2
 
 
-RECLUSTER = ["--recluster-interval", "2", "--offline-epochs", "5", "--checkpoint-interval", "3"]
+WAYS = {
+    "alternating": ["--recluster-interval", "2", "--offline-epochs", "5", "--epochs", "5",
+                    "--checkpoint-interval", "3"],
+    "as small sets": ["--initial", "pixels", "--recluster-interval", "1", "--offline-epochs", "1",
+                      "--lr-schedule", "cosine", "--memory-momentum", "0.1", "--epochs", "3",
+                      "--checkpoint-interval", "4"]}
 
 
 @pytest.fixture(scope="module")
-def alternating(folder, tmp_path_factory):
-    """A run of 5 epochs of 10 steps, with k-means after steps 20 and 40, never interrupted."""
-    output = tmp_path_factory.mktemp("alternating")
-    assert run_main("--data", folder, "--output", output, *SMALL, "--epochs", "5", *RECLUSTER) == 0
-    return output
+def whole(folder, tmp_path_factory):
+    """{way: the output of a run in epochs of 10 steps, never interrupted}."""
+    outputs = {way: tmp_path_factory.mktemp("whole") for way in WAYS}
+    for way, output in outputs.items():
+        assert run_main("--data", folder, "--output", output, *SMALL, *WAYS[way]) == 0
+    return outputs
 
 
-def test_labels_stay_between_two_clusterings(alternating):
-    records = log_of(alternating)
+def test_labels_stay_between_two_clusterings(whole):
+    """K-means comes after steps 20 and 40."""
+    records = log_of(whole["alternating"])
     assert all(r["change_ratio"] == 0 and r["splits"] == 0 for r in records if "loss" in r)
     before = [r["nmi_previous"] for r in records if "nmi_previous" in r]
     assert before[0] == before[1] == before[3] == 1 and max(before[2], before[4]) < 1
     # Before the first epoch, after each epoch, and for the final clusters.
     assert [r["epoch"] for r in records if "nmi" in r] == [0, 1, 2, 3, 4, 5, 5]
     # The memory holds the features that k-means saw before epoch 5, not moved by its steps.
-    memory = state_of(alternating)["memory"]
+    memory = state_of(whole["alternating"])["memory"]
     for k in range(8):
         mean = memory["features"][memory["labels"] == k].mean(0)
         assert torch.allclose(memory["centroids"][k], mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("crash", [20, 24, 40])
-def test_re_clustering_resumes_as_the_same_run(folder, alternating, tmp_path, monkeypatch, crash):
-    """K-means comes after steps 20 and 40. The run continues from steps 18, 24 and 39."""
-    arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "5", *RECLUSTER]
-    check_step, measure = train.check_step, train.measure
+@pytest.mark.parametrize("way, function, step", [
+    ("alternating", "measure", 20), ("alternating", "train_epoch", 20),  # before and after k-means
+    ("alternating", "check_step", 24), ("as small sets", "check_step", 10),
+    ("as small sets", "check_step", 15), ("as small sets", "measure", 20)])
+def test_re_clustering_resumes_as_the_same_run(
+        folder, whole, tmp_path, monkeypatch, way, function, step):
+    arguments = ["--data", folder, "--output", tmp_path, *SMALL, *WAYS[way]]
+    original = getattr(train, function)
 
-    def crash_within(args, progress, *rest):
-        if progress.global_step == crash and progress.step:
+    def crash(args, state, *rest):
+        if getattr(state, "progress", state).global_step == step:
             raise UserError("stopped here.")
-        return check_step(args, progress, *rest)
-
-    def crash_at_the_end(args, state, *rest):
-        if state.progress.global_step == crash:
-            raise UserError("stopped here.")
-        measure(args, state, *rest)
+        return original(args, state, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "check_step", crash_within)
-        patch.setattr(train, "measure", crash_at_the_end)
+        patch.setattr(train, function, crash)
         assert run_main(*arguments) == 2
     assert run_main(*arguments) == 0
-    assert_same_run(alternating, tmp_path)
+    assert_same_run(whole[way], tmp_path)
 
 
-def test_a_crash_right_after_a_clustering(folder, alternating, tmp_path, monkeypatch):
-    arguments = ["--data", folder, "--output", tmp_path, *SMALL, "--epochs", "5", *RECLUSTER]
-    train_epoch = train.train_epoch
-
-    def crashing(args, state, *rest):
-        if state.progress.epoch == 2:
-            raise UserError("stopped here.")
-        train_epoch(args, state, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_epoch", crashing)
-        assert run_main(*arguments) == 2
-    assert run_main(*arguments) == 0
-    assert_same_run(alternating, tmp_path)
+def test_a_run_as_small_sets_have_it(folder, tmp_path, monkeypatch):
+    """Labels stay in the first epoch, move in each step afterwards; lr falls from lr to about 0."""
+    monkeypatch.setattr("train.LOG_INTERVAL", 1)
+    arguments = ["--data", folder, "--output", tmp_path]
+    assert run_main(*arguments, *SMALL, *WAYS["as small sets"]) == 0
+    steps = [record for record in log_of(tmp_path) if "loss" in record]
+    changes = [record["change_ratio"] for record in steps]
+    assert max(changes[:10]) == 0 and max(changes[10:]) > 0
+    rates = [record["lr"] for record in steps]
+    assert rates[0] == 0.05 and rates == sorted(rates, reverse=True) and rates[-1] < 0.0005
+    assert "nmi" in log_of(tmp_path)[-1]
+    assert run_main(*arguments, "--epochs", 4) == 0  # one more epoch, on another cosine
+    assert [record["lr"] for record in log_of(tmp_path) if "loss" in record][30] > 0.005
 
 
 # --- what else a run writes ----------------------------------------------------------------------

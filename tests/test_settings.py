@@ -7,7 +7,6 @@ from odc import distributed, settings
 from odc.data.images import ImageSet
 from odc.data.datasets import open_dataset
 from tests.processes import run_processes
-from tests.runs import SMALL, assert_same_run, log_of, run_main, state_of
 
 CPU = torch.device("cpu")
 
@@ -99,43 +98,3 @@ def test_processes_agree_on_the_size_of_images():
 
 def test_images_of_files_are_measured(folder):
     assert open_dataset(str(folder)).typical_side() == 36
-
-
-HYBRID = ["--initial", "pixels", "--recluster-interval", "1", "--offline-epochs", "1",
-          "--lr-schedule", "cosine", "--memory-momentum", "0.1", "--epochs", "3"]
-
-
-def test_a_run_as_small_sets_have_it(folder, tmp_path, monkeypatch):
-    """Labels stay in the first epoch, move in each step afterwards; lr falls from lr to about 0."""
-    monkeypatch.setattr("train.LOG_INTERVAL", 1)
-    assert run_main("--data", folder, "--output", tmp_path, *SMALL, *HYBRID) == 0
-    steps = [record for record in log_of(tmp_path) if "loss" in record]
-    changes = [record["change_ratio"] for record in steps]
-    assert max(changes[:10]) == 0 and max(changes[10:]) > 0
-    rates = [record["lr"] for record in steps]
-    assert rates[0] == 0.05 and rates == sorted(rates, reverse=True) and rates[-1] < 0.0005
-    assert "nmi" in log_of(tmp_path)[-1]
-    # One more epoch, on another cosine.
-    assert run_main("--data", folder, "--output", tmp_path, "--epochs", 4) == 0
-    assert [record["lr"] for record in log_of(tmp_path) if "loss" in record][30] > 0.005
-
-
-@pytest.mark.parametrize("crash", [10, 15, 20])
-def test_it_resumes_as_the_same_run(folder, tmp_path, monkeypatch, crash):
-    import train
-    from odc.errors import UserError
-    check_step = train.check_step
-
-    def crashing(args, progress, *rest):
-        if progress.global_step == crash:
-            raise UserError("stopped here.")
-        return check_step(args, progress, *rest)
-
-    arguments = ["--data", folder, *SMALL, *HYBRID, "--checkpoint-interval", "4"]
-    assert run_main(*arguments, "--output", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "check_step", crashing)
-        assert run_main(*arguments, "--output", tmp_path / "crashed") == 2
-    assert run_main(*arguments, "--output", tmp_path / "crashed") == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
-    assert state_of(tmp_path / "crashed")["progress"]["epoch"] == 3

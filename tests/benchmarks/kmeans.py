@@ -1,7 +1,6 @@
 """k-means against faiss with the same initial centroids.
 
-python -m tests.benchmarks.kmeans            100,000 x 256, K = 1,000, up to 20 iterations
-python -m tests.benchmarks.kmeans --large    256,000 x 256, K = 10,000, 5 iterations
+    python -m tests.benchmarks.kmeans    100,000 x 256, K = 1,000, up to 20 iterations
 
 Both give centroids and the labels that belong to them, which takes a last search in each.
 """
@@ -56,13 +55,9 @@ def faiss_kmeans(algorithm, features, initial, iterations):
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--large", action="store_true",
-                        help="256,000 rows, K = 10,000, 5 iterations")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, help="fewer, for a quick look")
     arguments = parser.parse_args()
-    n, K, iterations = (256_000, 10_000, 5) if arguments.large else (100_000, 1_000, 20)
-    n = arguments.rows or n
+    n, K, iterations = 100_000, 1_000, 20
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     features = unit_features(n, 256)
@@ -78,8 +73,7 @@ def main():
 
     functions = {name: functools.partial(peer, name) for name in ("Clustering", "SuperKMeans")
                  if hasattr(faiss, name)}  # SuperKMeans is new in faiss 1.15
-    times = interleave({"ours": ours, **functions}, arguments.rounds,
-                       warm_up=0 if arguments.large else 1)
+    times = interleave({"ours": ours, **functions}, arguments.rounds)
     extra = {name: f"objective {objective(features, centroids):.1f}"
              for name, centroids in results.items()}
     table(f"k-means, {n:,} x 256, K = {K:,}, {iterations} iterations", times, "ours", extra,

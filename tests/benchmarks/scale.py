@@ -1,16 +1,14 @@
 """How far the method scales: what one process of W holds and does, for millions of images.
 
-    python -m tests.benchmarks.scale                  all sizes, each in a process of its own
-    python -m tests.benchmarks.scale --images 14_000_000 --processes 64 --clusters 20000
+    python -m tests.benchmarks.scale    all sizes, each in a process of its own
 
-This process is rank 0 of W. The others do not exist: a collective returns this process's part, so
+A process is rank 0 of W. The others do not exist: a collective returns its part, so
 the figures are of computing and memory, without the network. Features are random.
 """
 
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -36,21 +34,17 @@ def resident():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def pretend(world_size):
-    """Make this process rank 0 of many."""
-    distributed.world_size = lambda: world_size
-    distributed.all_reduce = distributed.broadcast = lambda tensor: tensor
-    distributed.any_process = bool
-    distributed.all_gather_objects = lambda value: [value]
-
-
 def clock(function, rounds=1):
     """Median seconds of a call."""
     return statistics.median(interleave({"": function}, rounds, warm_up=0)[""])
 
 
 def measure(N, W, K, batch, device, d=256):
-    pretend(W)
+    """Print the figures of this process, as rank 0 of W."""
+    distributed.world_size = lambda: W
+    distributed.all_reduce = distributed.broadcast = lambda tensor: tensor
+    distributed.any_process = bool
+    distributed.all_gather_objects = lambda value: [value]
     row = {"N": f"{N:,}", "W": W, "K": f"{K:,}", "global batch": batch}
     started = resident()
     memory = ODCMemory(N, d, K, device=device)
@@ -77,7 +71,7 @@ def measure(N, W, K, batch, device, d=256):
     seconds = clock(lambda: names.append(Names(paths))) * N / count
     size = (names[0].block.nbytes + names[0].ends.nbytes) * N / count
     row["names of images: s, GiB a process"] = f"{seconds:.0f}, {size / 2**30:.2f}"
-    return row
+    print("\n".join(f"{name}: {value}" for name, value in row.items()), flush=True)
 
 
 def step(memory, num_images, z):
@@ -86,24 +80,11 @@ def step(memory, num_images, z):
     memory.loss_weights()
 
 
-def main():
-    parser = make_parser(__doc__)
-    parser.add_argument("--images", type=int)
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--clusters", type=int)
-    parser.add_argument("--batch", type=int, default=512)
-    args = parser.parse_args()
-    if args.images:
-        for name, value in measure(args.images, args.processes, args.clusters, args.batch,
-                                   args.device).items():
-            print(f"{name}: {value}", flush=True)
-        return
-    for N, W, K, batch in SIZES:
-        command = (f"-m tests.benchmarks.scale --images {N} --processes {W} --clusters {K} "
-                   f"--batch {batch}")
-        subprocess.run([sys.executable, *command.split()], check=True)
-        print(flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    args = make_parser(__doc__).parse_args()
+    for size in SIZES:
+        spawn = multiprocessing.get_context("spawn")
+        one = spawn.Process(target=measure, args=(*size, args.device))
+        one.start()
+        one.join()
+        print(flush=True)

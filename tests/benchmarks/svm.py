@@ -1,7 +1,6 @@
 """All SVM fits of one VOC07 feature map against scikit-learn's LinearSVC, as the recipe calls it.
 
-    python -m tests.benchmarks.svm               1,520 fits: 20 classes x 19 costs x (3 folds + all)
-    python -m tests.benchmarks.svm --low-shot    15,200: 8 k x 5 samples x 20 classes x 19 costs
+    python -m tests.benchmarks.svm    1,520 fits: 20 classes x 19 costs x (3 folds + all)
 
 On 5,011 x 8,192. LinearSVC solves every tenth fit, all kinds among them, in float64 and on the one
 thread that it can use; its time is scaled by ten. Ours is the whole table from the features: Gram
@@ -10,14 +9,13 @@ seconds on the clock, because other programs on the machine change them less.
 """
 
 import time
-import warnings
 
 import numpy as np
 import torch
-from sklearn.svm import LinearSVC
 
 from odc.evaluation import svm, voc
 from tests.benchmarks.timing import machine, make_parser
+from tests.evaluation.test_svm import linear_svc, primal_objective, primal_weight
 
 # Images of each class in VOC2007 trainval, in alphabetical order, about.
 POSITIVES = (238, 243, 330, 181, 244, 186, 713, 337, 445, 141, 200, 421, 287, 245, 2008, 245, 96,
@@ -52,66 +50,40 @@ def clock():
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def linear_svc(rows, targets, cost):
-    """The recipe's fit -> [seconds, processor seconds], (w, bias)."""
-    model = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, intercept_scaling=1.0, penalty="l2",
-                      loss="squared_hinge", tol=1e-4, max_iter=2000, dual=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it does not always converge
-        start = clock()
-        model.fit(rows, targets)
-        seconds = clock() - start
-    return seconds, np.append(model.coef_[0], model.intercept_)
-
-
-def objective(weight, rows, targets, cost):
-    """P(w) from its definition; rows [n, D] and weight [D + 1] float64."""
-    hinge = np.maximum(0, 1 - targets * (rows @ weight[:-1] + weight[-1]))
-    return 0.5 * weight @ weight + cost * (np.where(targets > 0, 2, 1) * hinge**2).sum()
-
-
 def solve_one(gram, basis, targets, cost):
-    """Our b [N] of one fit, by itself; targets [N] of 1, -1, 0."""
+    """Our b of one fit, by itself, for the rows in use; targets [N] of 1, -1, 0."""
     rows = targets.nonzero()[:, 0].to(gram.device)
     fits = svm.fit(gram[rows[:, None], rows][None], basis[rows][None, :, :len(rows)],
                    targets.to(gram.device)[rows][None, None], (cost,))
-    return gram.new_zeros(len(gram)).index_copy(0, rows, fits.coefficients[0, 0, 0]).cpu().numpy()
+    return fits.coefficients[0, 0, 0].cpu()
 
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--low-shot", action="store_true", help="the low-shot table, else the full")
     parser.add_argument("--every", type=int, default=10,
                         help="LinearSVC solves one fit in so many (a divisor of 20)")
     args = parser.parse_args()
     train, targets, test, test_targets = made_up_features()
     device = [part.to(args.device) for part in (train, test)]
-    if args.low_shot:
-        samples = voc.draw_low_shot_targets(targets, seed=0)
-        problems = torch.cat([torch.stack(drawn).transpose(1, 2).flatten(0, 1)
-                              for drawn in samples.values()])
-    else:
-        folds = torch.stack([voc.stratified_folds(row == 1) for row in targets.T])
-        problems = torch.cat([torch.where(folds == fold, 0, targets.T) for fold in range(4)])
+    folds = torch.stack([voc.stratified_folds(row == 1) for row in targets.T])
+    problems = torch.cat([torch.where(folds == fold, 0, targets.T) for fold in range(4)])
     start = clock()
-    if args.low_shot:
-        voc.low_shot(device[0], samples, device[1], test_targets)
-    else:
-        voc.full_svm(device[0], targets, device[1], test_targets)
+    voc.full_svm(device[0], targets, device[1], test_targets)
     ours = clock() - start
     gram = svm.gram_matrix(device[0])
     basis = svm.strongest_eigenvectors(gram)
-    rows, sampled, gaps = train.double().numpy(), [], []
+    rows, sampled, gaps = train.double(), [], []
     for p, s in np.ndindex(len(problems), len(voc.COSTS)):
         if (p + 3 * (p // 20) + s) % args.every:
             continue
-        used = (problems[p] != 0).numpy()
-        t, cost, own = problems[p].numpy()[used].astype(np.int64), voc.COSTS[s], rows[used]
-        seconds, weight = linear_svc(own, t, cost)
-        sampled.append(seconds)
-        b = solve_one(gram, basis, problems[p], cost)
-        best = objective(np.append(rows.T @ b, b.sum()), own, t, cost)
-        gaps.append(best / objective(weight, own, t, cost) - 1)
+        used = problems[p] != 0
+        t, cost, own = problems[p][used].long(), voc.COSTS[s], rows[used]
+        start = clock()
+        weight, _ = linear_svc(own, t, cost, tol=1e-4, max_iter=2000)  # the recipe's
+        sampled.append(clock() - start)
+        best = primal_weight(solve_one(gram, basis, problems[p], cost), own)
+        gaps.append(float(primal_objective(best, own, t, cost)
+                          / primal_objective(weight, own, t, cost)) - 1)
     theirs, fits = np.sum(sampled, axis=0) * args.every, len(problems) * len(voc.COSTS)
     print(f"\nSVMs of one feature map, 5,011 x 8,192, {fits:,} fits; {machine(args.device)}\n")
     print("| | time | processor |\n|---|---|---|")

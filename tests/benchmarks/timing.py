@@ -16,17 +16,15 @@ def make_parser(doc):
     return parser
 
 
-def interleave(functions, rounds=5, calls=1, before=None, warm_up=1):
+def interleave(functions, rounds=5, calls=1, warm_up=1):
     """Time functions in turn, A B A B ..., so that a machine that slows down slows all of them.
 
-    functions: {name: function}. before: {name: function} to call, untimed, before each round of it.
+    functions: {name: function}.
     Returns {name: [seconds a call, one for each round]}, the warm-up rounds left out.
     """
     times = {name: [] for name in functions}
     for number in range(warm_up + rounds):
         for name, function in functions.items():
-            if before and name in before:
-                before[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             start = time.perf_counter()

@@ -3,10 +3,6 @@
 import contextlib
 import errno
 import os
-import struct
-import tempfile
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,19 +47,6 @@ def sixteen_bits_big_endian(path):
     path.write_bytes(f"P5 {WIDTH} {HEIGHT} 65535\n".encode() + content)
 
 
-def bomb(path, edge=20000):
-    """A PNG of 20,000 x 20,000 black pixels in 400 kB: decoded, 1.6 GB."""
-    packer = zlib.compressobj(9)
-    row = b"\0" * (1 + edge)
-    pixels = b"".join(packer.compress(row) for _ in range(edge)) + packer.flush()
-    header = struct.pack(">IIBBBBB", edge, edge, 8, 0, 0, 0, 0)
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, body in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
-        content += struct.pack(">I", len(body)) + kind + body
-        content += struct.pack(">I", zlib.crc32(kind + body))
-    path.write_bytes(content)
-
-
 def broken_png(path):
     Image.fromarray(COLOURS).save(path, "PNG")
     content = bytearray(path.read_bytes())
@@ -100,8 +83,7 @@ TABLE = [
      READ, np.full_like(GRAY, 50)),  # the first frame
     ("webp.webp", saved(Image.fromarray(COLOURS), lossless=True), READ, COLOURS),
     ("tiff.tif", saved(Image.fromarray(COLOURS)), READ, COLOURS),
-    # EXIF is ignored, as torchvision does.
-    ("turned-by-exif.jpg", lambda path: jpeg(path, exif=TURNED), READ, GRAY),
+    ("turned-by-exif.jpg", lambda path: jpeg(path, exif=TURNED), READ, np.rot90(GRAY, -1)),
     ("one-pixel.png", saved(Image.fromarray(GRAY[-1:, -1:])), READ, GRAY[-1:, -1:]),
     # Contents decide, not the name.
     ("png-called.jpg", saved(Image.fromarray(COLOURS), format="PNG"), READ, COLOURS),
@@ -115,7 +97,8 @@ TABLE = [
     ("text.jpg", lambda path: path.write_text("<html>404</html>"), UNREADABLE, UNKNOWN),
     ("floats.tif", saved(Image.fromarray(RAMP.astype(np.float32))), UNREADABLE, "floating-point"),
     ("broken.png", broken_png, UNREADABLE, "broken data"),
-    ("bomb.png", bomb, UNREADABLE, "pixels"),
+    # 20,000 x 20,000 pixels would be 1.2 GB.
+    ("bomb.ppm", lambda path: path.write_bytes(b"P6 20000 20000 255\n..."), UNREADABLE, "pixels"),
     ("dangling-link.jpg", lambda path: path.symlink_to("nowhere"), LEFT_OUT, None),
     ("postscript.jpg", lambda path: path.write_bytes(POSTSCRIPT), UNREADABLE, UNKNOWN),
     ("pipe.jpg", os.mkfifo, LEFT_OUT, None),
@@ -148,11 +131,11 @@ def fail(monkeypatch, error, times):
     """Let the next reads raise an error so many times; returns the list of all reads."""
     reads = []
 
-    def read(path):
+    def read(path, *rest):
         reads.append(path)
         if len(reads) <= times:
             raise error
-        return read_image(path)
+        return read_image(path, *rest)
 
     monkeypatch.setattr("odc.data.images.read_image", read)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -185,24 +168,7 @@ def test_other_errors_are_not_tried_again(tmp_path, monkeypatch, error):
     assert len(reads) == 5
 
 
-# --- files that cannot be read, and a folder that changes ----------------------------------------
-
-
-def test_unreadable_permissions():
-    """As an ordinary user, whoever runs the tests."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        jpeg(Path(folder) / "secret.jpg")
-        os.chmod(Path(folder) / "secret.jpg", 0)
-        dataset = open_dataset(folder)
-        user = os.geteuid()
-        if user == 0:
-            os.seteuid(65534)
-        try:
-            with pytest.raises(UnreadableImage, match="^Permission denied"):
-                dataset.load(0)
-        finally:
-            os.seteuid(user)
+# --- what reading costs, and how exact it is ------------------------------------------------------
 
 
 def test_large_photographs_are_read_and_bombs_are_not(tmp_path, monkeypatch):

@@ -149,7 +149,7 @@ def set_world_size(monkeypatch, world_size):
 
 
 @pytest.mark.parametrize("count, batch_size, W", [
-    (5, 1, 4), (4, 1, 4), (97, 3, 4), (98, 3, 4), (100, 8, 1), (3, 8, 1), (7, 100, 3)])
+    (5, 1, 4), (4, 1, 4), (98, 3, 4), (100, 8, 1), (3, 8, 1), (7, 100, 3)])
 def test_an_epoch_has_every_image_once_and_no_idle_process(monkeypatch, count, batch_size, W):
     indices, steps = [], set()
     set_world_size(monkeypatch, W)
@@ -231,17 +231,6 @@ def test_workers_leave_signals_to_the_training_process(number):
     for worker in workers:
         os.kill(worker, number)
     assert len(list(batches)) == 7
-
-
-@needs_proc
-def test_a_killed_worker_stops_the_run_with_a_sentence():
-    before = children()
-    batches = iter(make("training", Numbered(400, pause=0.01), workers=1))
-    next(batches)
-    (worker,) = children() - before
-    os.kill(worker, signal.SIGKILL)
-    with pytest.raises(UserError, match="loader worker has died"):
-        list(batches)
 
 
 @needs_proc

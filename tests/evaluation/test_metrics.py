@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -13,6 +13,8 @@ from odc.evaluation import metrics
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
+@example(50, 1, 5, 0)
+@example(50, 1, 1, 0)
 def test_against_scikit_learn(size, num_clusters, num_classes, seed):
     generator = torch.Generator().manual_seed(seed)
     clusters = torch.randint(num_clusters, (size,), generator=generator)
@@ -25,15 +27,6 @@ def test_against_scikit_learn(size, num_clusters, num_classes, seed):
     assert metrics.purity(clusters, classes) == pytest.approx(counts.max(1).sum() / size)
     best = counts[linear_sum_assignment(counts, maximize=True)].sum() / size
     assert metrics.hungarian_accuracy(clusters, classes) == pytest.approx(best)
-
-
-def test_one_cluster_for_all():
-    classes = torch.tensor([0, 0, 0, 1, 2])
-    one = torch.zeros(5, dtype=torch.int64)
-    assert metrics.nmi(one, classes) == pytest.approx(0)
-    assert metrics.adjusted_rand_index(one, classes) == pytest.approx(0)
-    assert metrics.purity(one, classes) == metrics.hungarian_accuracy(one, classes) == 0.6
-    assert metrics.nmi(one, one) == metrics.adjusted_rand_index(one, one) == 1
 
 
 def test_many_clusters_and_classes():
@@ -52,5 +45,3 @@ def test_a_million_clusters_need_no_table_of_all_pairs():
     for ours, theirs in ((metrics.nmi, normalized_mutual_info_score),
                          (metrics.adjusted_rand_index, adjusted_rand_score)):
         assert ours(clusters, classes) == pytest.approx(theirs(classes, clusters), abs=1e-12)
-
-

@@ -8,7 +8,6 @@ import pickle
 import re
 import sys
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import torchvision
 from odc.errors import UserError
 from odc.evaluation.weights import load_backbone
 from odc.model import ResNet
+from tests.runtime.test_checkpoint import recompressed
 
 
 @pytest.fixture(scope="module")
@@ -119,28 +119,11 @@ def test_layout(layout, narrow, tmp_path):
     assert f"{len(narrow)} tensors matched" in text and "0 missing" in text
 
 
-def test_a_file_from_before_the_zip_format(narrow, tmp_path):
-    content = collections.defaultdict(list, _content("SimSiam", narrow))
-    text = _loaded(content, tmp_path / "old.pth.tar", zip_format=False)[1]
-    assert "72 tensors matched under 'state_dict/module.encoder.'" in text
-    assert "3 left over" in text and "module.encoder.fc.0.weight" in text
-
-
 @pytest.mark.parametrize("arch, small", [
     ("resnet18", False), ("resnet34", True), ("resnet101", False), ("narrow", True)])
 def test_architecture_is_recognised(arch, small, tmp_path):
     backbone, _ = _loaded(ResNet(arch, small).state_dict(), tmp_path / "w.pth")
     assert (backbone.arch, backbone.small_stem) == (arch, small)
-
-
-@pytest.mark.parametrize("make", [torchvision.models.resnet50,
-                                  lambda: timm.create_model("resnet50")])
-def test_networks_of_torchvision_and_timm(make, tmp_path):
-    network, images = make().eval(), torch.randn(1, 3, 64, 64)
-    backbone, _ = _loaded(network.state_dict(), tmp_path / "w.pth")
-    network.fc = torch.nn.Identity()
-    torch.testing.assert_close(backbone(images)[-1].mean((2, 3)), network(images),
-                               rtol=1e-4, atol=1e-5)
 
 
 def test_random_is_seeded_and_leaves_the_generator_alone():
@@ -373,13 +356,9 @@ def test_flipped_bits_of_the_structure(tmp_path, zip_format):
 
 
 def test_an_archive_that_was_compressed_is_refused(tmp_path, narrow):
-    """torch would map the compressed bytes as the weights."""
     torch.save(narrow, tmp_path / "w.pth")
-    with (zipfile.ZipFile(tmp_path / "w.pth") as archive,
-          zipfile.ZipFile(tmp_path / "c.pth", "w", zipfile.ZIP_DEFLATED) as packed):
-        for name in archive.namelist():
-            packed.writestr(name, archive.read(name))
-    assert "it is compressed" in _refused(None, tmp_path / "c.pth")
+    recompressed(tmp_path / "w.pth")
+    assert "it is compressed" in _refused(None, tmp_path / "w.pth")
 
 
 def test_a_name_stands_for_the_file_of_torchvision(tmp_path, monkeypatch):

@@ -86,22 +86,6 @@ class Rows:
             file.write(json.dumps(row) + "\n")
 
 
-def smaller_set(folder, data, num_train):
-    """A folder with num_train of the training images, and as large a share of the held-out ones."""
-    if not (folder / "done").exists():
-        share = num_train / len(open_dataset(data, "train"))
-        for split in ("train", "val"):
-            images = open_dataset(data, split)
-            generator = torch.Generator().manual_seed(0)
-            chosen = torch.randperm(len(images), generator=generator)
-            for i in chosen[: round(share * len(images))].tolist():
-                path = folder / split / images.classes[images.labels[i]].replace("/", "-")
-                path.mkdir(parents=True, exist_ok=True)
-                images.load(i).save(path / f"{i:06}.png")
-        (folder / "done").touch()
-    return folder
-
-
 def clock(device):
     """Seconds on the clock, and of this process's and its children's processors."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -209,9 +193,7 @@ def make_parser():
     add("--seeds", metavar="N", type=int, default=3, help="seeds 0 to N - 1")
     add("--images", metavar="N", type=int, help="images drawn in a training, rounded to whole "
         "epochs (default: as train.py decides)")
-    add("--num-train", metavar="N", type=int, help="use so many training images")
     add("--train-arguments", metavar="'...'", default="", help="more arguments for train.py")
-    add("--workers", type=int, default=0, help="processes that read images")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
@@ -221,14 +203,12 @@ def main(arguments=None):
     args.output.mkdir(parents=True, exist_ok=True)
     rows = Rows(args.output / "rows.jsonl")
     names = list(DATA) if args.data == "all" else [args.data]
-    given = dict(images=args.images, num_train=args.num_train, arguments=args.train_arguments)
+    given = dict(images=args.images, arguments=args.train_arguments)
     for name in names:
         if any(row["given"] != given for row in rows.read(data=name)):
-            sys.exit(f"--output {args.output} has rows of {name} with other --images, --num-train "
-                     "or --train-arguments; choose another folder.")
+            sys.exit(f"--output {args.output} has rows of {name} with other --images or "
+                     "--train-arguments; choose another folder.")
         folder = getattr(args, name)
-        if args.num_train:
-            folder = smaller_set(args.output / f"{name}-images", folder, args.num_train)
         for seed in range(args.seeds):
             for method in args.only:
                 key = dict(data=name, seed=seed)
@@ -238,8 +218,8 @@ def main(arguments=None):
                 if args.images:
                     N = len(open_dataset(str(folder), "train"))
                     more += ["--epochs", str(max(1, round(args.images / N)))]
-                more += [*shlex.split(args.train_arguments), "--seed", str(seed), "--workers",
-                         str(args.workers), "--device", args.device]
+                more += [*shlex.split(args.train_arguments), "--seed", str(seed), "--workers", "0",
+                         "--device", args.device]
                 row = make_row(method, key, args.output, more, torch.device(args.device))
                 rows.add(dict(key, method=method, given=given, **row))
                 print(f"{name}, seed {seed}: {line(METHODS[method], [row])}", flush=True)
