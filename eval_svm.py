@@ -70,11 +70,6 @@ def classes_to_judge(targets, val_targets, names):
     return enough.nonzero()[:, 0]
 
 
-def say(name, result):
-    lost = f" ({result.unconverged} fits did not converge)" if result.unconverged else ""
-    print_main(f"{name}: mAP {100 * result.mean_average_precision:.2f}{lost}")
-
-
 def main():
     args = make_parser().parse_args()
     network = frozen_backbone.prepare(args)
@@ -127,30 +122,29 @@ def main():
     full = {}
     for name, train_rows, val_rows in zip(MAP_NAMES, train, val):
         launch.check_signals()
-        result = full[name] = voc.full_svm(train_rows.to(network.device), targets,
-                                           val_rows.to(network.device), val_targets)
-        say(name, result)
-    best = max(full, key=lambda name: full[name].mean_average_precision)
+        precision, costs = voc.full_svm(train_rows.to(network.device), targets,
+                                        val_rows.to(network.device), val_targets)
+        full[name] = dict(mAP=100 * float(precision.mean()), classes={
+            label: dict(AP=100 * ap, cost=cost)
+            for label, ap, cost in zip(names, precision.tolist(), costs)})
+        print_main(f"{name}: mAP {full[name]['mAP']:.2f}")
+    best = max(full, key=lambda name: full[name]["mAP"])
     at = MAP_NAMES.index(best)
     launch.check_signals()
-    shots = voc.low_shot(train[at].to(network.device), samples, val[at].to(network.device),
-                         val_targets)
-    for result in shots:
-        say(f"{best}, k = {result.k}", result)
-    row = {"Best Layer": best, "SVM": 100 * full[best].mean_average_precision}
-    row |= {f"k={result.k}": 100 * result.mean_average_precision for result in shots}
+    shots = {f"k={k}": dict(mAP=100 * float(precision.mean()), cost=cost,
+                            standard_deviation=100 * float(precision.std(correction=0)))
+             for k, (precision, cost) in voc.low_shot(
+                 train[at].to(network.device), samples, val[at].to(network.device),
+                 val_targets).items()}
+    row = {"Best Layer": best, "SVM": full[best]["mAP"]}
+    row |= {k: shot["mAP"] for k, shot in shots.items()}
     comparable = len(names) == len(val_set.classes) and tables.VOC07_SVM.is_comparable(
         train_set, val_set, network.backbone, network.image_size)
     published = tables.VOC07_SVM if comparable else None
     tables.write_json(args.output, dict(script="eval_svm", protocol=protocol,
         **network.description(), train_images_used=len(train_set), seed=args.seed,
         low_shot_samples=args.low_shot_targets or "drawn", results=row,
-        full={name: dict(mAP=100 * r.mean_average_precision, unconverged=r.unconverged, classes={
-            label: dict(AP=100 * ap, cost=cost) for label, ap, cost in
-            zip(names, r.average_precision.tolist(), r.costs)}) for name, r in full.items()},
-        low_shot={f"k={r.k}": dict(mAP=100 * r.mean_average_precision,
-                                   standard_deviation=100 * r.deviation, cost=r.cost,
-                                   unconverged=r.unconverged) for r in shots},
+        full=full, low_shot=shots,
         published=tables.published_rows(published)))
     tables.show(f"{protocol} on {train_set.name} (mAP, %)", list(row), {network.label(args): row},
                 published)
