@@ -43,13 +43,12 @@ def main():
     for k in ks:
         hits = (predictions[k].cpu() == val.labels[:, None]).double().mean(0)
         results[f"k={k}"] = dict(top1=100 * float(hits[0]), top5=100 * float(hits.sum()))
-    published = tables.IMAGENET_KNN if tables.IMAGENET_KNN.is_comparable(
-        train, val, network.backbone, network.image_size) else None
     rows = {f"{network.label(args)}, top-{n}": {k: r[f"top{n}"] for k, r in results.items()}
             for n in (1, 5)}
-    tables.write_json(args.output, dict(script="eval_knn", **network.description(), results=results,
-                                        published=tables.published_rows(published)))
-    tables.show(f"{train.name} nearest neighbour (%)", list(results), rows, published)
+    tables.write_json(args.output, dict(script="eval_knn", **network.description(),
+                                        results=results))
+    tables.show(f"{train.name} nearest neighbour (%)", list(results), rows,
+                tables.IMAGENET_KNN.if_comparable(network))
 
 
 if __name__ == "__main__":

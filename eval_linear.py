@@ -177,7 +177,7 @@ def main():
     published = None if args.train_share else linear.published_table(name, changed, network)
     tables.write_json(args.output, dict(script="eval_linear", protocol=name,
         settings=asdict(protocol), not_the_recipes=changed, **network.description(),
-        results=results, history=history, published=tables.published_rows(published)))
+        results=results, history=history))
     rows = {f"{network.label(args)}, top-{n}": {
         column: result[f"top{n}"] for column, result in results.items()} for n in (1, 5)}
     tables.show(f"{network.train.name} (%), protocol {name}", protocol.columns, rows, published)

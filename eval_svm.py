@@ -138,16 +138,12 @@ def main():
                  val_targets).items()}
     row = {"Best Layer": best, "SVM": full[best]["mAP"]}
     row |= {k: shot["mAP"] for k, shot in shots.items()}
-    comparable = len(names) == len(val_set.classes) and tables.VOC07_SVM.is_comparable(
-        train_set, val_set, network.backbone, network.image_size)
-    published = tables.VOC07_SVM if comparable else None
-    tables.write_json(args.output, dict(script="eval_svm", protocol=protocol,
-        **network.description(), train_images_used=len(train_set), seed=args.seed,
-        low_shot_samples=args.low_shot_targets or "drawn", results=row,
-        full=full, low_shot=shots,
-        published=tables.published_rows(published)))
+    tables.write_json(args.output, dict(
+        script="eval_svm", protocol=protocol, **network.description(), seed=args.seed,
+        low_shot_samples=args.low_shot_targets or "drawn", results=row, full=full, low_shot=shots))
+    published = tables.VOC07_SVM if len(names) == len(val_set.classes) else None
     tables.show(f"{protocol} on {train_set.name} (mAP, %)", list(row), {network.label(args): row},
-                published)
+                published and published.if_comparable(network))
 
 
 if __name__ == "__main__":

@@ -100,9 +100,7 @@ def choose_protocol(args, dataset):
 def published_table(name, changed, network):
     """The Table with which a run of this protocol may be compared, or None."""
     table = TABLES.get(name)
-    if table and not changed and table.is_comparable(
-            network.train, network.val, network.backbone, network.image_size):
-        return table
+    return table.if_comparable(network) if table and not changed else None
 
 
 def choose_results(protocol, history):

@@ -274,6 +274,6 @@ def test_a_class_with_too_few_images_is_left_out_and_named(tmp_path, monkeypatch
     results = json.loads((tmp_path / "out.json").read_text())
     assert "and a val image: rare\n" in capsys.readouterr().out
     assert list(results["full"]["feature1"]["classes"]) == ["a", "b"]
-    assert results["results"]["SVM"] > 70 and results["train_images_used"] == 20
+    assert results["results"]["SVM"] > 70 and results["train_images"] == 20
     with pytest.raises(UserError, match="No class has 3 training images"):
         eval_svm.classes_to_judge(torch.ones(9, 1), torch.ones(3, 1), ["all"])
