@@ -29,8 +29,8 @@ def make_parser():
     parser = Parser(__doc__.splitlines()[0])
     groups = frozen_backbone.add_arguments(parser, batch_size=64)
     groups["data"].add_argument(
-        "--train-images", metavar="N", type=whole(2), help="train on so many images, drawn from "
-        "--seed, of all classes alike (default: all of VOC07, else at most "
+        "--train-images", metavar="N", type=whole(2), help="train on at most so many images, drawn "
+        "from --seed, of all classes alike (default: all of VOC07, else "
         f"{OTHER_TRAIN_IMAGES}, or {voc.FOLDS} of each class)")
     groups["data"].add_argument(
         "--low-shot-targets", metavar="PATH", type=path, help="folder or zip file of the published "
@@ -77,25 +77,23 @@ def main():
     is_voc = train_set.name == "voc07"
     protocol = "VOC07 SVM and low-shot SVM" + ("" if is_voc else ", each class against the rest")
     enough = max(OTHER_TRAIN_IMAGES, voc.FOLDS * len(train_set.classes))
-    count = args.train_images or (len(train_set) if is_voc else min(len(train_set), enough))
-    if count > len(train_set):
-        raise UserError(f"--train-images {count}: {train_set.root} has only {len(train_set)}.")
+    count = args.train_images or (len(train_set) if is_voc else enough)
     network.train = train_set = train_set.take(draw_images(train_set, count, args.seed))
     if args.low_shot_targets:
         with distributed.raise_everywhere():
-            samples = voc.read_low_shot_targets(args.low_shot_targets, count,
+            samples = voc.read_low_shot_targets(args.low_shot_targets, len(train_set),
                                                 len(train_set.classes))
     shapes = map_shapes(network.backbone, network.image_size)
     pools = map_pools(shapes)
     dims = [pool(torch.zeros(shape)).numel() for pool, shape in zip(pools, shapes)]
-    transform = network.transform
+    transform = evaluation_transform(network.image_size)
     if is_voc:
-        resize = evaluation_transform(network.image_size).keywords["resize"]
-        transform = functools.partial(resize_exact, size=network.image_size, resize=resize)
+        transform = functools.partial(resize_exact, size=network.image_size,
+                                      resize=transform.keywords["resize"])
 
     def pooled_maps(images):
         """[B, 3, S, S] -> the five maps, each of about unit length, beside each other."""
-        rows = [pool(x).flatten(1) for pool, x in zip(pools, network.maps(images))]
+        rows = [pool(x).flatten(1) for pool, x in zip(pools, network.backbone(images))]
         return torch.cat([x / (x.norm(dim=1, keepdim=True) + 1e-5) for x in rows], dim=1)
 
     def features(dataset, name):
@@ -103,7 +101,7 @@ def main():
         rows = extract(pooled_maps, dataset, transform, sum(dims), network.device, args.batch_size,
                        network.workers, name=name)
         return [distributed.all_gather_uneven_rows(part).cpu() for part in rows.split(dims, dim=1)]
-    print_main(f"protocol {protocol}: {count:,} train images")
+    print_main(f"protocol {protocol}: {len(train_set):,} train images")
     train, val = features(train_set, "train"), features(val_set, "val")
     if args.low_shot_targets and train_set.left_out:
         raise UserError("--low-shot-targets: the published samples need every training image; "
