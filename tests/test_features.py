@@ -190,7 +190,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_files(tmp_path, W, full_rank)
     call = written_on_a_full_disk, W, str(tmp_path / "x.npy"), full_rank
     messages = run_processes(*call) if W > 1 else [written_on_a_full_disk(*call[2:])]
     assert len(set(messages)) == 1
-    assert messages[0].startswith(f"{tmp_path / 'x.npy'}: could not be written (")
+    assert messages[0].startswith(f"{tmp_path / 'x.npy'}: File too large; put ")
     assert os.listdir(tmp_path) == []
 
 
@@ -198,6 +198,6 @@ def test_a_file_is_never_replaced_by_half_of_another(tmp_path):
     """Where writing fails, the file that was there stays as it was."""
     path = str(tmp_path / "x.npy")
     write_rows(path, torch.zeros(5, 3), 5)
-    assert "could not be written" in written_on_a_full_disk(path, 0)
+    assert "File too large" in written_on_a_full_disk(path, 0)
     assert np.array_equal(np.load(path), np.zeros((5, 3)))
     assert os.listdir(tmp_path) == ["x.npy"]

@@ -106,55 +106,36 @@ def _some(names):
     return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-class _Object:
-    """Stands in for a class or function that a file names: takes any arguments, does nothing."""
-
-    def __new__(cls, *arguments):
-        return super().__new__(cls)
-
-    def __setstate__(self, state):
-        pass
-
-
-class _Dict(_Object):  # a kind of dict
-    def __new__(cls, *arguments):
-        return OrderedDict()
-
-
-class _List(_Object):  # a kind of list
-    def __new__(cls, *arguments):
-        return []
-
-
-# What torch's unpickler says of a name that it does not know, or of a stand-in of the wrong kind.
-REFUSALS = (
-    (_Object, re.compile(r"Unsupported global: GLOBAL (\S+) was not")),
-    (_Dict, re.compile(r"Can only SETITEMS? for .*, but got .*\.<(.+)>'>")),
-    (_List, re.compile(r"Can only (?:app|ext)end (?:to )?lists, but got .*\.<(.+)>'>")),
+# A stand-in for a class or function that a file names takes any arguments and does nothing: what
+# makes one, and what torch's unpickler says of a name that needs it.
+STAND_INS = (
+    (lambda cls, *arguments: object.__new__(cls),
+     re.compile(r"Unsupported global: GLOBAL (\S+) was not")),
+    (lambda cls, *arguments: OrderedDict(),
+     re.compile(r"Can only SETITEMS? for .*, but got .*\.<(.+)>'>")),
+    (lambda cls, *arguments: [],
+     re.compile(r"Can only (?:app|ext)end (?:to )?lists, but got .*\.<(.+)>'>")),
 )
 
 
 def _read(path):
     """The content of a file, and the names of objects passed over."""
-    kinds = {}
+    makers = {}
     while True:  # each refused name gets a stand-in, and the file is read again
-        stand_ins = [(type(f"<{name}>", (kind,), {}), name) for name, kind in kinds.items()]
+        stand_ins = [(type(f"<{name}>", (), {"__new__": make, "__setstate__": lambda *_: None}),
+                      name) for name, make in makers.items()]
         try:
             with safe_globals(stand_ins), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return checkpoint.load(path, zip_only=False), list(kinds)
+                return checkpoint.load(path, zip_only=False), list(makers)
         except pickle.UnpicklingError as error:
-            kind, name = next(((kind, match[1]) for kind, refusal in REFUSALS
+            make, name = next(((make, match[1]) for make, refusal in STAND_INS
                                if (match := refusal.search(str(error)))), (None, ""))
             name = name if "." in name else f"builtins.{name}"
-            if kind is None or kinds.get(name) is kind:
+            if make is None or makers.get(name) is make:
                 raise
-            kinds[name] = kind
+            makers[name] = make
 
-
-# --- finding the backbone ------------------------------------------------------------------------
 
 def _dicts(content):
     """(name, dict) of all nested dicts, what is nearest to the top first, and each one once."""
