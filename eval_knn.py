@@ -8,6 +8,7 @@ training images of largest cosine similarity s vote for their class with weight 
 """
 
 from odc import distributed
+from odc.data.augmentation import evaluation_transform
 from odc.errors import UserError
 from odc.evaluation import frozen_backbone, tables
 from odc.evaluation.knn import knn_predict, pooled
@@ -31,8 +32,9 @@ def main():
     train, val = network.train, network.val
     if args.k and max(args.k) > len(train):
         raise UserError(f"--k {max(args.k)}: {train.root} has only {len(train)} images to vote.")
+    transform = evaluation_transform(network.image_size)
     bank, queries = (extract(
-        lambda images: pooled(network.maps(images)), dataset, network.transform,
+        lambda images: pooled(network.backbone(images)), dataset, transform,
         network.backbone.out_channels[-1], network.device, args.batch_size, network.workers,
         name=dataset.split) for dataset in (train, val))
     queries = distributed.all_gather_uneven_rows(queries)
@@ -43,13 +45,12 @@ def main():
     for k in ks:
         hits = (predictions[k].cpu() == val.labels[:, None]).double().mean(0)
         results[f"k={k}"] = dict(top1=100 * float(hits[0]), top5=100 * float(hits.sum()))
-    published = tables.IMAGENET_KNN if tables.IMAGENET_KNN.is_comparable(
-        train, val, network.backbone, network.image_size) else None
     rows = {f"{network.label(args)}, top-{n}": {k: r[f"top{n}"] for k, r in results.items()}
             for n in (1, 5)}
-    tables.write_json(args.output, dict(script="eval_knn", **network.description(), results=results,
-                                        published=tables.published_rows(published)))
-    tables.show(f"{train.name} nearest neighbour (%)", list(results), rows, published)
+    tables.write_json(args.output, dict(script="eval_knn", **network.description(),
+                                        results=results))
+    tables.show(f"{train.name} nearest neighbour (%)", list(results), rows,
+                tables.IMAGENET_KNN.if_comparable(network))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from odc import distributed
-from odc.data.augmentation import LINEAR_AUGMENTATIONS, augment_batch
+from odc.data.augmentation import LINEAR_AUGMENTATIONS, augment_batch, evaluation_transform
 from odc.data.datasets import check_same_images
 from odc.data.loader import epoch_batches
 from odc.distributed import print_main
@@ -105,7 +105,8 @@ def evaluate(network, protocol, classifiers):
 
     def best_classes(images):  # [B, 3, S, S] -> [B, columns * k], the best class first
         return torch.cat([logits.topk(k).indices for logits in classifiers(images).values()], 1)
-    best = extract(best_classes, network.val, network.transform, len(columns) * k, network.device,
+    best = extract(best_classes, network.val, evaluation_transform(network.image_size),
+                   len(columns) * k, network.device,
                    protocol.batch_size // distributed.world_size(), network.workers, name="val")
     labels = network.val.labels[distributed.shard(len(network.val))].to(network.device)
     hits = (best.view(len(best), len(columns), k) == labels[:, None, None]).double()
@@ -167,8 +168,6 @@ def main():
     name, protocol, changed = linear.choose_protocol(args, network.train)
     print_main(f"protocol {name} on {len(network.train):,} images; changed: {changed or 'nothing'}")
     print_settings(asdict(protocol))
-    kept = checkpoint_path(args) if args.output else "none, as there is no --output"
-    print_main(f"checkpoint after each epoch: {kept}")
     classifiers = linear.LinearClassifiers(network, protocol.columns, args.seed)
     optimizer = linear.make_optimizer(classifiers, protocol)
     history = train(args, network, protocol, classifiers, optimizer)
@@ -177,7 +176,7 @@ def main():
     published = None if args.train_share else linear.published_table(name, changed, network)
     tables.write_json(args.output, dict(script="eval_linear", protocol=name,
         settings=asdict(protocol), not_the_recipes=changed, **network.description(),
-        results=results, history=history, published=tables.published_rows(published)))
+        results=results, history=history))
     rows = {f"{network.label(args)}, top-{n}": {
         column: result[f"top{n}"] for column, result in results.items()} for n in (1, 5)}
     tables.show(f"{network.train.name} (%), protocol {name}", protocol.columns, rows, published)

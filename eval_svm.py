@@ -29,8 +29,8 @@ def make_parser():
     parser = Parser(__doc__.splitlines()[0])
     groups = frozen_backbone.add_arguments(parser, batch_size=64)
     groups["data"].add_argument(
-        "--train-images", metavar="N", type=whole(2), help="train on so many images, drawn from "
-        "--seed, of all classes alike (default: all of VOC07, else at most "
+        "--train-images", metavar="N", type=whole(2), help="train on at most so many images, drawn "
+        "from --seed, of all classes alike (default: all of VOC07, else "
         f"{OTHER_TRAIN_IMAGES}, or {voc.FOLDS} of each class)")
     groups["data"].add_argument(
         "--low-shot-targets", metavar="PATH", type=path, help="folder or zip file of the published "
@@ -70,11 +70,6 @@ def classes_to_judge(targets, val_targets, names):
     return enough.nonzero()[:, 0]
 
 
-def say(name, result):
-    lost = f" ({result.unconverged} fits did not converge)" if result.unconverged else ""
-    print_main(f"{name}: mAP {100 * result.mean_average_precision:.2f}{lost}")
-
-
 def main():
     args = make_parser().parse_args()
     network = frozen_backbone.prepare(args)
@@ -82,25 +77,23 @@ def main():
     is_voc = train_set.name == "voc07"
     protocol = "VOC07 SVM and low-shot SVM" + ("" if is_voc else ", each class against the rest")
     enough = max(OTHER_TRAIN_IMAGES, voc.FOLDS * len(train_set.classes))
-    count = args.train_images or (len(train_set) if is_voc else min(len(train_set), enough))
-    if count > len(train_set):
-        raise UserError(f"--train-images {count}: {train_set.root} has only {len(train_set)}.")
+    count = args.train_images or (len(train_set) if is_voc else enough)
     network.train = train_set = train_set.take(draw_images(train_set, count, args.seed))
     if args.low_shot_targets:
         with distributed.raise_everywhere():
-            samples = voc.read_low_shot_targets(args.low_shot_targets, count,
+            samples = voc.read_low_shot_targets(args.low_shot_targets, len(train_set),
                                                 len(train_set.classes))
     shapes = map_shapes(network.backbone, network.image_size)
     pools = map_pools(shapes)
     dims = [pool(torch.zeros(shape)).numel() for pool, shape in zip(pools, shapes)]
-    transform = network.transform
+    transform = evaluation_transform(network.image_size)
     if is_voc:
-        resize = evaluation_transform(network.image_size).keywords["resize"]
-        transform = functools.partial(resize_exact, size=network.image_size, resize=resize)
+        transform = functools.partial(resize_exact, size=network.image_size,
+                                      resize=transform.keywords["resize"])
 
     def pooled_maps(images):
         """[B, 3, S, S] -> the five maps, each of about unit length, beside each other."""
-        rows = [pool(x).flatten(1) for pool, x in zip(pools, network.maps(images))]
+        rows = [pool(x).flatten(1) for pool, x in zip(pools, network.backbone(images))]
         return torch.cat([x / (x.norm(dim=1, keepdim=True) + 1e-5) for x in rows], dim=1)
 
     def features(dataset, name):
@@ -108,7 +101,7 @@ def main():
         rows = extract(pooled_maps, dataset, transform, sum(dims), network.device, args.batch_size,
                        network.workers, name=name)
         return [distributed.all_gather_uneven_rows(part).cpu() for part in rows.split(dims, dim=1)]
-    print_main(f"protocol {protocol}: {count:,} train images")
+    print_main(f"protocol {protocol}: {len(train_set):,} train images")
     train, val = features(train_set, "train"), features(val_set, "val")
     if args.low_shot_targets and train_set.left_out:
         raise UserError("--low-shot-targets: the published samples need every training image; "
@@ -127,33 +120,28 @@ def main():
     full = {}
     for name, train_rows, val_rows in zip(MAP_NAMES, train, val):
         launch.check_signals()
-        result = full[name] = voc.full_svm(train_rows.to(network.device), targets,
-                                           val_rows.to(network.device), val_targets)
-        say(name, result)
-    best = max(full, key=lambda name: full[name].mean_average_precision)
+        precision, costs = voc.full_svm(train_rows.to(network.device), targets,
+                                        val_rows.to(network.device), val_targets)
+        full[name] = dict(mAP=100 * float(precision.mean()), classes={
+            label: dict(AP=100 * ap, cost=cost)
+            for label, ap, cost in zip(names, precision.tolist(), costs)})
+        print_main(f"{name}: mAP {full[name]['mAP']:.2f}")
+    best = max(full, key=lambda name: full[name]["mAP"])
     at = MAP_NAMES.index(best)
     launch.check_signals()
-    shots = voc.low_shot(train[at].to(network.device), samples, val[at].to(network.device),
-                         val_targets)
-    for result in shots:
-        say(f"{best}, k = {result.k}", result)
-    row = {"Best Layer": best, "SVM": 100 * full[best].mean_average_precision}
-    row |= {f"k={result.k}": 100 * result.mean_average_precision for result in shots}
-    comparable = len(names) == len(val_set.classes) and tables.VOC07_SVM.is_comparable(
-        train_set, val_set, network.backbone, network.image_size)
-    published = tables.VOC07_SVM if comparable else None
-    tables.write_json(args.output, dict(script="eval_svm", protocol=protocol,
-        **network.description(), train_images_used=len(train_set), seed=args.seed,
-        low_shot_samples=args.low_shot_targets or "drawn", results=row,
-        full={name: dict(mAP=100 * r.mean_average_precision, unconverged=r.unconverged, classes={
-            label: dict(AP=100 * ap, cost=cost) for label, ap, cost in
-            zip(names, r.average_precision.tolist(), r.costs)}) for name, r in full.items()},
-        low_shot={f"k={r.k}": dict(mAP=100 * r.mean_average_precision,
-                                   standard_deviation=100 * r.deviation, cost=r.cost,
-                                   unconverged=r.unconverged) for r in shots},
-        published=tables.published_rows(published)))
+    shots = {f"k={k}": dict(mAP=100 * float(precision.mean()), cost=cost,
+                            standard_deviation=100 * float(precision.std(correction=0)))
+             for k, (precision, cost) in voc.low_shot(
+                 train[at].to(network.device), samples, val[at].to(network.device),
+                 val_targets).items()}
+    row = {"Best Layer": best, "SVM": full[best]["mAP"]}
+    row |= {k: shot["mAP"] for k, shot in shots.items()}
+    tables.write_json(args.output, dict(
+        script="eval_svm", protocol=protocol, **network.description(), seed=args.seed,
+        low_shot_samples=args.low_shot_targets or "drawn", results=row, full=full, low_shot=shots))
+    published = tables.VOC07_SVM if len(names) == len(val_set.classes) else None
     tables.show(f"{protocol} on {train_set.name} (mAP, %)", list(row), {network.label(args): row},
-                published)
+                published and published.if_comparable(network))
 
 
 if __name__ == "__main__":

@@ -168,10 +168,11 @@ def same_everywhere(value):
 
 
 @contextlib.contextmanager
-def raise_everywhere():
+def raise_everywhere(path=None):
     """Run a block without collectives on every process, and let all processes leave it alike.
 
     All raise the UserError, Interrupted or OSError (as a UserError) of the lowest rank with one.
+    path: the file that it writes, for the message.
     """
     error = None
     try:
@@ -179,6 +180,7 @@ def raise_everywhere():
     except (UserError, Interrupted) as caught:
         error = caught
     except OSError as caught:
-        error = UserError(f"{caught.filename or 'a file'}: {caught.strerror or caught}.")
+        error = UserError(f"{path or caught.filename or 'a file'}: {caught.strerror or caught}; "
+                          "put this right, and start the same command again.")
     if any_process(error):
         raise next(filter(None, all_gather_objects(error))) from None

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def write_rows(path, features, num_rows):
     partial = f"{path}.{token}.partial"
     try:
         for turn in range(distributed.world_size()):
-            with distributed.raise_everywhere():
+            with distributed.raise_everywhere(path):
                 if turn == distributed.rank():
                     with open(partial, "ab" if turn else "wb") as file:
                         if turn == 0:
@@ -102,11 +103,10 @@ def write_rows(path, features, num_rows):
         with distributed.raise_everywhere():
             if distributed.is_main():
                 os.replace(partial, path)
-    except UserError as error:
-        if distributed.is_main() and os.path.exists(partial):
-            os.remove(partial)
-        raise UserError(f"{path}: could not be written ({str(error).rstrip('.')}); make room, and "
-                        "start the same command again.") from None
+    except UserError:
+        if distributed.is_main():
+            Path(partial).unlink(missing_ok=True)
+        raise
 
 
 def weights_fingerprint(network):

@@ -49,7 +49,9 @@ class ODCMemory:
         indices: int64 [M] on the CPU. z: [M, d] finite. Both are of all processes, in rank order;
         an image's last occurrence counts. Returns the share of labels that changed, 0-dim float64.
         """
-        images, last = _last_occurrences(indices)
+        images, place = indices.unique(return_inverse=True)
+        last = place.new_zeros(len(images)).scatter_reduce(
+            0, place, torch.arange(len(indices)), "amax")
         own, rows = self._own(images)
         z = F.normalize(z[self._to_device(last[own])].float())
         before = self.features[rows]
@@ -166,11 +168,3 @@ class ODCMemory:
         self.cluster_sizes = self.labels.bincount(minlength=len(self.centroids))
         self.sums.values.zero_()
         self.sums.add(self.features, self.labels[self.rows])
-
-
-def _last_occurrences(indices):
-    """Distinct indices [U], ascending, and the position [U] of the last occurrence of each."""
-    ordered, positions = indices.sort(stable=True)
-    is_last = torch.ones_like(ordered, dtype=torch.bool)
-    is_last[:-1] = ordered[1:] != ordered[:-1]
-    return ordered[is_last], positions[is_last]

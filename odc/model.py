@@ -24,8 +24,7 @@ def use_small_stem(image_size):
 class ResNet(nn.Module):
     """The backbone: v1.5 (the stride is in the 3x3 convolution), torchvision's names, no `fc`.
 
-    Convolutions start Kaiming-normal with fan_in, as in OpenSelfSup's r50_v1, which made the
-    published SVM, low-shot and ImageNet linear rows. MMSelfSup's recipe has fan_out.
+    Convolutions start Kaiming-normal with fan_in, as in OpenSelfSup; MMSelfSup's have fan_out.
     """
 
     def __init__(self, arch="resnet50", small_stem=False):

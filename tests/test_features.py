@@ -183,6 +183,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_file_from_before(tmp_path, W
     path = str(tmp_path / "x.npy")
     write_rows(path, torch.zeros(5, 3), 5)
     messages = run_processes(written_on_a_full_disk, W, path, full_rank)
-    assert len(set(messages)) == 1 and messages[0].startswith(f"{path}: could not be written (")
+    assert len(set(messages)) == 1 and messages[0].startswith(f"{path}: File too large; put ")
     assert np.array_equal(np.load(path), np.zeros((5, 3)))
     assert os.listdir(tmp_path) == ["x.npy"]

@@ -72,9 +72,9 @@ def training_batches(dataset, augmentation, image_size, batch_size, seed, epoch,
                        workers, pin_memory)
 
 
-def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, first_step=0,
-                  workers=0, pin_memory=False):
-    """This process's batches of an epoch with every image once, in a seeded order, from first_step.
+def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, workers=0,
+                  pin_memory=False):
+    """This process's batches of an epoch with every image once, in a seeded order.
 
     A last global batch of less than W * B / 2 images joins the one before, so that no step sees
     statistics of a handful of images; a larger one is split evenly. Raises UserError if N < W.
@@ -88,8 +88,8 @@ def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, fi
     steps = max(1, N // global_batch + (N % global_batch >= max(global_batch / 2, W)))
     ends = [*range(0, steps * global_batch, global_batch), N]
     positions = [range(start, end)[shard(end - start)] for start, end in zip(ends, ends[1:])]
-    return BatchLoader(_Batches(dataset, order, positions[first_step:], (seed, epoch), augmentation,
-                                image_size), workers, pin_memory, unreadable_limit=0.01 * N / W)
+    return BatchLoader(_Batches(dataset, order, positions, (seed, epoch), augmentation, image_size),
+                       workers, pin_memory, unreadable_limit=0.01 * N / W)
 
 
 def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memory=False,

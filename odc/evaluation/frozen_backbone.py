@@ -8,7 +8,6 @@ import torch
 
 from odc import distributed
 from odc.data import loader
-from odc.data.augmentation import evaluation_transform
 from odc.data.datasets import check_same_images, open_dataset
 from odc.data.images import ImageSet
 from odc.distributed import print_main
@@ -55,15 +54,6 @@ class FrozenBackbone:
     image_size: int
     workers: int
     device: torch.device
-
-    def maps(self, images):
-        """Normalised images [B, 3, S, S] -> the five maps."""
-        return self.backbone(images.contiguous(memory_format=torch.channels_last))
-
-    @property
-    def transform(self):
-        """Of the validation images in all recipes but VOC's."""
-        return evaluation_transform(self.image_size)
 
     def description(self):
         """What was judged on what, for the JSON file."""

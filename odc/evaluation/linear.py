@@ -100,19 +100,16 @@ def choose_protocol(args, dataset):
 def published_table(name, changed, network):
     """The Table with which a run of this protocol may be compared, or None."""
     table = TABLES.get(name)
-    if table and not changed and table.is_comparable(
-            network.train, network.val, network.backbone, network.image_size):
-        return table
+    return table.if_comparable(network) if table and not changed else None
 
 
 def choose_results(protocol, history):
     """{column: {"top1", "top5", "epoch"}} of the epoch that the protocol reports."""
     results = {}
     for column in protocol.columns:
-        epochs = [dict(top1=accuracy[column][0], top5=accuracy[column][1], epoch=epoch)
-                  for epoch, accuracy in enumerate(history, 1)]
-        best = protocol.reported == "best"
-        results[column] = max(epochs, key=lambda e: e["top1"]) if best else epochs[-1]
+        top1, top5 = zip(*(accuracy[column] for accuracy in history))
+        epoch = top1.index(max(top1)) if protocol.reported == "best" else len(history) - 1
+        results[column] = dict(top1=top1[epoch], top5=top5[epoch], epoch=epoch + 1)
     return results
 
 
@@ -156,7 +153,8 @@ class LinearClassifiers(nn.Module):
 
     def __init__(self, network, columns, seed=0):
         super().__init__()
-        self.maps, self.columns = network.maps, list(columns)
+        self.columns = list(columns)
+        self.maps = network.backbone.forward  # no submodule: a frozen one stays in eval mode
         if FINE_TUNED in columns:
             self.backbone = network.backbone.requires_grad_(True)
         generator = torch.Generator().manual_seed(seed)

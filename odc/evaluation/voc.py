@@ -4,7 +4,6 @@ import io
 import itertools
 import os
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -118,78 +117,52 @@ def draw_low_shot_targets(targets, seed):
     return drawn
 
 
-@dataclass
-class FullResult:
-    """Full SVM of one feature map."""
-
-    mean_average_precision: float
-    average_precision: torch.Tensor  # [classes] float64, on the test images
-    costs: list  # [classes], the chosen cost
-    validation: torch.Tensor  # [S, classes] float64, mean AP of the folds; NaN if not converged
-    unconverged: int  # fits that did not converge and were not used
-
-
-@dataclass
-class LowShotResult:
-    """Low-shot SVM of one feature map, for one k."""
-
-    k: int
-    mean_average_precision: float  # test mAP of the best cost, mean over the samples
-    deviation: float  # its standard deviation over the samples, as the published script has it
-    cost: float  # the best cost, the first one of equally good ones
-    by_cost: torch.Tensor  # [S, samples] float64, test mAP; NaN where a fit did not converge
-    unconverged: int
-
-
 def full_svm(train, train_targets, test, test_targets):
     """Full SVM of one feature map: each class's cost by cross-validation, then refit and test.
 
     train: [N, D], test: [M, D], unit rows. Targets: [N, classes] and [M, classes], 1, -1, or 0,
     which is negative in training and left out of the test. Every class needs FOLDS positives and
-    negatives. Takes about 12 N^2 bytes. Raises UserError if a feature is not finite. A collective.
+    negatives. Returns the average precision of each class, [classes] float64, and its cost, a list.
+    Takes about 12 N^2 bytes. Raises UserError if a feature is not finite. A collective.
     """
     if not (train.isfinite().all() and test.isfinite().all()):
         raise UserError("The features have values that are not finite; check the weights.")
     labels = torch.where(train_targets == 1, 1, -1).to(torch.int8).to(train.device)
     own = list(range(labels.shape[1]))[distributed.shard(labels.shape[1])]
-    # For each class: AP, index of the cost, fits that did not converge, AP of validation by cost.
-    results = torch.zeros(len(own), 3 + len(COSTS), dtype=torch.float64)
-    if own:
-        folds = torch.stack([stratified_folds(labels[:, c] == 1) for c in own]).to(train.device)
-        labels = labels[:, own].T
-        # Problems of every class: without fold 0, without fold 1, without fold 2, with all rows.
-        problems = torch.cat([torch.where(folds == f, 0, labels) for f in range(FOLDS + 1)])
-        gram = svm.gram_matrix(train)
-        with progress_bar(len(problems) * len(COSTS), "SVM fits", "fit") as bar:
-            fits = svm.fit(gram[None], svm.strongest_eigenvectors(gram)[None], problems[None],
-                           COSTS, bar.update)
-        # [S, folds and all, classes, ...]
-        coefficients, decisions, converged = (
-            x[:, 0].unflatten(1, (FOLDS + 1, len(own)))
-            for x in (fits.coefficients, fits.decisions, fits.converged.cpu()))
-        train, test = train.double(), test.double()
-        for i, (c, result) in enumerate(zip(own, results)):
-            for f in range(FOLDS):
-                held_out = folds[i] == f
-                result[3:] += step_average_precision(labels[i, held_out] == 1,
-                                                     decisions[:, f, i, held_out].T).cpu() / FOLDS
-            result[3:].masked_fill_(~converged[:, :, i].all(1), torch.nan)
-            result[1] = s = _first_best(result[3:])
+    results = torch.zeros(len(own), 2, dtype=torch.float64)  # average precision, index of the cost
+    with distributed.raise_everywhere():
+        if own:
+            folds = torch.stack([stratified_folds(labels[:, c] == 1) for c in own]).to(train.device)
+            labels = labels[:, own].T
+            # Problems of each class: without fold 0, without fold 1, without fold 2, with all rows.
+            problems = torch.cat([torch.where(folds == f, 0, labels) for f in range(FOLDS + 1)])
+            gram = svm.gram_matrix(train)
+            with progress_bar(len(problems) * len(COSTS), "SVM fits", "fit") as bar:
+                fits = svm.fit(gram[None], svm.strongest_eigenvectors(gram)[None], problems[None],
+                               COSTS, bar.update)
+            # [S, folds and all, classes, ...]
+            coefficients, decisions, converged = (
+                x[:, 0].unflatten(1, (FOLDS + 1, len(own)))
+                for x in (fits.coefficients, fits.decisions, fits.converged.cpu()))
+            train, test = train.double(), test.double()
+        for i, c in enumerate(own):
+            precision = sum(step_average_precision(
+                labels[i, folds[i] == f] == 1, decisions[:, f, i, folds[i] == f].T).cpu()
+                for f in range(FOLDS)) / FOLDS  # [S]
+            s = _best_cost(precision.where(converged[:, :, i].all(1), torch.nan))
             b = coefficients[s, FOLDS, i]
             scores = (test @ (b @ train) + b.sum())[:, None]
-            result[0] = voc_average_precision(test_targets[:, c].to(b.device), scores)
-            result[2] = (~converged[:, :, i]).sum()
-    results = distributed.all_gather_uneven_rows(results)
-    precision, chosen, unconverged, validation = results.split([1, 1, 1, len(COSTS)], dim=1)
-    _refuse_unsolved(validation)
-    return FullResult(float(precision.mean()), precision[:, 0], [COSTS[int(s)] for s in chosen],
-                      validation.T, int(unconverged.sum()))
+            ap = voc_average_precision(test_targets[:, c].to(b.device), scores)
+            results[i] = torch.tensor([float(ap), s])
+    precision, chosen = distributed.all_gather_uneven_rows(results).T
+    return precision, [COSTS[int(s)] for s in chosen]
 
 
 def low_shot(train, samples_by_shot, test, test_targets):
-    """Low-shot SVM of one feature map: a LowShotResult for each k. A collective.
+    """Low-shot SVM of one feature map: {k: (mean average precision, cost)}. A collective.
 
-    Arguments as `full_svm`, but samples_by_shot is what `draw_low_shot_targets` returns.
+    Arguments as `full_svm`, but samples_by_shot is what `draw_low_shot_targets` returns. The
+    precision, [SAMPLES] float64, is of the cost that is best on the test images, as published.
     """
     gram = svm.gram_matrix(train)
     basis = svm.strongest_eigenvectors(gram)
@@ -198,7 +171,7 @@ def low_shot(train, samples_by_shot, test, test_targets):
     num_classes = test_targets.shape[1]
     own = distributed.shard(SAMPLES * num_classes)
     total = len(samples_by_shot) * (own.stop - own.start) * len(COSTS)
-    results = []
+    results = {}
     with progress_bar(total, "low-shot fits", "fit") as bar:
         for k, samples in samples_by_shot.items():
             problems = torch.stack(samples).transpose(1, 2).flatten(0, 1)[own].to(gram.device)
@@ -217,22 +190,14 @@ def low_shot(train, samples_by_shot, test, test_targets):
                 precision[start : start + size][~fits.converged[:, :, 0].T.cpu()] = torch.nan
             precision = distributed.all_gather_uneven_rows(precision)
             by_cost = precision.view(-1, num_classes, len(COSTS)).mean(1).T  # [S, samples]
-            means = by_cost.mean(1)
-            _refuse_unsolved(means[None])
-            best = _first_best(means)
-            results.append(LowShotResult(
-                k, float(means[best]), float(by_cost[best].std(correction=0)), COSTS[best], by_cost,
-                int(precision.isnan().sum())))
+            best = _best_cost(by_cost.mean(1))
+            results[k] = by_cost[best], COSTS[best]
     return results
 
 
-def _refuse_unsolved(scores):
-    """Raise UserError if a row of scores [.., S] has no cost whose fits all converged."""
-    if scores.isnan().all(1).any():
+def _best_cost(scores):
+    """Index of the first largest of scores [S]; NaN, of a fit that did not converge, never wins."""
+    if scores.isnan().all():
         raise UserError("No support vector machine converged at any cost for one of the classes; "
                         "check that the feature rows are normalised.")
-
-
-def _first_best(scores):
-    """Index of the first largest value of [S]; NaN never wins."""
     return int(scores.nan_to_num(-1.0).argmax())

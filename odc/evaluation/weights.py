@@ -4,11 +4,9 @@ One rule covers all: find the prefix under which a ResNet lies in torchvision's 
 only if every parameter is there with its shape. To read a file runs nothing that it names.
 """
 
-import os
 import pickle
 import re
 import warnings
-import zipfile
 from collections import OrderedDict, deque
 
 import torch
@@ -17,6 +15,7 @@ from torch.serialization import safe_globals
 
 from odc.errors import UserError
 from odc.model import ARCHS, ResNet, use_small_stem
+from odc.runtime import checkpoint
 
 # Where a file keeps the network to evaluate, best first; other dicts come after these.
 CONTAINERS = ("backbone", "", "state_dict", "model", "teacher")
@@ -38,8 +37,6 @@ def load_backbone(weights, arch=None, image_size=224, seed=0, option="--weights"
     stem of a random network. Returns (ResNet in eval mode on the CPU, one line about what was
     matched). Raises UserError, naming the option, for a file that is not wholly a ResNet of `arch`.
     """
-    if arch is not None and arch not in ARCHS:
-        raise UserError(f"--arch {arch}: choose one of {', '.join(ARCHS)}.")
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -109,65 +106,36 @@ def _some(names):
     return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-class _Object:
-    """Stands in for a class or function that a file names: takes any arguments, does nothing."""
-
-    def __new__(cls, *arguments):
-        return super().__new__(cls)
-
-    def __setstate__(self, state):
-        pass
-
-
-class _Dict(_Object):  # a kind of dict
-    def __new__(cls, *arguments):
-        return OrderedDict()
-
-
-class _List(_Object):  # a kind of list
-    def __new__(cls, *arguments):
-        return []
-
-
-# What torch's unpickler says of a name that it does not know, or of a stand-in of the wrong kind.
-REFUSALS = (
-    (_Object, re.compile(r"Unsupported global: GLOBAL (\S+) was not")),
-    (_Dict, re.compile(r"Can only SETITEMS? for .*, but got .*\.<(.+)>'>")),
-    (_List, re.compile(r"Can only (?:app|ext)end (?:to )?lists, but got .*\.<(.+)>'>")),
+# A stand-in for a class or function that a file names takes any arguments and does nothing: what
+# makes one, and what torch's unpickler says of a name that needs it.
+STAND_INS = (
+    (lambda cls, *arguments: object.__new__(cls),
+     re.compile(r"Unsupported global: GLOBAL (\S+) was not")),
+    (lambda cls, *arguments: OrderedDict(),
+     re.compile(r"Can only SETITEMS? for .*, but got .*\.<(.+)>'>")),
+    (lambda cls, *arguments: [],
+     re.compile(r"Can only (?:app|ext)end (?:to )?lists, but got .*\.<(.+)>'>")),
 )
 
 
 def _read(path):
-    """The content of a file, memory-mapped if it can be, and the names of objects passed over."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("it is a directory or a device")
-    with open(path, "rb") as file:
-        mapped = file.read(4) == b"PK\x03\x04"
-    if mapped:
-        with zipfile.ZipFile(path) as archive:  # torch does not check either
-            if archive.testzip() or any(part.compress_type for part in archive.infolist()):
-                raise ValueError("a checksum is wrong, or it is compressed, as TorchScript is")
-    kinds = {}
+    """The content of a file, and the names of objects passed over."""
+    makers = {}
     while True:  # each refused name gets a stand-in, and the file is read again
-        stand_ins = [(type(f"<{name}>", (kind,), {}), name) for name, kind in kinds.items()]
+        stand_ins = [(type(f"<{name}>", (), {"__new__": make, "__setstate__": lambda *_: None}),
+                      name) for name, make in makers.items()]
         try:
             with safe_globals(stand_ins), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True,
-                                     mmap=mapped and str(path).isascii())
-            return content, list(kinds)
+                return checkpoint.load(path, zip_only=False), list(makers)
         except pickle.UnpicklingError as error:
-            kind, name = next(((kind, match[1]) for kind, refusal in REFUSALS
+            make, name = next(((make, match[1]) for make, refusal in STAND_INS
                                if (match := refusal.search(str(error)))), (None, ""))
             name = name if "." in name else f"builtins.{name}"
-            if kind is None or kinds.get(name) is kind:
+            if make is None or makers.get(name) is make:
                 raise
-            kinds[name] = kind
+            makers[name] = make
 
-
-# --- finding the backbone ------------------------------------------------------------------------
 
 def _dicts(content):
     """(name, dict) of all nested dicts, what is nearest to the top first, and each one once."""

@@ -12,14 +12,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with help in 80 columns, defaults shown, `--version`, and UserError for mistakes."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False,
-                         add_help=False)
-
-    def parse_args(self, arguments=None, namespace=None):
-        group = self.add_argument_group("about")
-        group.add_argument("-h", "--help", action="help", help="show this and exit")
-        group.add_argument("--version", action="version", version=f"odc {odc.__version__}")
-        return super().parse_args(arguments, namespace)
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+        self.add_argument("--version", action="version", version=f"odc {odc.__version__}")
 
     def error(self, message):
         message = message.removeprefix("argument ")

@@ -71,17 +71,29 @@ def reading(path):
                         ) from None
 
 
+def load(path, zip_only=True):
+    """torch.load of plain values and tensors on the CPU, memory-mapped if it can be.
+
+    zip_only: refuse what torch wrote before 1.6. Raises what a damaged or foreign file makes it.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is a directory or a device")
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if zip_only and not is_zip:
+        raise ValueError("it is no zip archive")
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:  # torch checks neither
+            if archive.testzip() or any(part.compress_type for part in archive.infolist()):
+                raise ValueError("a checksum is wrong, or it is compressed, as TorchScript is")
+    return torch.load(path, map_location="cpu", weights_only=True,
+                      mmap=is_zip and str(path).isascii())  # torch maps no name that is not UTF-8
+
+
 def read_dict(path):
-    """What `write_dict` wrote, memory-mapped. Raises UserError if missing, damaged, or code."""
+    """What `write_dict` wrote. Raises UserError if it is missing, damaged, or code."""
     with reading(path):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no file")
-        with zipfile.ZipFile(path) as archive:
-            # torch would notice neither.
-            if any(part.compress_type for part in archive.infolist()) or archive.testzip():
-                raise ValueError("it is compressed, or a checksum does not match")
-        content = torch.load(path, map_location="cpu", weights_only=True,
-                             mmap=str(path).isascii())  # torch maps no name that is not UTF-8
+        content = load(path)
         if not isinstance(content, dict):
             raise ValueError("it holds something else")
     return content

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from odc import distributed
 from odc.distributed import print_main
-from odc.errors import UserError
 from odc.evaluation import metrics
 
 
@@ -30,7 +29,7 @@ class Log:
     """
 
     def __init__(self, path, position=0, tensorboard=False):
-        self.file, self.events, self.records = None, None, 0
+        self.path, self.file, self.events, self.records = path, None, None, 0
         if distributed.is_main():
             self.file = open(path, "a+b")
             self.file.seek(0)
@@ -45,16 +44,12 @@ class Log:
                 self.events = SummaryWriter(Path(path).parent / "tensorboard", purge_step=step + 1)
 
     def write(self, **record):
-        """Add a line. Raises UserError if the disk is full. A collective."""
-        with distributed.raise_everywhere():
-            try:
-                if self.file:
-                    self.file.write((json.dumps(record) + "\n").encode())
-                    self.file.flush()
-                    self.records += 1
-            except OSError as error:
-                raise UserError(f"{self.file.name}: could not be written ({error.strerror}); "
-                                "make room, and start the same command again.") from None
+        """Add a line. Raises UserError if that fails. A collective."""
+        with distributed.raise_everywhere(self.path):
+            if self.file:
+                self.file.write((json.dumps(record) + "\n").encode())
+                self.file.flush()
+                self.records += 1
         try:
             for name in record.keys() - {"epoch", "step"} if self.events else ():
                 self.events.add_scalar(name, record[name], record["step"])

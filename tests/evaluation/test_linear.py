@@ -15,7 +15,7 @@ from eval_linear import (
     evaluate, load_checkpoint, make_parser, save_checkpoint, settings_of, train, train_epoch)
 from odc import distributed
 from odc.data.augmentation import (
-    LINEAR_AUGMENTATIONS, Augmentation, augment_batch, normalise)
+    LINEAR_AUGMENTATIONS, Augmentation, augment_batch, evaluation_transform, normalise)
 from odc.data.images import ImageSet, Names
 from odc.data.loader import epoch_batches
 from odc.errors import Interrupted, UserError
@@ -325,7 +325,7 @@ def accuracy_of_a_run():
 
 def test_accuracy_counts_every_val_image_once():
     run = Run()
-    images = torch.stack([run.network.transform(run.network.val.load(i)) for i in range(40)])
+    images = torch.stack([evaluation_transform(16)(run.network.val.load(i)) for i in range(40)])
     logits = run.classifiers.eval()(normalise(images))["Feature5"]
     top1 = 100 * (logits.argmax(1) == run.network.val.labels).double().mean().item()
     for accuracy in accuracy_of_a_run(), *run_processes(accuracy_of_a_run, 2):
