@@ -191,8 +191,8 @@ def _follow_images(args, dataset, device, pretrained):
     if args.epochs is None:
         rate = images_per_second(args, device, has_small_stem(args, pretrained))
         args.epochs = max(10, min(200, int(HALF_HOUR * rate / N)))
-        print_main(f"{args.epochs} epochs, about half an hour here or within the limits 10 and 200; "
-                   "ten times as many added 2.0 to 6.5 points of kNN accuracy in our tests.")
+        print_main(f"{args.epochs} epochs, for about half an hour (10 to 200): ten times as many "
+                   "added 2.0 to 6.5 points of kNN accuracy in our tests.")
     every = max(1, min(round(60_000 / N), (args.epochs or 40) // 4))  # 60,000 images in between
     _fill(args, dict(recluster_interval=every, offline_epochs=every))
     if N < 1000 and pretrained is None:

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from odc import distributed
 from odc.data import shapes
 from odc.data.folders import EXTENSIONS, image_folders
-from odc.data.images import ImageSet, Names
+from odc.data.images import ImageSet, file_names
 from odc.errors import UserError
 
 VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -67,7 +67,7 @@ def text_list(name, pattern, images, root, split):
     """pattern: the lists of train and val. images: the folder that their paths are relative to."""
     lists = [os.path.join(root, pattern.format(kind)) for kind in (split, "train")]
     names, labels = _read_list(lists[0])
-    opened = ImageSet(name, split, os.path.join(root, images.format(split)), Names(names))
+    opened = ImageSet(name, split, os.path.join(root, images.format(split)), file_names(names))
     if labels:
         # The lists do not name the classes. The train list has an image of each class.
         every = [label for path in lists if os.path.isfile(path) for label in _read_list(path)[1]]
@@ -94,7 +94,7 @@ def inaturalist2018(root, split):
     number = {category: k for k, category in enumerate(sorted(classes))}
     category_of = {note["image_id"]: note["category_id"] for note in content["annotations"]}
     return ImageSet(
-        "inaturalist2018", split, root, Names(image["file_name"] for image in content["images"]),
+        "inaturalist2018", split, root, file_names(i["file_name"] for i in content["images"]),
         labels=torch.tensor([number[category_of[image["id"]]] for image in content["images"]]),
         classes=[classes[category] for category in number])
 
@@ -114,7 +114,7 @@ def voc07(folder, split):
     beside = sorted(glob.glob("VOC20*", root_dir=os.path.join(folder, "..")))
     if split == "train" and len(beside) > 1:
         distributed.print_main(f"{folder}: of {', '.join(beside)} this folder alone is read.")
-    return ImageSet("voc07", split, folder, Names(f"JPEGImages/{name}.jpg" for name in ids),
+    return ImageSet("voc07", split, folder, file_names(f"JPEGImages/{name}.jpg" for name in ids),
                     targets=torch.tensor(targets, dtype=torch.int8).T.contiguous(),
                     classes=list(VOC_CLASSES))
 

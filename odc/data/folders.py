@@ -4,9 +4,10 @@ import collections
 import os
 import re
 
+import numpy as np
 import torch
 
-from odc.data.images import ImageSet, Names
+from odc.data.images import ImageSet, file_names
 from odc.distributed import print_main
 from odc.errors import UserError
 
@@ -61,7 +62,7 @@ class _Walk:
         self.root, self.real_root = root.rstrip("/") or "/", os.path.realpath(root)
         self.read = set(map(os.path.realpath, exclude)) - {self.real_root}
         self.images_in, self.passed_over = collections.Counter(), collections.Counter()
-        self.names = Names(self._images_below(""))
+        self.names = file_names(self._images_below(""))
         self.classes = [name for name, count in self.images_in.items() if name and count]
         self.passed_over["folders without images"] = [*self.images_in.values()][1:].count(0)
 
@@ -71,7 +72,7 @@ class _Walk:
             return f"{self.images_in['']} images lie outside of its folders"
         if len(self.classes) == 1:
             return "there is only one folder"
-        in_folders = (self.names.block == ord("/")).sum() > len(self.names)
+        in_folders = np.char.count(self.names, b"/").sum() > len(self.names)
         return "there are folders in folders" if in_folders and not nested else ""
 
     def labels(self, classes):

@@ -1,6 +1,5 @@
 """A data set of images, and how one image is read."""
 
-import array
 import concurrent.futures
 import contextlib
 import errno
@@ -38,22 +37,9 @@ def digest(*parts):
     return hashed.digest()
 
 
-class Names:
-    """File names as one block of bytes: forked loader workers would each copy a list of str."""
-
-    def __init__(self, names):
-        block, ends = bytearray(), array.array("q")
-        for name in names:
-            block += os.fsencode(name)
-            ends.append(len(block))
-        self.block, self.ends = np.frombuffer(block, np.uint8), np.array(ends, np.int64)
-
-    def __len__(self):
-        return len(self.ends)
-
-    def __getitem__(self, i):
-        start = self.ends[i - 1] if i > 0 else 0
-        return os.fsdecode(self.block[start : self.ends[i]].tobytes())
+def file_names(names):
+    """file_names as one array of bytes: forked loader workers would each copy a list of str."""
+    return np.array([os.fsencode(name) for name in names], dtype=bytes)
 
 
 @dataclass
@@ -63,7 +49,7 @@ class ImageSet:
     name: str  # which data set: "imagenet", "voc07", ...; "folder" for a folder of the user's own
     split: str  # "train" or "val"
     root: str  # the folder that file names are relative to; for "shapes" the word itself
-    names: Names | None = None  # of files
+    names: np.ndarray | None = None  # of files, by `file_names`
     pixels: np.ndarray | None = None  # or uint8 [N, height, width] or [N, height, width, 3]
     labels: torch.Tensor | None = None  # int64 [N]
     classes: list | None = None  # their names
@@ -77,11 +63,10 @@ class ImageSet:
 
     def take(self, indices):
         """The ImageSet of some of these images."""
-        chosen = {name: value[indices] for name in ("pixels", "labels", "targets")
+        chosen = {name: value[indices] for name in ("names", "pixels", "labels", "targets")
                   if (value := getattr(self, name)) is not None}
-        names = self.names and Names(self.names[i] for i in indices)
         kept = self.kept and [self.kept[i] for i in indices]
-        return replace(self, names=names, taken=np.asarray(indices), kept=kept, **chosen)
+        return replace(self, taken=np.asarray(indices), kept=kept, **chosen)
 
     def leave_out(self, unreadable):
         """Remove the images with these names, {name: reason}, from this ImageSet."""
@@ -133,15 +118,14 @@ class ImageSet:
 
     def name_of(self, i):
         """The path of image i relative to the root; for images in memory, the index as text."""
-        return self.names[int(i)] if self.pixels is None else str(int(i))
+        return os.fsdecode(self.names[int(i)]) if self.pixels is None else str(int(i))
 
     @functools.cached_property
     def fingerprint(self):
         """16 hexadecimal digits that change with names, order, labels and number, not the root."""
-        names = (None, None) if self.names is None else (self.names.block, self.names.ends)
         return digest(f"{self.name} {self.split} {len(self)}".encode(), *(
             b"none" if part is None else np.asarray(part)
-            for part in (self.labels, self.targets, self.taken, *names))).hex()
+            for part in (self.labels, self.targets, self.taken, self.names))).hex()
 
     def load(self, i, patient=False, draft_side=None):
         """Image i as an RGB `PIL.Image`. patient: it was read before. Raises UnreadableImage."""

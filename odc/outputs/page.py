@@ -45,7 +45,8 @@ def write_page(folder, dataset=None, clustering=None, workers=0, note=""):
     summary = "epoch {epoch}, step {step:,}".format(**records[-1]) if records else "no step yet"
     if clustering is not None:
         data, shown = contents(dataset, clustering)
-        data["root"] = quote(os.path.relpath(dataset.root, folder)) if dataset.names else ""
+        in_memory = dataset.pixels is not None
+        data["root"] = "" if in_memory else quote(os.path.relpath(dataset.root, folder))
         data["note"] = f"{len(dataset):,} images in {len(data['clusters']):,} clusters{note}"
         sheets = sprite_sheets(dataset, shown, workers)
     elif (folder / "report.html").exists():

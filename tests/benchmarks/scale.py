@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from odc import distributed
-from odc.data.images import Names
+from odc.data.images import file_names
 from odc.kmeans import nearest_centroids
 from odc.memory import ODCMemory
 from odc.runtime import checkpoint
@@ -68,8 +68,8 @@ def measure(N, W, K, batch, device, d=256):
         row["save: s, GiB of process 0"] = f"{save:.1f}, {size / 2**30:.2f}"
     count, names = min(N, 2_000_000), []
     paths = (f"n{i // 1300:08}/n{i // 1300:08}_{i}.JPEG" for i in range(count))
-    seconds = clock(lambda: names.append(Names(paths))) * N / count
-    size = (names[0].block.nbytes + names[0].ends.nbytes) * N / count
+    seconds = clock(lambda: names.append(file_names(paths))) * N / count
+    size = names[0].nbytes * N / count
     row["names of images: s, GiB a process"] = f"{seconds:.0f}, {size / 2**30:.2f}"
     print("\n".join(f"{name}: {value}" for name, value in row.items()), flush=True)
 

@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 from odc.data.datasets import open_dataset
-from odc.data.images import ImageSet, Names
+from odc.data.images import ImageSet, file_names
 from tests.layouts import (made_up, put_cifar10, put_cifar100, put_fashion_mnist, put_files,
                            put_imagenet_lists, put_inaturalist, put_places, put_stl10, put_text,
                            put_voc, voc_target)
@@ -108,13 +108,13 @@ def test_mnist_files(tmp_path, folder, zipped, name):
 
 def test_names_are_kept_as_they_are():
     given = ["a.jpg", "", "ünïcødé/图片.png", "line\nbreak", os.fsdecode(b"latin\xe9")]
-    kept = Names(iter(given))
-    assert [kept[i] for i in range(len(kept))] == given
+    kept = ImageSet("folder", "train", "here", names=file_names(iter(given)))
+    assert [kept.name_of(i) for i in range(len(kept))] == given
 
 
 def test_fingerprint_changes_with_names_order_number_and_split_alone():
     def fingerprint(*given, split="train", root="here"):
-        return ImageSet("folder", split, root, names=Names(given)).fingerprint
+        return ImageSet("folder", split, root, names=file_names(given)).fingerprint
 
     assert fingerprint("a", "b") == fingerprint("a", "b", root="moved/elsewhere")
     given = ["abc", "ab", "acb", "abcd", ("ab", "c"), ("a", "bc")]

@@ -16,7 +16,7 @@ from eval_linear import (
 from odc import distributed
 from odc.data.augmentation import (
     LINEAR_AUGMENTATIONS, Augmentation, augment_batch, evaluation_transform, normalise)
-from odc.data.images import ImageSet, Names
+from odc.data.images import ImageSet, file_names
 from odc.data.loader import epoch_batches
 from odc.errors import Interrupted, UserError
 from odc.evaluation.frozen_backbone import FrozenBackbone
@@ -89,7 +89,7 @@ def test_settings_that_do_not_go_together(arguments, message):
 def test_subset(tmp_path, lines, expected):
     (tmp_path / "list").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     names = [f"class {k}/image {i}.png" for k in range(3) for i in range(4)]
-    dataset = ImageSet("folder", "train", "/data", names=Names(names), labels=torch.arange(12) // 4)
+    dataset = ImageSet("folder", "train", "/data", file_names(names), labels=torch.arange(12) // 4)
     if isinstance(expected, str):
         with pytest.raises(UserError, match=f"--subset .*list: {expected}"):
             choose_images(dataset, str(tmp_path / "list"))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from odc.clusters import Clustering
-from odc.data.images import ImageSet, Names
+from odc.data.images import ImageSet, file_names
 from odc.outputs import page
 
 SIZES = [150, 70, 40, 30, 20, 12, 9, 5, 0, 1]  # of the clusters; one is empty
@@ -24,7 +24,7 @@ def images():
     N = sum(SIZES)
     names = ODD_NAMES + [f"a/{i:03d}.png" for i in range(len(ODD_NAMES), N)]
     classes = torch.randint(3, (N,), generator=torch.Generator().manual_seed(2))
-    return ImageSet("folder", "train", "nowhere", names=Names(names), labels=classes,
+    return ImageSet("folder", "train", "nowhere", names=file_names(names), labels=classes,
                     classes=CLASSES)
 
 

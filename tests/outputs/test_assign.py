@@ -14,7 +14,7 @@ from PIL import Image
 from odc import assign
 from odc.data.augmentation import normalise, whole_image
 from odc.data.datasets import open_dataset
-from odc.data.images import ImageSet, Names
+from odc.data.images import ImageSet, file_names
 from odc.errors import UserError
 from odc.evaluation import metrics
 from odc.model import ODC
@@ -124,11 +124,11 @@ def test_broken_files_have_no_cluster_and_stop_nothing(finished, tmp_path):
 @given(st.lists(st.text('a,"\r\n \';é\udcff', min_size=1), min_size=1, unique=True), st.data())
 def test_any_name_survives_the_table(tmp_path_factory, names, data):
     broken = set(data.draw(st.lists(st.sampled_from(names))))
-    dataset = ImageSet("folder", "train", "", names=Names(n for n in names if n not in broken))
+    dataset = ImageSet("folder", "train", "", names=file_names(n for n in names if n not in broken))
     dataset.left_out = sorted(broken)
     path = tmp_path_factory.mktemp("table") / "new.csv"
     N = len(dataset)
-    results.write_table(path, dataset, torch.arange(N), torch.arange(N) / 7, listed=Names(names))
+    results.write_table(path, dataset, torch.arange(N), torch.arange(N) / 7, listed=names)
     rows = read_table(path)
     assert [row["path"] for row in rows] == names
     assert {row["path"] for row in rows if row["cluster"] == ""} == broken
@@ -172,7 +172,7 @@ def test_checkpoints_that_are_not_of_a_finished_run(finished, folder, tmp_path, 
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(checkpoint="nothing.pth"), "nothing.pth"), (dict(checkpoint="."), "it is no file"),
+    (dict(checkpoint="nothing.pth"), "nothing.pth"), (dict(checkpoint="."), "it is a directory"),
     (dict(checkpoint="backbone.pth"), "backbone.pth"), (dict(data="nowhere"), "nowhere"),
     (dict(output="backbone.pth"), "--output .*/backbone.pth: .* not a result of this program"),
     *[({option: name}, f"--{option} .*/{name}: it is read, or written") for option, name in (

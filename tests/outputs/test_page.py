@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 
 from odc.clusters import Clustering, cluster_images
 from odc.data.datasets import open_dataset
-from odc.data.images import ImageSet, Names
+from odc.data.images import ImageSet, file_names
 from odc.errors import UserError
 from odc.memory import ODCMemory
 from odc.model import ODC
@@ -220,7 +220,7 @@ def test_one_cluster_of_one_image_and_an_image_that_is_gone(tmp_path):
     page.write_page(tmp_path, dataset, clusters)
     [cluster] = data_of(tmp_path)["clusters"]
     assert cluster["near"] == [] and cluster["place"] == [0, 0]
-    gone = ImageSet("folder", "train", str(tmp_path), names=Names(["gone.png"]))
+    gone = ImageSet("folder", "train", str(tmp_path), names=file_names(["gone.png"]))
     with pytest.raises(UserError, match="gone.png"):
         page.write_page(tmp_path, gone, clusters)
 
