@@ -97,10 +97,12 @@ def main():
         return torch.cat([x / (x.norm(dim=1, keepdim=True) + 1e-5) for x in rows], dim=1)
 
     def features(dataset, name):
-        """Rows of all images for each map, on the CPU."""
+        """{map: the rows of all images}, on the CPU."""
         rows = extract(pooled_maps, dataset, transform, sum(dims), network.device, args.batch_size,
                        network.workers, name=name)
-        return [distributed.all_gather_uneven_rows(part).cpu() for part in rows.split(dims, dim=1)]
+        parts = map(distributed.all_gather_uneven_rows, rows.split(dims, dim=1))
+        return {name: part.cpu() for name, part in zip(MAP_NAMES, parts)}
+
     print_main(f"protocol {protocol}: {len(train_set):,} train images")
     train, val = features(train_set, "train"), features(val_set, "val")
     if args.low_shot_targets and train_set.left_out:
@@ -115,24 +117,22 @@ def main():
     else:
         samples = voc.draw_low_shot_targets(targets, args.seed)
         if left_out := [str(k) for k in voc.SHOTS if k not in samples]:
-            print_main(f"too few images for low-shot k = {', '.join(left_out)}: some class has "
-                       f"fewer than k or {voc.NEGATIVES} k others")
+            print_main(f"some class has too few images for low-shot k = {', '.join(left_out)}")
     full = {}
-    for name, train_rows, val_rows in zip(MAP_NAMES, train, val):
+    for name in MAP_NAMES:
         launch.check_signals()
-        precision, costs = voc.full_svm(train_rows.to(network.device), targets,
-                                        val_rows.to(network.device), val_targets)
+        precision, costs = voc.full_svm(train[name].to(network.device), targets,
+                                        val[name].to(network.device), val_targets)
         full[name] = dict(mAP=100 * float(precision.mean()), classes={
             label: dict(AP=100 * ap, cost=cost)
             for label, ap, cost in zip(names, precision.tolist(), costs)})
         print_main(f"{name}: mAP {full[name]['mAP']:.2f}")
     best = max(full, key=lambda name: full[name]["mAP"])
-    at = MAP_NAMES.index(best)
     launch.check_signals()
     shots = {f"k={k}": dict(mAP=100 * float(precision.mean()), cost=cost,
                             standard_deviation=100 * float(precision.std(correction=0)))
              for k, (precision, cost) in voc.low_shot(
-                 train[at].to(network.device), samples, val[at].to(network.device),
+                 train[best].to(network.device), samples, val[best].to(network.device),
                  val_targets).items()}
     row = {"Best Layer": best, "SVM": full[best]["mAP"]}
     row |= {k: shot["mAP"] for k, shot in shots.items()}

@@ -171,8 +171,7 @@ def same_everywhere(value):
 def raise_everywhere(path=None):
     """Run a block without collectives on every process, and let all processes leave it alike.
 
-    All raise the UserError, Interrupted or OSError (as a UserError) of the lowest rank with one.
-    path: the file that it writes, for the message.
+    All raise the UserError, Interrupted or OSError (as a UserError about path) of the lowest rank.
     """
     error = None
     try:

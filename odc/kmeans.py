@@ -40,9 +40,8 @@ def nearest_centroids(features, centroids, inner_product=False):
 class ClusterSums:
     """The sums [K, d] of this process's features in each cluster, exact to the last bit.
 
-    They are 64-bit integers in units of 1 / `one`, which add without rounding: nothing drifts when
-    rows change, and neither W nor the order of a GPU's atomics makes a difference.
-    num_rows: N, of all processes. No entry of a feature may exceed 1 in size.
+    They are 64-bit integers in units of 1 / `one`: nothing drifts, and neither W nor the order of a
+    GPU's atomics makes a difference. num_rows: N, of all processes. Features are in -1..1.
     """
 
     def __init__(self, num_clusters, dim, num_rows, device="cpu"):

@@ -57,9 +57,8 @@ def save(state, dataset, log):
         state.labels_before = state.memory.labels.cpu().clone()
     with distributed.raise_everywhere():
         if not all(torch.isfinite(value).all() for value in state.network.parameters()):
-            raise UserError(f"The weights are not finite after step {progress.global_step}; {path} "
-                            "is from before that. Start again with a lower --lr or --amp off, in "
-                            "another --output.")
+            raise UserError(f"The weights are not finite after step {progress.global_step}: start "
+                            "again with a lower --lr or --amp off, in another --output.")
     state.memory_parts = checkpoint.write_run(path, dict(
         _content(state), program=checkpoint.PROGRAM, settings=state.settings,
         unreadable=dataset.left_out, fingerprint=dataset.fingerprint, arch=backbone.arch,

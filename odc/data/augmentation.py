@@ -50,8 +50,6 @@ Draw = namedtuple("Draw", "resize top left height width flip angle brightness co
                           "hue order grayscale red green blue")
 
 
-# --- in the worker: one image --------------------------------------------------------------------
-
 def draw_parameters(augmentation, generator, width, height, size=224):
     """The Draw of an image of width x height pixels from a `random.Random`, as in torchvision."""
     uniform, jitter = generator.uniform, augmentation.jitter
@@ -94,10 +92,8 @@ def crop_and_flip(image, drawn, size):
     return (pixels.flip(-1) if drawn.flip else pixels).contiguous()
 
 
-# --- evaluation transforms: an RGB image to uint8 [3, size, size] --------------------------------
-
 def resize_center_crop(image, resize=256, crop=224):
-    """Resize the shorter edge, then cut the middle: as in all recipes but VOC07's."""
+    """Resize the shorter edge, cut the middle (all recipes but VOC07's): uint8 [3, crop, crop]."""
     return TF.pil_to_tensor(_central_square(image, resize, crop))
 
 
@@ -119,7 +115,7 @@ def clustering_transform(image_size, whole_images):
 
 
 def whole_image(image, size):
-    """All of an image, in the middle of a white square."""
+    """All of an RGB image, in the middle of a white square: uint8 [3, size, size]."""
     return TF.pil_to_tensor(ImageOps.pad(_not_too_long(image), (size, size),
                                          Image.Resampling.BILINEAR, color="white"))
 
@@ -132,8 +128,6 @@ def _not_too_long(image):  # resized by its shorter edge, a very long one would 
     width, height = image.size
     return TF.center_crop(image, [min(height, 8 * width), min(width, 8 * height)])
 
-
-# --- on the device: a batch ----------------------------------------------------------------------
 
 def normalise(images):
     """uint8 [B, 3, S, S] to float32 with ImageNet's mean 0 and standard deviation 1."""

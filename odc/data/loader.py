@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,9 +45,8 @@ def check_shared_memory(workers, batch_size, image_size):
         if workers and os.path.isdir("/dev/shm"):
             status, needed = os.statvfs("/dev/shm"), 2 * workers * batch_size * 3 * image_size**2
             if status.f_bavail * status.f_frsize < needed:
-                raise UserError(f"--workers {workers}: their batches need {needed >> 20} MiB of "
-                                "shared memory, more than /dev/shm has: use fewer, or give a "
-                                "container more (--shm-size).")
+                raise UserError(f"--workers {workers}: {needed >> 20} MiB are needed in /dev/shm: "
+                                "use fewer, or give a container more with --shm-size.")
 
 
 def steps_per_epoch(num_images, batch_size):
@@ -96,8 +95,7 @@ def evaluation_batches(dataset, rows, transform, batch_size, workers=0, pin_memo
                        unreadable_limit=0):
     """Batches of rows, a slice or indices, in order. transform: RGB image -> uint8 [3, S, S]."""
     order = torch.arange(len(dataset))
-    indices = order[rows]
-    positions = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    positions = order[rows].split(batch_size)
     return BatchLoader(_Batches(dataset, order, positions, transform=transform), workers,
                        pin_memory, unreadable_limit)
 
@@ -153,7 +151,7 @@ class _Batches(torch.utils.data.Dataset):
 
     image_set: ImageSet
     order: torch.Tensor  # int64 [M], the image at each position of the epoch
-    positions: list  # for each step, the positions of this process's rows
+    positions: Sequence  # for each step, the positions of this process's rows
     seeds: tuple | None = None  # (seed, epoch)
     augmentation: augment.Augmentation | None = None
     image_size: int | None = None

@@ -107,10 +107,8 @@ def trained_size(weights):
 
 
 def check_labels(data, train, val, one_class):
-    if train.classes is None or val.classes is None:
-        raise UserError(f"{data} has no labels: give a folder with train/CLASS/IMAGE and "
-                        "val/CLASS/IMAGE alone.")
-    if train.classes != val.classes:
-        raise UserError(f"{data}: both splits must have the same classes in one order.")
+    if train.classes is None or train.classes != val.classes:
+        raise UserError(f"{data}: both splits must have labels, of the same classes in one order; "
+                        "give a folder with train/CLASS/IMAGE and val/CLASS/IMAGE alone.")
     if one_class and train.labels is None:
         raise UserError(f"{train.name} has several classes an image: use eval_svm.py.")

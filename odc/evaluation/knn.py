@@ -62,10 +62,9 @@ def knn_predict(queries, bank, labels, num_classes, ks=(10, 20, 100, 200)):
     """Classify every query by its k most similar bank rows, weighted exp(similarity / TEMPERATURE).
 
     queries: [Q, d] float32, unit rows, the same on every process. bank: [n, d] and labels: [n]
-    int64, this process's part; in rank order they are the bank. Returns {k: [Q, up to 5] int64},
-    the classes with the most votes, best first, the lower class first of equal ones, and -1 for
-    classes without a vote. All vote if a k is larger than the bank. Raises UserError if a feature
-    is not finite, Interrupted on a signal. A collective.
+    int64, this process's part. Returns {k: [Q, up to 5] int64}, the classes with the most votes,
+    the lower one first of equal ones, and -1 for classes without a vote. Raises UserError if a
+    feature is not finite, Interrupted on a signal. A collective.
     """
     similarities, found = nearest_neighbours(queries, bank, labels, max(ks))
     predictions = {k: [] for k in ks}

@@ -73,10 +73,9 @@ TABLES = {"imagenet-multihead": tables.IMAGENET_LINEAR, "imagenet-avgpool": tabl
 
 
 def choose_protocol(args, dataset):
-    """(name, Protocol, {setting: value} that are not the recipe's).
+    """(name, Protocol, {setting: value} that are not the recipe's). args: eval_linear.py's.
 
-    args: eval_linear.py's. dataset: the training images. Raises UserError for arguments that do
-    not fit each other or the number of processes.
+    dataset: the training images. Raises UserError for arguments that do not fit.
     """
     name = args.protocol
     if name is None:  # the first one whose table is of this data set

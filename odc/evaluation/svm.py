@@ -11,8 +11,7 @@ rows is their Gram matrix A, A_ij = x_i . x_j: then f = A b, and ||w||^2 = b . A
 **Newton's method** (Chapelle, "Training a support vector machine in the primal", 2007). If the
 active rows, those with 1 - t_i f_i > 0, were known, the minimum would be at (A + diag(1 / c)) b = t
 on them, where c_i = 2 C s_i, and b = 0 on the others. Each step goes towards it as far as the
-objective falls. Conjugate gradients solve these systems of all problems at once. Their
-preconditioner replaces A by its strongest eigenvectors L L^T and a diagonal.
+objective falls. Conjugate gradients solve these systems of all problems at once.
 
 **Precision.** b and f are float64, a step to them is float32. The objective is 1-strongly convex in
 w, so ||w - w*||^2 <= g . A g with g_i = b_i - c_i t_i max(0, 1 - t_i f_i) checks a problem.

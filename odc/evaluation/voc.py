@@ -75,9 +75,9 @@ def read_low_shot_targets(path, num_images, num_classes):
         counts = {1: k, 0: (num_classes - 1) * k, -1: num_images - num_classes * k}
         if published.shape != (num_images, num_classes) or any(
                 ((published == value).sum(0) != count).any() for value, count in counts.items()):
-            raise UserError(f"{path}: {name} must be {(num_images, num_classes)}, images and "
-                            f"classes, with {k} ones, {counts[0]} zeros and else -1 for each "
-                            "class; give the published target files of this dataset.")
+            raise UserError(f"{path}: {name} must be {(num_images, num_classes)} with {k} ones, "
+                            f"{counts[0]} zeros and else -1 for each class; give the published "
+                            "files of this dataset.")
         targets[k].append(torch.from_numpy((published == 1).astype(np.int8) - (published == 0)))
     return targets
 

@@ -33,9 +33,9 @@ def load_backbone(weights, arch=None, image_size=224, seed=0, option="--weights"
     """The backbone of a weights file, of a name, or for "random" with seeded random convolutions.
 
     A name, such as resnet50, stands for torchvision's file, which it downloads if need be.
-    arch: a key of ARCHS; by default the file's, or resnet50 for "random". image_size: decides the
-    stem of a random network. Returns (ResNet in eval mode on the CPU, one line about what was
-    matched). Raises UserError, naming the option, for a file that is not wholly a ResNet of `arch`.
+    arch: a key of ARCHS; by default the file's, or resnet50. image_size: decides the stem of a
+    random network. Returns (ResNet in eval mode on the CPU, what was matched in one line). Raises
+    UserError, naming the option, for a file that is not wholly a ResNet of `arch`.
     """
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
@@ -64,15 +64,13 @@ def _find_backbone(path, arch, content, passed_over):
     states = [(where, _torchvision_names({key: value for key, value in found.items()
                                           if isinstance(key, str) and torch.is_tensor(value)}))
               for where, found in dicts]
-    places = [(where, state, prefix, _structure(state, prefix))
-              for where, state in states for prefix in _prefixes(state)]
+    places = [(where, state, *network) for where, state in states for network in _networks(state)]
     if not places:
         keys = [key for _, state in states for key in state]
         objects = f" but objects of {_some(passed_over)}" if passed_over else ""
-        raise UserError("it holds no ResNet in torchvision's names, conv1.weight, "
-                        "layer1.0.conv1.weight, ... with any prefix; it holds "
-                        f"{f'keys {_some(keys)}' if keys else f'no state dict{objects}'}; give a "
-                        "file with a ResNet's state_dict().")
+        found = f"keys {_some(keys)}" if keys else f"no state dict{objects}"
+        raise UserError(f"it holds {found}, and no ResNet in torchvision's names, conv1.weight, "
+                        "layer1.0, ...; give a file with a ResNet's state_dict().")
     # The first place of this architecture decides, even if it is damaged and a copy is not.
     wanted = [structure for structure, name in STRUCTURES.items() if arch in (None, name)]
     where, state, prefix, structure = next((p for p in places if p[-1] in wanted), places[0])
@@ -175,25 +173,21 @@ def _torchvision_names(state):
     return state
 
 
-def _prefixes(state):
-    """The prefixes of a first convolution with a first block, copies and students last."""
-    prefixes = [key.removesuffix("conv1.weight") for key, value in state.items()
-                if key.endswith("conv1.weight") and value.dim() == 4]
-    return sorted((prefix for prefix in prefixes if f"{prefix}layer1.0.conv1.weight" in state),
-                  key=_is_copy)
+def _networks(state):
+    """(prefix, key of STRUCTURES or its like) of each ResNet, copies and students last."""
+    for prefix in sorted((key.removesuffix("conv1.weight") for key, value in state.items()
+                          if key.endswith("conv1.weight") and value.dim() == 4), key=_is_copy):
+        if f"{prefix}layer1.0.conv1.weight" in state:
+            stages = [{key.removeprefix(prefix).split(".")[1] for key in state
+                       if key.startswith(f"{prefix}layer{stage}.")} for stage in (1, 2, 3, 4)]
+            expansion = 4 if f"{prefix}layer1.0.conv3.weight" in state else 1
+            width = len(state[f"{prefix}conv1.weight"])
+            yield prefix, (tuple(map(len, stages)), expansion, width)
 
 
 def _is_copy(name):
     """A key for sorting: a trained network or a teacher, moving averages, students."""
     return "student" in name, bool(COPY.search(name))
-
-
-def _structure(state, prefix):
-    """A key of STRUCTURES, or its like, of the network under a prefix."""
-    stages = [{key.removeprefix(prefix).split(".")[1] for key in state
-               if key.startswith(f"{prefix}layer{stage}.")} for stage in (1, 2, 3, 4)]
-    expansion = 4 if f"{prefix}layer1.0.conv3.weight" in state else 1
-    return tuple(map(len, stages)), expansion, len(state[f"{prefix}conv1.weight"])
 
 
 def _match(own, wanted):
@@ -208,10 +202,9 @@ def _match(own, wanted):
         elif own[key].shape != value.shape:
             problems.append(f"{key} has shape {tuple(own[key].shape)}, not {tuple(value.shape)}")
         elif ((own[key].dtype not in FLOATS and not counter) or own[key].is_meta
-              or own[key].layout != torch.strided):
-            problems.append(f"{key} ({own[key].dtype}) holds no plain floats of 16 to 64 bits")
-        elif not own[key].isfinite().all() or (key.endswith("_var") and own[key].min() < 0):
-            problems.append(f"{key} is negative or not finite")
+              or own[key].layout != torch.strided or not own[key].isfinite().all()
+              or (key.endswith("_var") and own[key].min() < 0)):
+            problems.append(f"{key} holds no plain floats, or is negative or not finite")
         else:
             matched[key] = own[key]
     problems += [f"{key} is left over" for key in own if key not in wanted and TRUNK.match(key)]

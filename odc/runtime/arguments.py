@@ -12,7 +12,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with help in 80 columns, defaults shown, `--version`, and UserError for mistakes."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=(
+            lambda prog: _Formatter(prog, max_help_position=30, width=80)))
         self.add_argument("--version", action="version", version=f"odc {odc.__version__}")
 
     def error(self, message):
@@ -21,9 +22,6 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=80)
-
     def _get_help_string(self, action):
         shown = action.default is not None and not isinstance(action.default, bool)
         return super()._get_help_string(action) if shown else action.help

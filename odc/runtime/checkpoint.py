@@ -48,8 +48,7 @@ def write_atomically(path, write, in_place=False):
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or cause
         raise UserError(f"{path}: could not be written ({reason}); a file from before is kept. "
-                        "Make room, or make the folder writable, and start the same command again."
-                        ) from None
+                        "Make room, and start the same command again.") from None
 
 
 def write_dict(path, state, in_place=False):
@@ -66,9 +65,8 @@ def reading(path):
         if isinstance(error, UserError) or launch.is_dead_worker(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}). If it is missing, "
-                        "damaged or another program's, restore a copy, or choose another --output."
-                        ) from None
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}): if it is damaged or "
+                        "another program's, restore a copy, or choose another --output.") from None
 
 
 def load(path, zip_only=True):

@@ -182,7 +182,7 @@ def test_mistakes_of_all_scripts(tmp_path, weights, monkeypatch):
             (["--arch", "resnet50"], "resnet50"), (["--output", tmp_path], "it is no file"),
             (["--output", tmp_path / "no" / "a.json"], "writable"),
             (["--data", tmp_path / "plants"], "same classes in one order"),
-            (["--data", tmp_path / "other"], "has no labels"),
+            (["--data", tmp_path / "other"], "must have labels"),
             (["--data", tmp_path / "alone"], "has no val split")]:
         with pytest.raises(UserError, match=sentence):
             prepared("--weights", weights, "--data", data, *arguments)
