@@ -123,10 +123,7 @@ def parse(arguments=None):
 
 
 def resolve_defaults(args, dataset, saved, device, pretrained=None):
-    """Set what was not given. A collective. Raises UserError if arguments or checkpoints differ.
-
-    pretrained: the ResNet of --pretrained, which decides the architecture.
-    """
+    """Set what was not given. A collective. Raises UserError if arguments or checkpoints differ."""
     own = {"data", "output", "workers"}  # of a machine
     for what, value in (("arguments", {k: v for k, v in vars(args).items() if k not in own}),
                         ("checkpoints", saved and (saved["progress"], saved["log_position"]))):

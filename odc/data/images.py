@@ -94,10 +94,7 @@ class ImageSet:
         return int(np.median(sides)) if sides else 224
 
     def keep_small_copies(self, side):
-        """Decode all files once, and keep them with shorter sides of at most `side` pixels.
-
-        Nothing is kept if that takes more than KEPT_BYTES.
-        """
+        """Decode all files once; keep copies with shorter sides of at most `side`, if they fit."""
         def small(i):
             with contextlib.suppress(UnreadableImage):  # the first pass will say so
                 image = self.load(i, draft_side=side)

@@ -38,8 +38,7 @@ TILES = 16  # images in a row and in a column of a sprite sheet
 def write_page(folder, dataset=None, clustering=None, workers=0, note=""):
     """Write report.html into the folder of a run; process 0 only. Raises UserError.
 
-    dataset, clustering: with the features of all images, or none; without both only the curves
-    are renewed. note: about the clusters.
+    clustering: with the features of all images, or none. Without one, only the curves are new.
     """
     records, data, sheets = read_log(folder / "log.jsonl"), {}, ""
     summary = "epoch {epoch}, step {step:,}".format(**records[-1]) if records else "no step yet"
