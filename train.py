@@ -202,10 +202,10 @@ def cluster_after_training(args, state, dataset, log):
             network, pixels = stabilities(dataset, clustering.features, args.num_clusters,
                                           args.workers)
             record = dict(stability=network, stability_of_pixels=pixels)
-            better = "they are better" if network > pixels else (
-                "those are better: learn longer, or start with --pretrained")
-            note = (f". The clusters of two halves of the images agree by {network:.2f} (NMI), "
-                    f"those of raw pixels by {pixels:.2f}: {better}.")
+            better = "the network's are better" if network > pixels else (
+                "the pixels' are better: learn longer, or start with --pretrained")
+            note = (f". The network's clusters of two halves of the images agree by {network:.2f} "
+                    f"(NMI), the raw pixels' by {pixels:.2f}: {better}.")
             print_main(note[2:])
         log.write_measures(state.progress, clustering.labels, dataset,
                            f"epoch {state.progress.epoch}, final clusters", record)
