@@ -122,7 +122,7 @@ def far_images(features, copies):
     images, distances = np.setdiff1d(np.arange(len(features)), copies), []
     some = np.linspace(0, len(images) - 1, min(len(images), SAMPLE)).astype(int)
     sample = torch.as_tensor(features[images[some]])
-    axes = torch.linalg.eigh(sample.T @ sample)[1][:, -AXES:]
+    axes = torch.linalg.eigh((sample.T @ sample).double())[1][:, -AXES:].float()
     for block in np.split(images, range(SAMPLE, len(images), SAMPLE)):
         rows = torch.cdist(torch.as_tensor(features[block]) @ axes, sample @ axes)
         nearest = rows.topk(min(NEIGHBOUR + 1, len(some)), largest=False)  # the image itself, too

@@ -259,3 +259,13 @@ def test_an_empty_log_and_the_page_of_a_finished_run(finished, tmp_path):
     assert {"loss", "nmi", "purity", "largest"} <= data_of(finished)["curves"].keys()
     assert len(data_of(finished)["curves"]["loss"]) == 2  # the last steps of the two epochs
     assert sum(cluster["size"] for cluster in data_of(finished)["clusters"]) == 150
+
+
+@pytest.mark.parametrize("spread", [0, 1e-30, 1e-9, 1e-3])
+def test_outliers_of_features_that_are_nearly_equal(spread):
+    """As of a network that has collapsed: their main directions are hard to find in float32."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(1, 256, generator=generator).relu().expand(60, -1)
+        rows = F.normalize(rows + spread * torch.randn(60, 256, generator=generator))
+        assert len(page.far_images(rows.numpy(), [3])) == 48
