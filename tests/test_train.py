@@ -23,14 +23,14 @@ from tests.runs import (
 
 def test_files_of_a_run(finished, folder):
     rows = (finished / "clusters.csv").read_text().splitlines()
-    assert rows[0] == "path,cluster,similarity" and len(rows) == 151
+    assert rows[0] == "path,cluster,similarity,root" and len(rows) == 151
     arrays = [np.load(finished / f"{name}.npy") for name in ("features", "labels", "centroids")]
     features, labels, centroids = arrays
     assert features.shape == (150, 256) and features.dtype == np.float32
     assert labels.dtype == np.int64 and centroids.shape == (8, 256)
     assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(150), abs=1e-5)
     for row, feature, label in zip(rows[1:], features, labels):
-        path, cluster, similarity = row.split(",")
+        path, cluster, similarity, root = row.split(",")
         cosine = feature @ centroids[label] / np.linalg.norm(centroids[label])
         assert (folder / path).exists() and int(cluster) == label
         assert float(similarity) == pytest.approx(cosine, abs=1e-4)

@@ -33,7 +33,7 @@ def write_array(path, array):
 
 
 def write_table(path, dataset, labels, similarity, neighbours=None, listed=None):
-    """A CSV file with a line for each image: path (or index), cluster, similarity to its centroid.
+    """A CSV file of images: path (or index), cluster, similarity to its centroid, the path's root.
 
     neighbours: (ImageSet, its images [N, n], similarity [N, n]) for 2 n more columns, or None.
     listed: the names of all lines, if unreadable images have left the dataset; theirs are empty.
@@ -44,7 +44,7 @@ def write_table(path, dataset, labels, similarity, neighbours=None, listed=None)
         columns += [f"neighbour_{n + 1}", f"similarity_{n + 1}"]
 
     def lines():
-        yield columns
+        yield [*columns, "root"]
         rows = zip(labels.tolist(), similarity, images, scores)
         for name in listed or map(dataset.name_of, range(len(dataset))):
             row = [name] + [""] * (len(columns) - 1)
@@ -53,7 +53,7 @@ def write_table(path, dataset, labels, similarity, neighbours=None, listed=None)
                 row = [name, cluster, f"{cosine:.4f}"]
                 for image, score in zip(found, near):
                     row += [train.name_of(image), f"{score:.4f}"]
-            yield row
+            yield [*row, dataset.root]
 
     write_lines(path, lines())
 
