@@ -280,10 +280,6 @@ def main(arguments=None):
     half = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
 
-    if args.preset == "small" and dataset.pixels is None and args.epochs:
-        with distributed.raise_everywhere():
-            dataset.keep_small_copies(max(128, args.image_size * 3 // 2))
-
     # Both memories: from the checkpoint, or from k-means of the first features.
     only_export = saved is not None and args.epochs == 0
     run_settings = saved["settings"] if only_export else vars(args)
@@ -293,6 +289,9 @@ def main(arguments=None):
         state.memory = make_memory(args, dataset, device)
         restore(state, saved)
     progress = state.progress
+    if progress.epoch < args.epochs and args.preset == "small" and dataset.pixels is None:
+        with distributed.raise_everywhere():
+            dataset.keep_small_copies(max(128, args.image_size * 3 // 2))
     with distributed.raise_everywhere():
         log = Log(output / "log.jsonl", saved["log_position"] if saved else 0, args.tensorboard)
     if not saved:
@@ -303,7 +302,7 @@ def main(arguments=None):
                 results.write_unreadable(output / "unreadable.txt", dataset.left_out)
         save(state, dataset, log)
         with distributed.raise_everywhere():
-            if distributed.is_main():
+            if distributed.is_main() and args.epochs:  # else the page of the end comes at once
                 page.write_page(output, dataset, clustering, args.workers, ", before the training")
     elif progress.epoch >= args.epochs:
         print_main(f"{output} holds a run of {progress.epoch} epochs.")

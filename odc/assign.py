@@ -130,8 +130,7 @@ def main(arguments=None):
     check_same_images(dataset, *([train] if train else []))
     distributed.print_main(f"{len(dataset):,} images, {len(centroids):,} clusters after epoch "
                            f"{state['progress']['epoch']} of a run on {state['settings']['data']}")
-    # Of all images: those that cannot be read leave the dataset now.
-    listed = [dataset.name_of(i) for i in range(len(dataset))]
+    listed = [dataset.name_of(i) for i in range(len(dataset))]  # unreadable ones leave it now
     features = extract(network, dataset, transform, centroids.shape[1], device, 128,
                        default_workers(dataset.pixels is not None), unreadable_share=1.0)
     labels = nearest_centroids(features, centroids)

@@ -124,8 +124,8 @@ def stability(features, num_clusters):
     for half in (features[::2], features[1::2]):
         num_rows = int(distributed.all_reduce(torch.tensor(len(half))))
         _, centroids = kmeans(half.contiguous(), max(1, min(num_clusters, num_rows // 10)))
-        own = nearest_centroids(features, centroids)
-        labels.append(distributed.all_gather_uneven_rows(own).cpu())
+        own_labels = nearest_centroids(features, centroids).cpu()
+        labels.append(distributed.all_gather_uneven_rows(own_labels))
     return metrics.nmi(*labels)
 
 

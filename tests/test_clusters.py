@@ -127,7 +127,7 @@ def test_a_run_goes_on_after_no_epochs_as_if_nothing_had_happened(folder, finish
     before = state_of(tmp_path)
     done = run_script("train.py", "--data", folder, "--output", tmp_path, *SMALL, "--epochs", "0",
                       processes=2)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr  # of a library
     after = state_of(tmp_path)
     for name in ("settings", "progress", "memory"):  # and the step of the epoch
         assert_equal_state(before[name], after[name], name)
