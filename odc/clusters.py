@@ -51,7 +51,7 @@ def cluster_images(network, dataset, memory, image_size, workers=0, trained=True
     device, K, backbone = memory.labels.device, len(memory.centroids), network.backbone.eval()
     C = backbone.out_channels[-1]
 
-    def forward(images):  # features, and by how much a gray pixel of 8 x 9 is lighter than the last
+    def forward(images):  # pooled maps; differences to the left of the gray image at 8 x 9 pixels
         gray = F.adaptive_avg_pool2d(images.mean(1), (8, 9))
         return torch.cat([backbone(images)[-1].mean((2, 3)), gray.diff().flatten(1)], dim=1)
     rows = extract(forward, dataset, clustering_transform(image_size, dataset.whole_images), C + 64,
@@ -71,7 +71,7 @@ def cluster_images(network, dataset, memory, image_size, workers=0, trained=True
                                    min_size=memory.min_cluster_size)
     labels = distributed.all_gather_uneven_rows(own_labels)
     empty = labels.bincount(minlength=K) == 0
-    centroids[empty] = -1  # far from all that the neck's ReLU gives: no new image is assigned to it
+    centroids[empty] = -1  # far from every unit feature: no new image is assigned to it
     if empty.any():
         distributed.print_main(f"{int(empty.sum()):,} of {K:,} clusters are empty: the others are "
                                "too small to split, or hold copies of one image.")
@@ -110,7 +110,7 @@ def estimate_statistics(neck, pooled, num_images):
 
 
 def stabilities(dataset, features, num_clusters, workers=0):
-    """`stability` of features [n, d] and of the images' raw pixels, of a sample. A collective."""
+    """`stability` of features [n, d] and of raw pixels, both of a sample. A collective."""
     step = -(-len(dataset) // COMPARED)
     pixels = extract(unit_pixels, dataset.take(range(0, len(dataset), step)),
                      clustering_transform(32, dataset.whole_images), 3 * 32**2, features.device,
@@ -119,7 +119,7 @@ def stabilities(dataset, features, num_clusters, workers=0):
 
 
 def stability(features, num_clusters):
-    """NMI in 0..1 of two clusterings of features [n, d]: by k-means of the even or odd rows."""
+    """NMI in 0..1 of two clusterings of features [n, d]: k-means of the even and of the odd rows."""
     labels = []
     for half in (features[::2], features[1::2]):
         num_rows = int(distributed.all_reduce(torch.tensor(len(half))))

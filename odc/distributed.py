@@ -69,7 +69,7 @@ def check_same_device(store, rank, world_size, kind):
 
 
 def environment(name, default):
-    """A number that torchrun sets; without WORLD_SIZE it is left over from elsewhere."""
+    """A number that torchrun sets, or the default if torchrun has not started this process."""
     return int(os.environ.get(name) or default) if os.environ.get("WORLD_SIZE") else default
 
 

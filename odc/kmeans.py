@@ -11,14 +11,14 @@ from odc.runtime import launch
 from odc.runtime.log import progress_bar
 
 BLOCK_BYTES = 24 * 2**20  # of scores at a time
-GROUP = 64  # scores. torch vectorises a maximum over at least 4 vectors, of 16 with AVX-512.
+GROUP = 64  # scores: 4 vectors of 16 (AVX-512), the fewest at which torch vectorises a maximum
 
 
 def nearest_centroids(features, centroids, inner_product=False):
     """The best centroid of every row: [n, d] float, [K, d] float32 -> int64 [n].
 
-    Best means nearest, or with inner_product the largest <f, c> (recipe). The lowest index wins
-    ties, but for float32 rounding, which varies with the rows beside. Not for use under autocast.
+    Best means nearest, or with inner_product the largest <f, c> (recipe); of equal ones the lowest
+    index. Float32 rounding may depend on the other rows of a block. Not for use under autocast.
     """
     n, K, device = len(features), len(centroids), features.device
     bias = torch.zeros(K, device=device)

@@ -6,7 +6,7 @@ share of the new feature: F_i <- m z_i + (1 - m) F_i, normalised.
 
 Each process holds the features of its contiguous `rows`, and their sums. Labels, centroids and
 sizes are the same everywhere. Public methods are collectives. `images` are ascending int64 indices
-on the CPU: their lengths are known without waiting for a GPU, and a process's are neighbours.
+on the CPU: no step waits for a GPU to know how many there are, and a process has a slice of them.
 """
 
 import torch

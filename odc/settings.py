@@ -21,7 +21,7 @@ from odc.runtime.arguments import Parser, number, path, whole
 from odc.runtime.checkpoint import check_same_settings, reading
 
 SMALL_SET = 200_000  # fewer images than this: preset small
-HALF_HOUR = 1500  # seconds in the network, where reading and augmenting take the rest
+HALF_HOUR = 1500  # seconds in the network; to read and augment takes the rest
 
 RECIPE = dict(
     image_size=224, crop_scale=0.08, jitter=[0.4, 0.4, 1.0, 0.5], arch="resnet50",
@@ -124,7 +124,7 @@ def parse(arguments=None):
 
 def resolve_defaults(args, dataset, saved, device, pretrained=None):
     """Set what was not given. A collective. Raises UserError if arguments or checkpoints differ."""
-    own = {"data", "output", "workers"}  # of a machine
+    own = {"data", "output", "workers"}  # may differ between machines
     for what, value in (("arguments", {k: v for k, v in vars(args).items() if k not in own}),
                         ("checkpoints", saved and (saved["progress"], saved["log_position"]))):
         if not distributed.same_everywhere(value):
@@ -188,8 +188,8 @@ def _follow_images(args, dataset, device, pretrained):
     if args.epochs is None:
         rate = images_per_second(args, device, has_small_stem(args, pretrained))
         args.epochs = max(10, min(200, int(HALF_HOUR * rate / N)))
-        print_main(f"{args.epochs} epochs, for about half an hour (10 to 200): ten times as many "
-                   "added 2.0 to 6.5 points of kNN accuracy in our tests.")
+        print_main(f"{args.epochs} epochs, for about half an hour (10 to 200): five to ten times "
+                   "as many added 2.0 to 6.5 points of kNN accuracy in our tests.")
     every = max(1, min(round(60_000 / N), (args.epochs or 40) // 4))  # 60,000 images in between
     _fill(args, dict(recluster_interval=every, offline_epochs=every))
     if N < 1000 and pretrained is None:

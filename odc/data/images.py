@@ -20,8 +20,8 @@ from odc.runtime.log import progress_bar
 
 # Only these decoders are tried, whatever a file is called. Pillow has others that start programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-PAUSES = (0.1, 0.4)  # seconds before a file that a disk failed to give is read again
-PATIENT_PAUSES = (0.1, 0.4, 1.5, 3, 5)  # the same for a file that was read before in this run
+PAUSES = (0.1, 0.4)  # seconds before a failed read is tried again
+PATIENT_PAUSES = (0.1, 0.4, 1.5, 3, 5)  # the same for a file that this run has read before
 KEPT_BYTES = 2**30  # of images in memory, for each process
 
 
@@ -148,7 +148,7 @@ class ImageSet:
 def read_image(path, turn=False, draft_side=None):
     """The first frame of a file as an RGB `PIL.Image`, on white.
 
-    turn: as its EXIF says, unlike torchvision. draft_side: a JPEG with longer sides may be smaller.
+    turn: as its EXIF says, unlike torchvision. draft_side: a large JPEG is decoded at a fraction.
     """
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for images that are merely odd

@@ -104,7 +104,7 @@ class BatchLoader(torch.utils.data.DataLoader):
     """An iterable over Batch, made by the functions above; `len()` is the number of steps.
 
     Raises UserError if a worker dies or hangs, or if more than unreadable_limit images of this
-    process are unreadable; Interrupted on a signal. At limit 0, all images were read before.
+    process are unreadable; Interrupted on a signal. At limit 0 a failed read is tried for longer.
     """
 
     def __init__(self, batches, workers, pin_memory, unreadable_limit=0):
@@ -163,7 +163,7 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         pixels, draws, indices, unreadable = [], [], [], {}
-        # Of all processes, however many, and of a resumed epoch: the steps from here to the end.
+        # The same on all processes and after a resume, as it counts the steps from here to the end.
         order = _hash("order", self.seeds, len(self) - step) % len(augment.ORDERS)
         for position in map(int, self.positions[step]):
             index = int(self.order[position])

@@ -13,7 +13,7 @@ from odc.features import extract
 from odc.runtime import launch
 
 TEMPERATURE = 0.07  # a neighbour of similarity s votes with weight exp(s / TEMPERATURE)
-QUERIES, ROWS = 512, 4096  # of a tile. A larger one leaves a CPU's caches.
+QUERIES, ROWS = 512, 4096  # of a tile; a larger one does not fit a CPU's caches
 
 
 def pooled(maps):
@@ -42,11 +42,11 @@ def open_held_out(data, train):
 
 def knn_accuracy(backbone, bank, queries, image_size, device, workers=0,
                  autocast=contextlib.nullcontext()):
-    """Share of the queries whose class their 20 nearest images in the bank tell, in 0..1.
+    """Accuracy in 0..1 of the queries' classes, as their 20 nearest images in the bank vote.
 
     bank, queries: of `open_held_out`. backbone: in eval mode; it runs under autocast. A collective.
     """
-    with autocast:  # the clustering has read the bank's images before
+    with autocast:  # share 0: the clustering has read the bank's images before
         features, questions = (
             extract(lambda x: pooled(backbone(x)), images, evaluation_transform(image_size),
                     backbone.out_channels[-1], device, workers=workers, name=name,

@@ -49,7 +49,7 @@ def step_average_precision(positive, scores):
 def voc_average_precision(targets, scores):
     """VOC's average precision: the area under the interpolated precision-recall curve, [c] float64.
 
-    targets: [n], 1, -1, 0 (difficult, left out); scores: [n, c]. Absent images lead equal scores.
+    targets: [n], 1, -1, 0 (difficult, left out); scores: [n, c]. Negatives lead equal scores.
     """
     kept = targets != 0
     scores, positive = scores[kept], targets[kept] > 0

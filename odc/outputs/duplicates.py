@@ -12,7 +12,7 @@ from odc.data.augmentation import resize_exact
 from odc.data.images import FORMATS
 from odc.data.loader import evaluation_batches
 
-BITS, REACH = 6, 16  # that hashes may differ in; images that one meets of each equal quarter
+BITS, REACH = 6, 16  # bits that may differ; images with the same quarter of a hash to compare with
 BLOCK, NEAREST = 2048, 4  # images compared by features, and candidates that each has there
 PAIRS = 20_000  # the most similar candidates that are looked at
 # Least correlations of small pictures of copies: gray, colours, and gray if the features agree.
@@ -64,7 +64,7 @@ def find_groups(dataset, clustering, workers=0):
 def candidates(clustering, least):
     """Yield arrays [n, 3]: a distance, and two images that may be copies. Not all are compared."""
     hashes = clustering.hashes.numpy()
-    for quarter in hashes.view(np.uint16).reshape(-1, 4).T:  # one at least is equal
+    for quarter in hashes.view(np.uint16).reshape(-1, 4).T:  # up to 3 unequal bits leave one equal
         order = np.lexsort((hashes, quarter))
         for step in range(1, REACH + 1):
             a, b = order[:-step], order[step:]

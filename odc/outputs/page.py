@@ -116,7 +116,7 @@ def contents(dataset, clustering):
 def far_images(features, copies):
     """OUTLIERS images that are far from their 20th neighbour; features: unit rows [N, d].
 
-    Nearer ones may be as foreign, as such pictures come in handfuls. Distances are in the set's
+    Not from the first, as foreign pictures come in handfuls. Distances are in the set's
     main directions, as in others every image is alone, and to a sample; `copies` do not count.
     """
     images, distances = np.setdiff1d(np.arange(len(features)), copies), []

@@ -43,7 +43,7 @@ def write_atomically(path, write, in_place=False):
         with contextlib.suppress(OSError):
             temporary.unlink()
         if not isinstance(error, (OSError, RuntimeError)) or launch.is_dead_worker(error):
-            raise  # a signal handler of torch raises the last one anywhere
+            raise  # a dead worker is reported anywhere, by torch's signal handler
         # torch turns an OSError inside its writer into a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or cause
@@ -81,7 +81,7 @@ def load(path, zip_only=True):
     if zip_only and not is_zip:
         raise ValueError("it is no zip archive")
     if is_zip:
-        with zipfile.ZipFile(path) as archive:  # torch checks neither
+        with zipfile.ZipFile(path) as archive:  # torch does not check this
             if archive.testzip() or any(part.compress_type for part in archive.infolist()):
                 raise ValueError("a checksum is wrong, or it is compressed, as TorchScript is")
     return torch.load(path, map_location="cpu", weights_only=True,

@@ -24,7 +24,7 @@ def _on_signal(number, frame):
     if _signal_received is None:
         _signal_received, _signal_time = number, time.monotonic()
     elif time.monotonic() - _signal_time > 1:
-        os._exit(128 + number)  # within a second it is the first one, sent by torchrun, too
+        os._exit(128 + number)  # within a second it is the first one again, from torchrun
 
 
 def catch_signals():
