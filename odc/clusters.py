@@ -119,7 +119,7 @@ def stabilities(dataset, features, num_clusters, workers=0):
 
 
 def stability(features, num_clusters):
-    """NMI in 0..1 of two clusterings of features [n, d]: k-means of the even and of the odd rows."""
+    """NMI in 0..1 of two clusterings of features [n, d]: k-means of the even and the odd rows."""
     labels = []
     for half in (features[::2], features[1::2]):
         num_rows = int(distributed.all_reduce(torch.tensor(len(half))))

@@ -172,7 +172,7 @@ def _settings_of(saved, output):
 
 
 def _follow_images(args, dataset, device, pretrained):
-    """The three formulas of preset small: size of the images, number of clusters, epochs."""
+    """The formulas of preset small: image size, clusters, learning rate, epochs and interval."""
     N, on_cpu = len(dataset), device.type == "cpu"
     # Process 0's: another machine may fail to read one of the files that are measured.
     side = int(distributed.broadcast(torch.tensor(dataset.typical_side())))

@@ -103,7 +103,7 @@ def resize_exact(image, size=224, resize=256):
 
 
 def evaluation_transform(image_size):
-    """`resize_center_crop` in the proportion of 256 to 224; images of up to 64 are not cut."""
+    """`resize_center_crop` at 256 to 224; square images of up to 64 pixels are not cut."""
     resize = image_size if image_size <= 64 else round(image_size * 256 / 224)
     return functools.partial(resize_center_crop, resize=resize, crop=image_size)
 
