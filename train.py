@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from odc import distributed, settings
 from odc.clusters import (Clustering, cluster_images, cosine_to_centroid, neck_features,
                           stabilities)
-from odc.data.augmentation import Augmentation, augment_batch, clustering_transform
+from odc.data.augmentation import AUGMENTATIONS, augment_batch, clustering_transform
 from odc.data.datasets import check_same_images, open_dataset
 from odc.data.loader import steps_per_epoch, training_batches
 from odc.distributed import all_gather_rows, print_main, share_statistics
@@ -45,9 +45,9 @@ def train_epoch(args, state, model, dataset, log, autocast):
     B = args.batch_size // distributed.world_size()
     steps = steps_per_epoch(len(dataset), B)
     online = epoch >= progress.offline_epochs  # else labels stay as the last k-means made them
-    augmentation = Augmentation(min_scale=args.crop_scale, jitter=tuple(args.jitter))
-    batches = iter(training_batches(dataset, augmentation, args.image_size, B, args.seed, epoch,
-                                    progress.step, args.workers, pin_memory=device.type == "cuda"))
+    batches = iter(training_batches(
+        dataset, AUGMENTATIONS[args.augmentation], args.image_size, B, args.seed, epoch,
+        progress.step, args.workers, device.type == "cuda", args.crops))
     model.train()
     state.final_clusters = None  # out of date as soon as the weights change
     loss_weights = memory.loss_weights(args.reweight_power)
@@ -75,8 +75,11 @@ def train_epoch(args, state, model, dataset, log, autocast):
         # 3. Samples memory: features move towards z, labels follow (Eq. 1 and 2).
         change_ratio, splits = 0.0, 0
         if online:
-            indices = all_gather_rows(batch.indices)  # [W * B], in rank order, on the CPU
-            z = all_gather_rows(z.detach().float())  # [W * B, d]
+            z = z.detach().float()
+            if args.crops > 1:
+                z = F.normalize(z).unflatten(0, (-1, args.crops)).mean(1)
+            indices = all_gather_rows(batch.indices[:: args.crops])  # [M], in rank order, on the CPU
+            z = all_gather_rows(z)  # [M, d], an image's crops in one
             change_ratio = memory.update_samples(indices, z)
         # 4. Learn. DDP averages the gradients over the processes.
         for group in optimizer.param_groups:
@@ -181,21 +184,23 @@ def cluster_between_epochs(args, state, dataset):
     """Both memories from all unaugmented images again; the head stays. Ours, not in the paper."""
     progress = state.progress
     progress.reclustered_at = progress.epoch
-    clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers)
+    clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
+                                args.neck == "plain")
     if pixels_lead(args, progress):
         network, pixels = stabilities(dataset, clustering.features, args.num_clusters, args.workers)
         print_main(f"epoch {progress.epoch}: stability {network:.3f}, of pixels {pixels:.3f}")
         if network <= pixels:
             return
         progress.offline_epochs = progress.epoch  # labels move from now on
-    state.memory.initialize(clustering.features, clustering.labels)
+    features = neck_features(state.network.neck.eval(), clustering.pooled, len(dataset))
+    state.memory.initialize(features, clustering.labels)
 
 
 def cluster_after_training(args, state, dataset, log):
     """Cluster all images by the current network, save, and write what people and programs read."""
     output = Path(args.output)
     clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
-                                trained=state.progress.global_step > 0)
+                                args.neck == "plain" or state.progress.global_step == 0)
     note, record = "", {}
     if state.final_clusters is None:  # trained since the last call: not logged yet
         if args.preset == "small" and len(dataset) > 40:
@@ -221,7 +226,7 @@ def cluster_after_training(args, state, dataset, log):
             page.write_page(output, dataset, clustering, args.workers, note)
 
 
-def measure(args, state, dataset, held_out, log, autocast):
+def measure(args, state, dataset, held_out, log):
     """Measure network and clusters between epochs, and renew the page. What fails is a warning."""
     progress, memory, record = state.progress, state.memory, {}
     epoch, when = progress.epoch, f"epoch {progress.epoch}" if progress.epoch else "initial k-means"
@@ -229,7 +234,7 @@ def measure(args, state, dataset, held_out, log, autocast):
         if held_out and epoch % max(1, args.epochs // KNN_MEASURES) == 0:
             record["knn_accuracy"] = knn.knn_accuracy(
                 state.network.eval().backbone, *held_out, args.image_size, memory.labels.device,
-                args.workers, autocast)
+                args.workers)
         if epoch:
             record["nmi_previous"] = metrics.nmi(memory.labels.cpu(), state.labels_before)
         log.write_measures(progress, memory.labels, dataset, when, record)
@@ -266,7 +271,8 @@ def main(arguments=None):
     # Network and optimizer.
     torch.manual_seed(args.seed)
     small_stem = saved["small_stem"] if saved else settings.has_small_stem(args, pretrained)
-    network = ODC(args.arch, small_stem, num_clusters=args.num_clusters)
+    network = ODC(args.arch, small_stem, num_clusters=args.num_clusters,
+                  plain_neck=args.neck == "plain")
     if pretrained is not None:
         network.backbone.load_state_dict(pretrained.state_dict())
     if device.type == "cuda" and distributed.world_size() > 1:  # torch has none for CPUs
@@ -274,8 +280,7 @@ def main(arguments=None):
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([
         {"params": [*network.backbone.parameters(), *network.neck.parameters()]},
-        {"params": network.head.parameters(), "momentum": 0.0},
-    ], lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+        {"params": network.head.parameters(), "momentum": 0.0}], lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     half = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
@@ -289,7 +294,7 @@ def main(arguments=None):
         state.memory = make_memory(args, dataset, device)
         restore(state, saved)
     progress = state.progress
-    if progress.epoch < args.epochs and args.preset == "small" and dataset.pixels is None:
+    if run_settings["epochs"] and args.preset == "small" and dataset.pixels is None:
         with distributed.raise_everywhere():
             dataset.keep_small_copies(max(128, args.image_size * 3 // 2))
     with distributed.raise_everywhere():
@@ -326,7 +331,7 @@ def main(arguments=None):
 
     while not only_export:
         if progress.step == 0 and progress.measured < progress.epoch:
-            measure(args, state, dataset, held_out, log, autocast)
+            measure(args, state, dataset, held_out, log)
         if progress.epoch >= args.epochs:
             break
         due = progress.epoch > 0 and (

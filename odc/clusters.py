@@ -30,6 +30,7 @@ class Clustering:
     centroids: torch.Tensor  # float32 [K, d], on the CPU; rows of -1 for empty clusters
     features: torch.Tensor | None = None  # float32 [n, d], unit rows: this process's, or all
     neck: torch.nn.Module | None = None  # gave the features, with statistics of all images
+    pooled: torch.Tensor | None = None  # float32 [n, C], the average of the last map
     hashes: torch.Tensor | None = None  # int64 [N], difference hashes, on the CPU
     duplicates: tuple = ([], 1.0)  # what odc.outputs.duplicates.find_groups has found
 
@@ -41,10 +42,10 @@ class Clustering:
         return np.split(order, self.labels.bincount(minlength=len(self.centroids)).cumsum(0)[:-1])
 
 
-def cluster_images(network, dataset, memory, image_size, workers=0, trained=True):
+def cluster_images(network, dataset, memory, image_size, workers=0, of_backbone=False):
     """The Clustering of the unaugmented images, from that of `memory` on. A collective.
 
-    trained: whether the neck is; else the backbone's features are clustered, less their mean.
+    of_backbone: cluster the backbone's features, less their mean, instead of the neck's.
     Clusters below memory.min_cluster_size give way to halves of wide ones, while there are any.
     Raises UserError if an image cannot be read any more.
     """
@@ -58,7 +59,7 @@ def cluster_images(network, dataset, memory, image_size, workers=0, trained=True
                    device, workers=workers, unreadable_share=0)
     pooled, lighter = rows[:, :C], rows[:, C:] > 2**-6  # [n, C], [n, 64]: by more than noise
     hashes = (lighter.long() << torch.arange(64, device=device)).sum(1)
-    neck = copy.deepcopy(network.neck).eval() if trained else CentredPool(C)
+    neck = CentredPool(C) if of_backbone else copy.deepcopy(network.neck).eval()
     features = neck_features(neck.to(device), pooled, len(dataset))
     sums = ClusterSums(K, features.shape[1], len(dataset), device)
     sums.add(features, memory.labels[memory.rows])
@@ -77,7 +78,7 @@ def cluster_images(network, dataset, memory, image_size, workers=0, trained=True
                                "too small to split, or hold copies of one image.")
     similarity = distributed.all_gather_uneven_rows(
         cosine_to_centroid(features, centroids, own_labels))
-    return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck,
+    return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck, pooled,
                       distributed.all_gather_uneven_rows(hashes).cpu())
 
 
@@ -123,6 +124,8 @@ def stability(features, num_clusters):
     labels = []
     for half in (features[::2], features[1::2]):
         num_rows = int(distributed.all_reduce(torch.tensor(len(half))))
+        if num_rows == 0:  # one image a process
+            return 0.0
         _, centroids = kmeans(half.contiguous(), max(1, min(num_clusters, num_rows // 10)))
         own_labels = nearest_centroids(features, centroids).cpu()
         labels.append(distributed.all_gather_uneven_rows(own_labels))

@@ -67,14 +67,18 @@ def _stage(block, in_channels, planes, count, stride):
 
 
 class Neck(nn.Module):
-    """Average pool and two linear layers, the ODC neck: [B, in_channels, h, w] -> [B, dim]."""
+    """Average pool and two linear layers, the ODC neck: [B, in_channels, h, w] -> [B, dim].
 
-    def __init__(self, in_channels, hidden=512, dim=FEATURE_DIM):
+    plain (ours): without the dropout and the last ReLU.
+    """
+
+    def __init__(self, in_channels, hidden=512, dim=FEATURE_DIM, plain=False):
         super().__init__()
         self.fc1 = nn.Linear(in_channels, hidden)
         self.bn1 = nn.BatchNorm1d(hidden, momentum=0.001, affine=False)
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = nn.Dropout(0.0 if plain else 0.5)
         self.fc2 = nn.Linear(hidden, dim)
+        self.last = nn.Identity() if plain else nn.ReLU()
         for fc in (self.fc1, self.fc2):
             nn.init.kaiming_normal_(fc.weight, mode="fan_in", nonlinearity="relu")
             nn.init.zeros_(fc.bias)
@@ -82,11 +86,11 @@ class Neck(nn.Module):
     def forward(self, feature5):
         x = feature5.mean(dim=(2, 3))
         x = self.dropout(torch.relu(self.bn1(self.fc1(x))))
-        return torch.relu(self.fc2(x))
+        return self.last(self.fc2(x))
 
 
 class CentredPool(nn.Module):
-    """For a neck that has learned nothing yet: unit length less the mean of all images (ours)."""
+    """What is clustered instead of the neck: unit length less the mean of all images (ours)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -99,10 +103,11 @@ class CentredPool(nn.Module):
 class ODC(nn.Module):
     """Backbone, neck and head. The head classifies into the K clusters of the moment."""
 
-    def __init__(self, arch="resnet50", small_stem=False, dim=FEATURE_DIM, num_clusters=10000):
+    def __init__(self, arch="resnet50", small_stem=False, dim=FEATURE_DIM, num_clusters=10000,
+                 plain_neck=False):
         super().__init__()
         self.backbone = ResNet(arch, small_stem)
-        self.neck = Neck(self.backbone.out_channels[-1], dim=dim)
+        self.neck = Neck(self.backbone.out_channels[-1], dim=dim, plain=plain_neck)
         self.head = nn.Linear(dim, num_clusters)
         self.reset_head()
 

@@ -13,6 +13,7 @@ import time
 import torch
 
 from odc import distributed
+from odc.data.augmentation import AUGMENTATIONS
 from odc.data.loader import check_shared_memory, default_workers
 from odc.distributed import print_main
 from odc.errors import UserError
@@ -21,22 +22,21 @@ from odc.runtime.arguments import Parser, number, path, whole
 from odc.runtime.checkpoint import check_same_settings, reading
 
 SMALL_SET = 200_000  # fewer images than this: preset small
-HALF_HOUR = 1500  # seconds in the network; to read and augment takes the rest
+HALF_HOUR = 1200  # seconds in the network; to read and augment takes the rest
 
 RECIPE = dict(
-    image_size=224, crop_scale=0.08, jitter=[0.4, 0.4, 1.0, 0.5], arch="resnet50",
+    image_size=224, augmentation="recipe", crops=1, arch="resnet50", neck="recipe",
     num_clusters=10000, min_cluster_size=20, memory_momentum=0.5, centroids_interval=10,
     reweight_power=0.5, initial="network", recluster_interval=0, offline_epochs=0, epochs=440,
     batch_size=512, lr=0.06, lr_schedule="step", weight_decay=1e-5, checkpoint_interval=1000,
     seed=0, amp="off")
-# Chosen in trials, see tests/benchmarks/learning/README.md; the jitter is SimCLR's, against
-# decisions by brightness. `_follow_images` sets what is missing here.
+# Chosen in trials, see tests/benchmarks/learning/README.md. `_follow_images` sets what is missing.
 SMALL = RECIPE | dict(
-    crop_scale=0.5, jitter=[0.8, 0.8, 0.8, 0.2], memory_momentum=0.1, batch_size=64,
+    augmentation="small", crops=4, neck="plain", memory_momentum=0.1, batch_size=64,
     lr_schedule="cosine", image_size=None, arch=None, num_clusters=None, min_cluster_size=None,
     lr=None, initial=None, epochs=None, recluster_interval=None, offline_epochs=None)
 # Chosen without labels, by the agreement of the clusters of several seeds.
-DEMO = RECIPE | dict(arch="narrow", image_size=32, num_clusters=60, crop_scale=0.5, epochs=20,
+DEMO = RECIPE | dict(arch="narrow", image_size=32, num_clusters=60, augmentation="demo", epochs=20,
                      batch_size=64, checkpoint_interval=100)
 PRESETS = {"recipe": RECIPE, "small": SMALL, "demo": DEMO}
 
@@ -67,13 +67,15 @@ def make_parser():
         "also continues")
     add("--preset", choices=list(PRESETS), help="where settings come from that are not given")
     add("--image-size", metavar="PIXELS", type=whole(8, 4096), help="side of a crop")
-    add("--crop-scale", metavar="SHARE", type=number(0, 1, above=True), help="smallest crop")
-    add("--jitter", metavar=("B", "C", "S", "H"), type=number(0, 10), nargs=4,
-        help="brightness, contrast, saturation and hue jitter")
+    add("--augmentation", choices=list(AUGMENTATIONS), help="random crops and colours")
+    add("--crops", metavar="C", type=whole(1), help="crops of each image in a batch; the samples "
+        "memory takes their mean")
     add("--workers", metavar="N", type=whole(0, 256), help="processes that read images, per "
         "training process (default: up to 4; 0 for images in memory)")
     add = group("network")
     add("--arch", choices=list(ARCHS), help="backbone; narrow is for small images")
+    add("--neck", choices=["recipe", "plain"], help="plain: without dropout and last ReLU; k-means "
+        "is of the backbone's features instead of the neck's")
     add("--pretrained", metavar="FILE", type=lambda text: text if text in ARCHS else path(text),
         help="start from this backbone, or from torchvision's by its name, such as resnet18")
     add = group("clusters and memories")
@@ -110,8 +112,7 @@ def make_parser():
 
 def _text(value):
     """A setting as it is written on a command line; - for one that follows from the images."""
-    values = value if isinstance(value, list) else ["-" if value is None else value]
-    return " ".join(map(str, values))
+    return "-" if value is None else str(value)
 
 
 def parse(arguments=None):
@@ -162,9 +163,7 @@ def _fill(args, values):
 def _settings_of(saved, output):
     """The settings in a checkpoint, each as the parser takes it. Raises UserError."""
     with reading(os.path.join(output, "checkpoint.pth")):
-        words = []
-        for name in RECIPE:
-            words += ["--" + name.replace("_", "-"), *_text(saved["settings"][name]).split()]
+        words = [f"--{name.replace('_', '-')}={saved['settings'][name]}" for name in RECIPE]
         parsed = vars(make_parser().parse_args(words))
         if any(parsed[name] != saved["settings"][name] for name in RECIPE):
             raise ValueError("its settings are not those of a run")
@@ -222,9 +221,10 @@ def validate(args, dataset, saved, device):
         raise UserError(f"--num-clusters {args.num_clusters} with --min-cluster-size "
                         f"{args.min_cluster_size} need {needed} images, and {args.data} has {N}; "
                         "lower one of them.")
-    if args.batch_size % W or args.batch_size < 2 * W:
+    if args.batch_size % (W * args.crops) or args.batch_size < 2 * W:
         raise UserError(f"--batch-size {args.batch_size} cannot be split evenly over {W} "
-                        "processes, at least 2 each: choose another.")
+                        f"processes, at least 2 each, and images of {args.crops} crops: choose "
+                        "another.")
     check_shared_memory(args.workers, args.batch_size, args.image_size)
     if args.epochs == 0 and not args.pretrained and not saved:
         raise UserError("--epochs 0 clusters by a network that has learned: give --pretrained, "

@@ -15,7 +15,7 @@ from tests.processes import ForkedScript, command, environment
 
 SMALL = ["--arch", "narrow", "--image-size", "32", "--num-clusters", "8", "--min-cluster-size", "5",
          "--batch-size", "16", "--workers", "0", "--lr", "0.05", "--device", "cpu",
-         "--crop-scale", "0.5", "--preset", "recipe"]
+         "--augmentation", "demo", "--preset", "recipe"]
 
 
 def run_main(*arguments):

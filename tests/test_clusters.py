@@ -82,7 +82,7 @@ def test_assign_agrees_with_the_table_and_copies_are_in_one_cluster(tmp_path):
     assert run_main("--data", images, "--output", run, *SMALL, "--epochs", "2") == 0
     written = table(run / "clusters.csv")
     assign.main(["--checkpoint", str(run / "checkpoint.pth"), "--data", str(images),
-                 "--output", str(run / "again.csv")])
+                 "--output", str(run / "again.csv"), "--device", "cpu"])
     assert written == table(run / "again.csv")
     assert len({cluster for path, cluster in written.items() if "True" in path}) == 1
 

@@ -34,7 +34,7 @@ def test_a_small_set_has_its_own_settings():
 
 
 @pytest.mark.parametrize("num_images, num_clusters, epochs", [
-    (60, 2, 200), (3000, 75, 200), (60_000, 1000, 20), (199_999, 1000, 10)])
+    (60, 2, 200), (3000, 75, 200), (60_000, 1000, 16), (199_999, 1000, 10)])
 def test_clusters_and_epochs_follow_the_number_of_images(num_images, num_clusters, epochs):
     args = chosen(["--data", "somewhere"], made_up(num_images))
     assert (args.num_clusters, args.epochs) == (num_clusters, epochs)
@@ -54,11 +54,11 @@ def test_a_gpu_takes_larger_images():
 
 def test_what_is_given_wins(capsys):
     args = chosen(["--data", "somewhere", "--num-clusters", "7", "--lr-schedule", "step",
-                   "--jitter", "0", "0", "0", "0"], made_up(6000))
-    assert (args.num_clusters, args.lr_schedule, args.jitter) == (7, "step", [0, 0, 0, 0])
+                   "--crops", "2"], made_up(6000))
+    assert (args.num_clusters, args.lr_schedule, args.crops) == (7, "step", 2)
     assert args.initial == "pixels"
     told = capsys.readouterr().out
-    assert "preset small, but --jitter 0.0 0.0 0.0 0.0 --num-clusters 7 --lr-schedule step" in told
+    assert "preset small, but --crops 2 --num-clusters 7 --lr-schedule step" in told
 
 
 @pytest.mark.parametrize("arguments, num_images, preset", [

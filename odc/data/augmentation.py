@@ -36,6 +36,12 @@ class Augmentation:
     fixed_scale: bool = False  # crops of one size, from the central square at 256/224 of it
 
 
+AUGMENTATIONS = {  # --augmentation of train.py
+    "recipe": Augmentation(),
+    # The jitter is SimCLR's, against decisions by brightness.
+    "small": Augmentation(min_scale=0.3, jitter=(0.8, 0.8, 0.8, 0.2)),
+    "demo": Augmentation(min_scale=0.5),
+}
 _CROP_AND_FLIP = Augmentation(rotation=0.0, jitter=(0.0,) * 4, grayscale=0.0)
 LINEAR_AUGMENTATIONS = {  # by protocol
     "imagenet-multihead": replace(_CROP_AND_FLIP, jitter=(0.4, 0.4, 0.4, 0.0), lighting=0.1),

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from odc.distributed import print_main
+from odc.errors import Interrupted
 from odc.runtime import launch
 from odc.runtime.log import progress_bar
 
@@ -104,7 +105,8 @@ class ImageSet:
         bar, kept, size = progress_bar(len(self), "reading", "img"), [], 0
         with concurrent.futures.ThreadPoolExecutor() as threads:
             for copy in threads.map(small, range(len(self))):
-                launch.check_signals()
+                if launch.signal_is_pending():
+                    raise Interrupted("Stopped, as a signal asked.")
                 kept.append(copy)
                 size += 0 if copy is None else copy.nbytes
                 bar.update()

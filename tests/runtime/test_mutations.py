@@ -33,7 +33,7 @@ CHANGES = [  # (path of keys, new values or functions of the old)
     ("memory/labels", lower),
     ("neck", dict), ("optimizer/state/0", dict), ("settings", dict, GONE),
     ("settings/lr", "fast", -1.0, torch.ones(2), GONE), ("settings/epochs", 2.5, True, GONE),
-    ("settings/jitter", 1, [0.4]), ("settings/arch", "vgg", 3), ("settings/new", 1),
+    ("settings/augmentation", 1, ["small"]), ("settings/arch", "vgg", 3), ("settings/new", 1),
     ("settings/num_clusters", 7, 10**9), ("settings/preset", torch.ones(2)),
     *[(f"progress/{name}", "one", -7, {}, torch.nan, GONE)
       for name in ("epoch", "step", "global_step", "interval", "measured")],
