@@ -7,12 +7,9 @@ The protocol of Wu et al. 2018 (Non-Parametric Instance Discrimination), as DINO
 training images of largest cosine similarity s vote for their class with weight exp(s / 0.07).
 """
 
-from odc import distributed
-from odc.data.augmentation import evaluation_transform
 from odc.errors import UserError
 from odc.evaluation import frozen_backbone, tables
-from odc.evaluation.knn import knn_predict, pooled
-from odc.features import extract
+from odc.evaluation.knn import classify
 from odc.runtime import launch
 from odc.runtime.arguments import Parser, whole
 
@@ -32,15 +29,9 @@ def main():
     train, val = network.train, network.val
     if args.k and max(args.k) > len(train):
         raise UserError(f"--k {max(args.k)}: {train.root} has only {len(train)} images to vote.")
-    transform = evaluation_transform(network.image_size)
-    bank, queries = (extract(
-        lambda images: pooled(network.backbone(images)), dataset, transform,
-        network.backbone.out_channels[-1], network.device, args.batch_size, network.workers,
-        name=dataset.split) for dataset in (train, val))
-    queries = distributed.all_gather_uneven_rows(queries)
-    labels = train.labels[distributed.shard(len(train))]
     ks = args.k or [k for k in (10, 20, 100, 200) if k <= len(train)] or [1]
-    predictions = knn_predict(queries, bank, labels, len(train.classes), sorted(set(ks)))
+    predictions = classify(network.backbone, train, val, network.image_size, network.device,
+                           sorted(set(ks)), args.batch_size, network.workers)
     results = {}
     for k in ks:
         hits = (predictions[k].cpu() == val.labels[:, None]).double().mean(0)

@@ -1,7 +1,5 @@
 """Nearest-neighbour classification (Wu et al., CVPR 2018), the bank split over the processes."""
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 
@@ -40,22 +38,29 @@ def open_held_out(data, train):
     return train.take([i for i in images if i % 10]), train.take(images[::10])
 
 
-def knn_accuracy(backbone, bank, queries, image_size, device, workers=0,
-                 autocast=contextlib.nullcontext()):
+def knn_accuracy(backbone, bank, queries, image_size, device, workers=0):
     """Accuracy in 0..1 of the queries' classes, as their 20 nearest images in the bank vote.
 
-    bank, queries: of `open_held_out`. backbone: in eval mode; it runs under autocast. A collective.
+    bank, queries: of `open_held_out`; the bank's images have been read before. Else as `classify`.
     """
-    with autocast:  # share 0: the clustering has read the bank's images before
-        features, questions = (
-            extract(lambda x: pooled(backbone(x)), images, evaluation_transform(image_size),
-                    backbone.out_channels[-1], device, workers=workers, name=name,
-                    unreadable_share=share)
-            for images, name, share in ((bank, "bank", 0), (queries, "held-out images", 0.01)))
-    labels, k = bank.labels[distributed.shard(len(bank))], min(20, len(bank))
-    predictions = knn_predict(distributed.all_gather_uneven_rows(questions), features, labels,
-                              len(bank.classes), [k])[k]
+    k = min(20, len(bank))
+    predictions = classify(backbone, bank, queries, image_size, device, [k], workers=workers,
+                           unreadable_share=0)[k]
     return float((predictions[:, 0].cpu() == queries.labels).double().mean())
+
+
+def classify(backbone, bank, queries, image_size, device, ks, batch_size=64, workers=0,
+             unreadable_share=0.01):
+    """`knn_predict` of two ImageSets by a backbone in eval mode. A collective.
+
+    Images that cannot be read leave their set; UserError for more than that share of the bank.
+    """
+    features, questions = (
+        extract(lambda x: pooled(backbone(x)), images, evaluation_transform(image_size),
+                backbone.out_channels[-1], device, batch_size, workers, name, share)
+        for images, name, share in ((bank, "bank", unreadable_share), (queries, "queries", 0.01)))
+    return knn_predict(distributed.all_gather_uneven_rows(questions), features,
+                       bank.labels[distributed.shard(len(bank))], len(bank.classes), ks)
 
 
 def knn_predict(queries, bank, labels, num_classes, ks=(10, 20, 100, 200)):

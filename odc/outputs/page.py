@@ -103,7 +103,8 @@ def contents(dataset, clustering):
     shown += sorted({*outliers, *(i for group in groups for i, *_ in group)}.difference(shown))
     position, names = {image: n for n, image in enumerate(shown)}, list(map(dataset.name_of, shown))
     data = dict(
-        clusters=records, outliers=[position[i] for i in outliers], classes=class_names(dataset),
+        clusters=records, outliers=[position[i] for i in outliers],
+        classes=[] if dataset.labels is None else dataset.classes,
         groups=[[(position[i], *facts) for i, *facts in group] for group in groups], least=least,
         images=dict(path=[name.encode("utf-8", "replace").decode() for name in names],
                     file=[quote(os.fsencode(name)) for name in names],
@@ -130,29 +131,22 @@ def far_images(features, copies):
     return images[torch.cat(distances).argsort(descending=True)[:OUTLIERS].numpy()].tolist()
 
 
-def class_names(dataset):
-    """The names of the classes, made up if need be; [] without labels."""
-    if dataset.labels is None:
-        return []
-    return dataset.classes or [f"class {k}" for k in range(int(dataset.labels.max()) + 1)]
-
-
 def cluster_records(dataset, clustering):
     """(a dict for each cluster with images, largest first; images of all K, the nearest first)."""
     members, similarity = clustering.members(), clustering.similarity.double()
     sizes = clustering.labels.bincount(minlength=len(clustering.centroids))
     present = [k for k in sizes.argsort(descending=True, stable=True).tolist() if sizes[k]]
-    records, classes, unit = [], class_names(dataset), F.normalize(clustering.centroids)
+    records, unit = [], F.normalize(clustering.centroids)
     for k, near, place in zip(present, *neighbours_and_map(clustering.centroids[present])):
         size, tightness = len(members[k]), float(similarity[members[k]].mean())
         record = dict(id=k, size=size, tightness=round(tightness, 4), place=place,
                       near=[present[n] for n in near],
                       nearest=float(unit[k] @ unit[present[near[0]]]) if near else 1.0,
                       caption=f"{size:,} image{'s' * (size != 1)} · tightness {tightness:.2f}")
-        if classes:
+        if dataset.labels is not None:
             counts = dataset.labels[members[k]].bincount()
             record["main"], record["purity"] = int(counts.argmax()), int(counts.max()) / size
-            record["caption"] += f" · {record['purity']:.0%} {classes[record['main']][:40]}"
+            record["caption"] += f" · {record['purity']:.0%} {dataset.classes[record['main']][:40]}"
         records.append(record)
     return records, members
 

@@ -209,8 +209,6 @@ def test_images_in_memory_and_sets_without_labels(tmp_path):
     assert "purity" not in data["clusters"][0] and data["classes"] == []
     assert "0" in data["images"]["path"]
     assert tiles(tmp_path)[20] == pytest.approx([77, 77, 77], abs=3)
-    dataset.labels = torch.arange(len(dataset)) % 2  # and no names of classes
-    assert page.contents(dataset, made_up_run.clusters())[0]["classes"] == ["class 0", "class 1"]
 
 
 def test_one_cluster_of_one_image_and_an_image_that_is_gone(tmp_path):
