@@ -14,11 +14,6 @@ TEMPERATURE = 0.07  # a neighbour of similarity s votes with weight exp(s / TEMP
 QUERIES, ROWS = 512, 4096  # of a tile; a larger one does not fit a CPU's caches
 
 
-def pooled(maps):
-    """The features that are compared: the last map's average, of unit length, [B, d] float32."""
-    return F.normalize(maps[-1].float().mean((2, 3)))
-
-
 def open_held_out(data, train):
     """The bank and the queries: train and its val split, or every 10th image of train held out.
 
@@ -51,13 +46,14 @@ def knn_accuracy(backbone, bank, queries, image_size, device, workers=0):
 
 def classify(backbone, bank, queries, image_size, device, ks, batch_size=64, workers=0,
              unreadable_share=0.01):
-    """`knn_predict` of two ImageSets by a backbone in eval mode. A collective.
+    """`knn_predict` by the unit average of a backbone's last map, in eval mode. A collective.
 
-    Images that cannot be read leave their set; UserError for more than that share of the bank.
+    bank, queries: ImageSets. UserError if more than unreadable_share of the bank is unreadable.
     """
     features, questions = (
-        extract(lambda x: pooled(backbone(x)), images, evaluation_transform(image_size),
-                backbone.out_channels[-1], device, batch_size, workers, name, share)
+        extract(lambda x: F.normalize(backbone(x)[-1].mean((2, 3))), images,
+                evaluation_transform(image_size), backbone.out_channels[-1], device, batch_size,
+                workers, name, share)
         for images, name, share in ((bank, "bank", unreadable_share), (queries, "queries", 0.01)))
     return knn_predict(distributed.all_gather_uneven_rows(questions), features,
                        bank.labels[distributed.shard(len(bank))], len(bank.classes), ks)

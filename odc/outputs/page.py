@@ -146,7 +146,8 @@ def cluster_records(dataset, clustering):
         if dataset.labels is not None:
             counts = dataset.labels[members[k]].bincount()
             record["main"], record["purity"] = int(counts.argmax()), int(counts.max()) / size
-            record["caption"] += f" · {record['purity']:.0%} {dataset.classes[record['main']][:40]}"
+            name = dataset.classes[record["main"]][:40]
+            record["caption"] += f" · {record['purity']:.0%} {name}"
         records.append(record)
     return records, members
 
