@@ -34,6 +34,7 @@ class Augmentation:
     grayscale: float = 0.2  # probability
     lighting: float = 0.0  # standard deviation of PCA lighting
     fixed_scale: bool = False  # crops of one size, from the central square at 256/224 of it
+    max_scale: float = 1.0  # the largest share, see min_scale
 
 
 _CROP_AND_FLIP = Augmentation(rotation=0.0, jitter=(0.0,) * 4, grayscale=0.0)
@@ -72,7 +73,7 @@ def _draw_crop(augmentation, generator, width, height):
     """Top, left, height and width: ten tries, then the largest crop in the middle."""
     low, high = 3 / 4, 4 / 3  # of width / height
     for _ in range(10):
-        area = width * height * generator.uniform(augmentation.min_scale, 1.0)
+        area = width * height * generator.uniform(augmentation.min_scale, augmentation.max_scale)
         ratio = math.exp(generator.uniform(math.log(low), math.log(high)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
