@@ -64,8 +64,7 @@ ODC_WAYS = {
 PEERS = {
     "simsiam": methods.SimSiam, "byol": methods.BYOL, "vicreg": methods.VICReg,
     "emp-ssl": methods.EMPSSL, "swav": methods.SwAV, "swav-small": methods.SmallCropsSwAV,
-    "labels": methods.Labels,
-}
+    "labels": methods.Labels}
 COLUMNS = {  # name: (heading, factor, digits)
     "knn": ("kNN, %", 100, 1), "probe": ("probe, %", 100, 1), "nmi": ("NMI", 1, 3),
     "purity": ("purity, %", 100, 1), "hungarian": ("Hungarian, %", 100, 1),

@@ -1,15 +1,14 @@
 """Ways to train the same network on the same images: the peers of ODC, and labels as the ceiling.
 
-First weights, augmentation, batch size and the number of crops are ODC's, which sees one crop of
-each image that it draws. So a method with V crops of an image takes 1 / V as many steps, rounded
-up, of as many images; the learning rate follows the steps. A smaller crop counts by its area.
-
-Heads, optimizers and learning rates are those for CIFAR-10, which has small images, too: of
-lightly's benchmark for SimSiam, BYOL and SwAV, of solo-learn for VICReg, of the authors' code for
-EMP-SSL. SwAV has as many prototypes as ODC has clusters.
+First weights, augmentation, batch size and the number of crops are ODC's, which sees one crop of an
+image. So a method with V crops of an image takes 1 / V as many steps, rounded up; the learning rate
+follows them. A smaller crop counts by its area. Heads, optimizers and learning rates are those for
+CIFAR-10, which has small images, too: of lightly's benchmark for SimSiam, BYOL and SwAV (here with
+a prototype for each cluster), of solo-learn for VICReg, of the authors' code for EMP-SSL.
 """
 
 import copy
+import functools
 import math
 import random
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import MLP
 
 from odc.data.augmentation import Augmentation, augment_batch, crop_and_flip, draw_parameters
 from odc.data.loader import steps_per_epoch
@@ -41,26 +41,18 @@ class LARS(torch.optim.SGD):
     You et al. 2017, as solo-learn has it: biases and norms have neither this nor weight decay.
     """
 
-    def __init__(self, parameters, trust, **options):
-        super().__init__(parameters, momentum=0.9, **options)
-        self.trust, self.decay = trust, 1e-4
-
     @torch.no_grad()
     def step(self):
-        group = self.param_groups[0]
+        [group] = self.param_groups
         for weight in (weight for weight in group["params"] if weight.ndim > 1):
-            size = weight.norm()
-            rate = self.trust * size / (weight.grad.norm() + self.decay * size + 1e-8)
-            weight.grad.add_(weight, alpha=self.decay).mul_((rate / group["lr"]).clamp(max=1))
+            size, decay = weight.norm(), group["decay"]
+            rate = group["trust"] * size / (weight.grad.norm() + decay * size + 1e-8)
+            weight.grad.add_(weight, alpha=decay).mul_((rate / group["lr"]).clamp(max=1))
         super().step()
 
 
-def mlp(*widths, last_norm=False):
-    """Linear layers; batch norm and ReLU after each but the last."""
-    layers = []
-    for before, after in zip(widths, widths[1:]):
-        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1] if last_norm else [*layers[:-3], nn.Linear(*widths[-2:])])
+# Linear layers, from a width to a list of widths; batch norm and ReLU after each but the last.
+mlp = functools.partial(MLP, norm_layer=nn.BatchNorm1d)
 
 
 class Peer(nn.Module):
@@ -82,8 +74,8 @@ class SimSiam(Peer):
     """Chen and He 2021, with the two-layer projection that the paper has for CIFAR."""
 
     def build(self, width, num_clusters, num_classes):
-        self.projection = mlp(width, 2048, 2048, last_norm=True)
-        self.prediction = mlp(2048, 512, 2048)
+        self.projection = nn.Sequential(mlp(width, [2048, 2048]), nn.BatchNorm1d(2048))
+        self.prediction = mlp(2048, [512, 2048])
 
     def targets(self, pooled, z):
         return [rows.detach() for rows in z]
@@ -99,7 +91,7 @@ class BYOL(SimSiam):
     """Grill et al. 2020: the targets come from a moving average of the weights."""
 
     def build(self, width, num_clusters, num_classes):
-        self.projection, self.prediction = mlp(width, 1024, 256), mlp(256, 1024, 256)
+        self.projection, self.prediction = mlp(width, [1024, 256]), mlp(256, [1024, 256])
         self.online = nn.ModuleList([self.backbone, self.projection])
         self.average = copy.deepcopy(self.online).requires_grad_(False)
 
@@ -117,21 +109,20 @@ class SwAV(Peer):
     queue_batches, queue_from = 15, 0.1  # used after a tenth of the steps
 
     def build(self, width, num_clusters, num_classes):
-        self.projection = mlp(width, 512, 128)
+        self.projection = mlp(width, [512, 128])
         self.prototypes, self.queue = nn.Linear(128, num_clusters, bias=False), []
 
     def forward(self, pooled, labels, step):
         z = [F.normalize(self.projection(view)) for view in pooled(self.backbone)]
-        large = range(len(z) - 2, len(z))  # the last two crops, of which the codes are
         queue = self.queue if step >= self.queue_from * self.steps else []
-        with torch.no_grad():
+        with torch.no_grad():  # codes of the large crops, which are the last two
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight))
             codes = [sinkhorn(self.prototypes(torch.cat(rows)))[: len(z[0])]
                      for rows in zip(z[-2:], *queue)]
         self.queue = [[rows.detach() for rows in z[-2:]], *self.queue][: self.queue_batches]
         logits = [self.prototypes(rows) / 0.1 for rows in z]
-        losses = [F.cross_entropy(rows, code) for i, code in zip(large, codes)
-                  for j, rows in enumerate(logits) if i != j]  # each predicts those of the others
+        losses = [F.cross_entropy(rows, code) for i, code in enumerate(codes, len(z) - 2)
+                  for j, rows in enumerate(logits) if i != j]
         return sum(losses) / len(losses)
 
 
@@ -156,10 +147,10 @@ class SmallCropsSwAV(SwAV):
 class VICReg(Peer):
     """Bardes et al. 2022."""
 
-    optimizer = LARS, 0.3 / 256, dict(trust=0.02)
+    optimizer = LARS, 0.3 / 256, dict(momentum=0.9, decay=1e-4, trust=0.02)
 
     def build(self, width, num_clusters, num_classes):
-        self.projection = mlp(width, 2048, 2048, 2048)
+        self.projection = mlp(width, [2048, 2048, 2048])
 
     def forward(self, pooled, labels, step):
         views = [self.projection(view) for view in pooled(self.backbone)]
@@ -180,10 +171,10 @@ class EMPSSL(Peer):
     """
 
     crops = (Crops(8, scale=(0.25, 0.25)),)
-    optimizer = LARS, 0.3 / 100, dict(trust=0.005, nesterov=True)
+    optimizer = LARS, 0.3 / 100, dict(momentum=0.9, decay=1e-4, trust=0.005, nesterov=True)
 
     def build(self, width, num_clusters, num_classes):
-        self.projection = mlp(width, 4096, 4096, 1024)
+        self.projection = mlp(width, [4096, 4096, 1024])
         self.backbone.register_forward_pre_hook(lambda network, images: None if network.training
                                                 else F.interpolate(*images, None, 2, "bilinear"))
 
@@ -260,7 +251,7 @@ def train(method, args, images, device):
     peer.to(device, memory_format=torch.channels_last).train()
     kind, rate, options = method.optimizer
     learned = [weight for weight in peer.parameters() if weight.requires_grad]
-    optimizer = kind(learned, lr=rate * B, **options)
+    optimizer = kind([dict(options, params=learned, lr=rate * B)])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step, (groups, labels) in enumerate(batches):
         views = []
