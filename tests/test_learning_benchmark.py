@@ -1,6 +1,5 @@
 """The comparison of methods: its probe, its made-up sets, and a small table from end to end."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from odc import settings
 from odc.data.datasets import open_dataset
 from odc.evaluation import metrics
 from tests.benchmarks.learning import __main__ as learning
@@ -54,7 +54,7 @@ def test_a_table_from_end_to_end_and_its_rows_are_not_made_again(folder, tmp_pat
     assert [row["method"] for row in rows] == ["pixels", "pca", "random", "odc", "labels"]
     by_method = {row["method"]: row for row in rows}
     assert by_method["pixels"]["knn"] == by_method["pixels"]["probe"] == 1  # one colour a class
-    assert by_method["odc"]["drawn"] == 180 and by_method["odc"]["epochs"] == 2
+    assert by_method["odc"]["crops"] == by_method["labels"]["crops"] == 180
     run = tmp_path / "photographs-0" / "odc"
     images = open_dataset(str(folder), "train")
     clusters = torch.from_numpy(np.load(run / "labels.npy"))
@@ -72,31 +72,50 @@ def test_a_table_from_end_to_end_and_its_rows_are_not_made_again(folder, tmp_pat
         learning.main([*arguments, "--images", "90"])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lightly") is None, reason="lightly is not installed")
-@pytest.mark.parametrize("method", [methods.SimSiam, methods.SwAV])
-def test_a_peer_learns_from_two_views(method):
+@pytest.mark.parametrize("name, steps", [
+    ("labels", 12), ("swav", 4), ("emp-ssl", 2), ("simsiam", 6), ("byol", 6), ("vicreg", 6)])
+def test_a_peer_sees_as_many_crops_as_odc_and_its_loss_reaches_the_backbone(
+        name, steps, folder, monkeypatch):
+    method, done = learning.PEERS[name], []
+    forward = method.forward
+    monkeypatch.setattr(method, "forward", lambda *a: done.append(a[-1]) or forward(*a))
+    images = open_dataset(str(folder), "train")
+    args = settings.parse([*SMALL.split(), "--epochs", "2", "--image-size", "8"])
+    settings.resolve_defaults(args, images, None, torch.device("cpu"))
+    backbone = methods.train(method, args, images, torch.device("cpu"))
+    assert done == list(range(steps)) and not backbone.training
+    assert all(weight.grad.abs().sum() > 0 for weight in backbone.parameters())
+    side = 2 if name == "emp-ssl" else 1  # enlarged, as the patches were
+    assert backbone(torch.randn(2, 3, 8, 8))[-1].shape[2:] == (side, side)
+
+
+def loss_of(peer, views):
+    """The loss of a peer without a projection, of these features of the crops."""
+    backbone = torch.nn.Linear(1, 1)
+    backbone.out_channels = [128]
+    peer = peer(backbone, num_clusters=6, num_classes=6, steps=10)
+    peer.projection = torch.nn.Identity()
+    return peer(lambda network: views, None, 0)
+
+
+@pytest.mark.parametrize("name", ["vicreg", "swav", "emp-ssl"])
+def test_a_loss_is_low_for_like_views_of_unlike_images(name):
     torch.manual_seed(0)
-    objective = method(8, 4, 3, steps=60)
-    images = torch.randn(16, 8)
-    optimizer = objective.optimizer(objective.parameters(), 128)
-    losses = []
-    for step in range(60):
-        views = [images + 0.1 * torch.randn(16, 8) for _ in range(2)]
-        loss = objective(views, None, step)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] - 0.1
+    z, same = torch.randn(32, 128), torch.ones(32, 128)
+    views = (z, z), (z, z.roll(1, 0)), (same, same)
+    low, unlike_views, like_images = (loss_of(learning.PEERS[name], pair) for pair in views)
+    assert low < unlike_views and low < like_images
 
 
 def test_a_view_is_drawn_for_each_image_and_again_for_the_second(folder):
     images = open_dataset(str(folder), "train")
-    views = methods.Views(images, methods.Augmentation(), 8, 5, 2, steps=3, seed=0)
-    pixels, draws, labels = views[1]
+    crops = methods.Crops(1, 0.5, (0.2, 0.2)), methods.Crops(2)
+    views = methods.Views(images, methods.AUGMENTATIONS["recipe"], 8, 5, crops, steps=3, seed=0)
+    ((small, small_draws), (pixels, draws)), labels = views[1]
     assert len(views) == 3 and pixels.shape == (10, 3, 8, 8) and draws.shape == (10, 16)
     assert labels.shape == (5,) and not (draws[:5] == draws[5:]).all(dim=1).any()
-    assert all(torch.equal(a, b) for a, b in zip(views[1], (pixels, draws, labels)))
+    assert small.shape == (5, 3, 4, 4) and small_draws[:, 3:5].prod(1).max() <= 16
+    assert torch.equal(views[1][0][0][0], small) and torch.equal(views[1][0][1][1], draws)
     colour = pixels.float().mean((2, 3)).argmax(1)  # blue 0, green 1, red 2 are the classes
     assert colour.tolist() == (2 - labels).tolist() * 2
 

@@ -34,13 +34,13 @@ class Augmentation:
     grayscale: float = 0.2  # probability
     lighting: float = 0.0  # standard deviation of PCA lighting
     fixed_scale: bool = False  # crops of one size, from the central square at 256/224 of it
+    max_scale: float = 1.0  # the largest share, see min_scale
 
 
 AUGMENTATIONS = {  # --augmentation of train.py
-    "recipe": Augmentation(),
+    "recipe": Augmentation(), "demo": Augmentation(min_scale=0.5),
     # The jitter is SimCLR's, against decisions by brightness.
     "small": Augmentation(min_scale=0.3, jitter=(0.8, 0.8, 0.8, 0.2)),
-    "demo": Augmentation(min_scale=0.5),
 }
 _CROP_AND_FLIP = Augmentation(rotation=0.0, jitter=(0.0,) * 4, grayscale=0.0)
 LINEAR_AUGMENTATIONS = {  # by protocol
@@ -78,7 +78,7 @@ def _draw_crop(augmentation, generator, width, height):
     """Top, left, height and width: ten tries, then the largest crop in the middle."""
     low, high = 3 / 4, 4 / 3  # of width / height
     for _ in range(10):
-        area = width * height * generator.uniform(augmentation.min_scale, 1.0)
+        area = width * height * generator.uniform(augmentation.min_scale, augmentation.max_scale)
         ratio = math.exp(generator.uniform(math.log(low), math.log(high)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -24,25 +24,6 @@ def test_markdown(capsys):
     assert "published" not in capsys.readouterr().out
 
 
-OPENSELFSUP, MMSELFSUP = "ODC (OpenSelfSup, 2020)", "ODC (MMSelfSup, 2022)"
-
-
-@pytest.mark.parametrize("table, method, row", [
-    (tables.VOC07_SVM, "ODC", "feature5 78.42 32.42 40.27 49.95 59.96 65.71 69.99 73.64 75.13"),
-    (tables.IMAGENET_LINEAR, "ODC", "14.76 31.82 42.44 55.76 57.7 53.42"),
-    (tables.PLACES205_LINEAR, MMSELFSUP, "19.28 34.09 40.9 47.04 48.35"),
-    (tables.PLACES205_LINEAR, OPENSELFSUP, "20.94 34.78 41.19 47.45 49.18"),
-    (tables.IMAGENET_KNN, MMSELFSUP, "38.5 39.1 37.8 36.9"),
-    (tables.IMAGENET_1PERCENT, "ODC, top-1", "32.39"),
-    (tables.IMAGENET_1PERCENT, "ODC, top-5", "61.02"),
-    (tables.IMAGENET_10PERCENT, "ODC, top-1", "58.15"),
-    (tables.IMAGENET_10PERCENT, "ODC, top-5", "82.55"),
-])
-def test_published_rows_of_odc(table, method, row):
-    assert " ".join(map(str, table.rows[method])) == row
-    assert all(len(values) == len(table.columns) for values in table.rows.values())
-
-
 class Images(SimpleNamespace):
     def __len__(self):
         return self.count

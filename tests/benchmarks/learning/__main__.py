@@ -1,13 +1,13 @@
 """ODC against pixels, other methods and labels: one table for each set of images.
 
-    pip install -r tests/benchmarks/learning/requirements.txt
+    pip install -r tests/requirements.txt
     python -m tests.benchmarks.learning.data glyphs data/glyphs
     python -m tests.benchmarks.learning.data photographs data/photographs
     python -m tests.benchmarks.learning --output learning
 
 All rows of a table are of the same images, network, first weights, augmentation, precision, batch
-size and number of images drawn. ODC's rows are runs of train.py with the settings that follow from
-the data and K = 100. The other rows follow them.
+size and number of crops. ODC's rows are runs of train.py with the settings that follow from the
+data and K = 100. The other rows follow them: one that sees an image in several crops draws fewer.
 
 kNN: by the 20 nearest training images; the features are the average of the last map.
 probe: a linear classifier of the same features.
@@ -15,8 +15,8 @@ NMI, purity, Hungarian accuracy: K clusters of the training images against their
     clusters of ODC and of alternating clusters are those of labels.npy, the others come from
     k-means of unit features. Most of K clusters have no class of their own where there are fewer
     classes; so the Hungarian accuracy is low there for every method.
-epochs, minutes: of the training alone; minutes by the clock, and the sum over all processors,
-    which other programs on the machine change less.
+minutes: of the training alone, by the clock, and the sum over all processors, which other programs
+    on the machine change less.
 Numbers are the mean and the standard deviation over the seeds.
 
 Every finished row is a line of OUTPUT/rows.jsonl and is not made again, so a benchmark that was
@@ -53,19 +53,21 @@ NUM_CLUSTERS = 100
 METHODS = {  # in the order of the table
     "pixels": "pixels", "pca": "PCA of pixels", "random": "random network", "odc": "ODC",
     "online": "ODC, re-clustered once", "alternating": "alternating",
-    "simsiam": "SimSiam", "swav": "SwAV", "labels": "with labels (ceiling)",
+    "simsiam": "SimSiam", "byol": "BYOL", "vicreg": "VICReg", "emp-ssl": "EMP-SSL, 8 patches",
+    "swav": "SwAV with small crops", "labels": "with labels (ceiling)",
 }
 # How ODC's rows differ from train.py's own choice, which re-clusters and moves labels in each step.
 ODC_WAYS = {
     "odc": [], "online": ["--recluster-interval", "0"],
     "alternating": ["--offline-epochs", "1000000"],
 }
-PEERS = {"simsiam": methods.SimSiam, "swav": methods.SwAV, "labels": methods.Labels}
+PEERS = {
+    "simsiam": methods.SimSiam, "byol": methods.BYOL, "vicreg": methods.VICReg,
+    "emp-ssl": methods.EMPSSL, "swav": methods.SwAV, "labels": methods.Labels}
 COLUMNS = {  # name: (heading, factor, digits)
     "knn": ("kNN, %", 100, 1), "probe": ("probe, %", 100, 1), "nmi": ("NMI", 1, 3),
     "purity": ("purity, %", 100, 1), "hungarian": ("Hungarian, %", 100, 1),
-    "epochs": ("epochs", 1, 0), "minutes": ("minutes", 1, 1),
-    "processor_minutes": ("of processors", 1, 1),
+    "minutes": ("minutes", 1, 1), "processor_minutes": ("of processors", 1, 1),
 }
 
 
@@ -129,7 +131,7 @@ def make_row(method, key, output, arguments, device):
         backbone = methods.first_network(args)
     if method in PEERS or clusters is not None:
         minutes, processor_minutes = ((clock(device) - began) / 60).tolist()
-        row |= dict(epochs=args.epochs, minutes=minutes, processor_minutes=processor_minutes)
+        row |= dict(minutes=minutes, processor_minutes=processor_minutes)
 
     if method in ("pixels", "pca"):
         features = [scores.pixels(images, args.image_size).to(device) for images in (train, val)]
@@ -147,7 +149,7 @@ def make_row(method, key, output, arguments, device):
     return row | scores.all_scores(*features, train, val, clusters.cpu()) | dict(
         num_train=len(train), num_val=len(val), num_classes=len(train.classes),
         num_clusters=args.num_clusters, arch=args.arch, image_size=args.image_size,
-        batch_size=args.batch_size, drawn=args.epochs * len(train), machine=machine(device))
+        batch_size=args.batch_size, crops=args.epochs * len(train), machine=machine(device))
 
 
 def print_table(data, rows):
@@ -155,8 +157,8 @@ def print_table(data, rows):
     first = rows[0]
     print(f"\n{data}: {first['num_train']:,} training and {first['num_val']:,} held-out images of "
           f"{first['num_classes']} classes, K = {first['num_clusters']}; {first['arch']}, "
-          f"{first['image_size']} pixels, batches of {first['batch_size']}, {first['drawn']:,} "
-          f"images drawn; {first['machine']}\n")
+          f"{first['image_size']} pixels, batches of {first['batch_size']}, {first['crops']:,} "
+          f"crops; {first['machine']}\n")
     print("| | " + " | ".join(heading for heading, _, _ in COLUMNS.values()) + " | seeds |")
     print("|---|" + "---|" * (len(COLUMNS) + 1))
     for method, title in METHODS.items():
@@ -191,8 +193,8 @@ def make_parser():
     add("--only", metavar="METHOD", nargs="+", choices=list(METHODS), default=list(METHODS),
         help=" ".join(METHODS))
     add("--seeds", metavar="N", type=int, default=3, help="seeds 0 to N - 1")
-    add("--images", metavar="N", type=int, help="images drawn in a training, rounded to whole "
-        "epochs (default: as train.py decides)")
+    add("--images", metavar="N", type=int, help="crops of a training, as many as ODC draws "
+        "images, rounded to whole epochs (default: as train.py decides)")
     add("--train-arguments", metavar="'...'", default="", help="more arguments for train.py")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
@@ -214,12 +216,13 @@ def main(arguments=None):
                 key = dict(data=name, seed=seed)
                 if rows.read(**key, method=method):
                     continue
-                more = ["--data", str(folder), "--num-clusters", str(NUM_CLUSTERS)]
+                more = ["--data", str(folder), "--num-clusters", str(NUM_CLUSTERS),
+                        "--workers", "0"]
                 if args.images:
                     N = len(open_dataset(str(folder), "train"))
                     more += ["--epochs", str(max(1, round(args.images / N)))]
-                more += [*shlex.split(args.train_arguments), "--seed", str(seed), "--workers", "0",
-                         "--device", args.device]
+                more += [*shlex.split(args.train_arguments), "--seed", str(seed), "--device",
+                         args.device]
                 row = make_row(method, key, args.output, more, torch.device(args.device))
                 rows.add(dict(key, method=method, given=given, **row))
                 print(f"{name}, seed {seed}: {line(METHODS[method], [row])}", flush=True)

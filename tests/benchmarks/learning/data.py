@@ -4,12 +4,12 @@
     python -m tests.benchmarks.learning.data photographs data/photographs
 
 glyphs: the letters A to J, each drawn from many fonts; a set in the manner of notMNIST. Gray, 28 x
-28. It takes all fonts that are installed; those of FONT_PACKAGES are enough. A fifth of the
+28. It takes all fonts that are installed; those named in README.md are enough. A fifth of the
 families, by a hash of the first word of their names, is for val, so that no typeface is in both
 splits. A font that is nearly the copy of another one is left out.
 
 photographs: crops of photographs; which photograph a crop is of is its class. The photographs are
-Debian's wallpapers (PHOTOGRAPH_PACKAGES) and the two of scikit-learn, made 384 pixels high. Crops
+Debian's wallpapers (packages in README.md) and the two of scikit-learn, made 384 pixels high. Crops
 are 32 x 32 and overlap by half. A photograph is divided into upright bands: 112 pixels for train,
 then 48 for val, and so on. No crop crosses a border, so the splits show different parts of it.
 
@@ -24,27 +24,11 @@ import numpy as np
 import sklearn.datasets
 from PIL import Image, ImageDraw, ImageFont
 
-FONT_PACKAGES = """
-adf-accanthis adf-baskervald adf-berenis adf-gillius adf-ikarius adf-irianis adf-libris adf-mekanus
-adf-oldania adf-romande adf-solothurn adf-switzera adf-tribun adf-universalis adf-verana aenigma
-agave anonymous-pro averia-sans-gwf averia-serif-gwf b612 bebas-neue beteckna breip cabin
-cabinsketch cantarell cherrybomb cmu comfortaa comic-neue courier-prime croscore crosextra-carlito
-dancingscript dejavu-core dejavu-extra dkg-handwriting dosis dustin ebgaramond ecolier-court
-essays1743 fanwood fantasque-sans femkeklaver firacode freefont-ttf georgewilliams gfs-artemisia
-gfs-didot gfs-neohellenic gotico-antiqua goudybookletter hack hosny-amiri humor-sans inconsolata
-inter isabella jetbrains-mono junicode jura karla kaushanscript kristi lato le-murmure
-league-spartan leckerli-one liberation lindenhill linex linuxlibertine lmodern lobster lobstertwo
-monofur monoid mononoki ocr-a ocr-b okolaks oldstandard open-sans opendyslexic paratype play
-prociono quattrocento quicksand radisnoir roboto-unhinted rufscript sil-andika sil-charis
-sil-gentium sjfonts sora staypuft stix summersby texgyre thai-tlwg tiresias tomsontalks tuffy
-urw-base35 vollkorn yanone-kaffeesatz
-""".split()  # Debian's packages fonts-NAME
 LETTERS = "ABCDEFGHIJ"
 GLYPH_SIZE, MARGIN = 28, 2  # pixels
 LARGE = 128  # pixels at which a letter is drawn before it is made small
 COPY = 0.02  # mean difference of two fonts' pixels, in 0..1, below which one copies the other
 
-PHOTOGRAPH_PACKAGES = ("lomiri-wallpapers-16.04", "mate-backgrounds", "plasma-workspace-wallpapers")
 PHOTOGRAPHS = {
     name: f"usr/share/backgrounds/{file}" for name, file in (
         ("bird", "Kleiber_by_Lukas_Baubkus.jpg"), ("brook", "life_by_Aitzol_Berasategi.jpg"),

