@@ -47,7 +47,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
     online = epoch >= progress.offline_epochs  # else labels stay as the last k-means made them
     batches = iter(training_batches(
         dataset, AUGMENTATIONS[args.augmentation], args.image_size, B, args.seed, epoch,
-        progress.step, args.workers, pin_memory=device.type == "cuda"))
+        progress.step, args.workers, device.type == "cuda", args.crops))
     model.train()
     state.final_clusters = None  # out of date as soon as the weights change
     loss_weights = memory.loss_weights(args.reweight_power)
@@ -75,8 +75,11 @@ def train_epoch(args, state, model, dataset, log, autocast):
         # 3. Samples memory: features move towards z, labels follow (Eq. 1 and 2).
         change_ratio, splits = 0.0, 0
         if online:
-            indices = all_gather_rows(batch.indices)  # [W * B], in rank order, on the CPU
-            z = all_gather_rows(z.detach().float())  # [W * B, d]
+            z = z.detach().float()
+            if args.crops > 1:  # the memory takes the mean of an image's crops
+                z = F.normalize(z).unflatten(0, (-1, args.crops)).mean(1)
+            indices = all_gather_rows(batch.indices[:: args.crops])  # [M], in rank order, on the CPU
+            z = all_gather_rows(z)  # [M, d]
             change_ratio = memory.update_samples(indices, z)
         # 4. Learn. DDP averages the gradients over the processes.
         for group in optimizer.param_groups:

@@ -25,15 +25,16 @@ SMALL_SET = 200_000  # fewer images than this: preset small
 HALF_HOUR = 1200  # seconds in the network; to read and augment takes the rest
 
 RECIPE = dict(
-    image_size=224, augmentation="recipe", arch="resnet50", neck="recipe", num_clusters=10000,
-    min_cluster_size=20, memory_momentum=0.5, centroids_interval=10, reweight_power=0.5,
-    initial="network", recluster_interval=0, offline_epochs=0, epochs=440, batch_size=512, lr=0.06,
-    lr_schedule="step", weight_decay=1e-5, checkpoint_interval=1000, seed=0, amp="off")
+    image_size=224, augmentation="recipe", crops=1, arch="resnet50", neck="recipe",
+    num_clusters=10000, min_cluster_size=20, memory_momentum=0.5, centroids_interval=10,
+    reweight_power=0.5, initial="network", recluster_interval=0, offline_epochs=0, epochs=440,
+    batch_size=512, lr=0.06, lr_schedule="step", weight_decay=1e-5, checkpoint_interval=1000,
+    seed=0, amp="off")
 # Chosen in trials, see tests/benchmarks/learning/README.md. `_follow_images` sets what is missing.
 SMALL = RECIPE | dict(
-    augmentation="small", neck="plain", memory_momentum=0.1, batch_size=64, lr_schedule="cosine",
-    image_size=None, arch=None, num_clusters=None, min_cluster_size=None, lr=None, initial=None,
-    epochs=None, recluster_interval=None, offline_epochs=None)
+    augmentation="small", crops=4, neck="plain", memory_momentum=0.1, batch_size=64,
+    lr_schedule="cosine", image_size=None, arch=None, num_clusters=None, min_cluster_size=None,
+    lr=None, initial=None, epochs=None, recluster_interval=None, offline_epochs=None)
 # Chosen without labels, by the agreement of the clusters of several seeds.
 DEMO = RECIPE | dict(arch="narrow", image_size=32, num_clusters=60, augmentation="demo", epochs=20,
                      batch_size=64, checkpoint_interval=100)
@@ -67,6 +68,8 @@ def make_parser():
     add("--preset", choices=list(PRESETS), help="where settings come from that are not given")
     add("--image-size", metavar="PIXELS", type=whole(8, 4096), help="side of a crop")
     add("--augmentation", choices=list(AUGMENTATIONS), help="random crops and colours")
+    add("--crops", metavar="C", type=whole(1), help="crops of each image in a batch; the samples "
+        "memory takes their mean")
     add("--workers", metavar="N", type=whole(0, 256), help="processes that read images, per "
         "training process (default: up to 4; 0 for images in memory)")
     add = group("network")
@@ -218,9 +221,10 @@ def validate(args, dataset, saved, device):
         raise UserError(f"--num-clusters {args.num_clusters} with --min-cluster-size "
                         f"{args.min_cluster_size} need {needed} images, and {args.data} has {N}; "
                         "lower one of them.")
-    if args.batch_size % W or args.batch_size < 2 * W:
+    if args.batch_size % (W * args.crops) or args.batch_size < 2 * W:
         raise UserError(f"--batch-size {args.batch_size} cannot be split evenly over {W} "
-                        "processes, at least 2 each: choose another.")
+                        f"processes, at least 2 each, and images of {args.crops} crops: choose "
+                        "another.")
     check_shared_memory(args.workers, args.batch_size, args.image_size)
     if args.epochs == 0 and not args.pretrained and not saved:
         raise UserError("--epochs 0 clusters by a network that has learned: give --pretrained, "

@@ -54,11 +54,11 @@ def test_a_gpu_takes_larger_images():
 
 def test_what_is_given_wins(capsys):
     args = chosen(["--data", "somewhere", "--num-clusters", "7", "--lr-schedule", "step",
-                   "--seed", "3"], made_up(6000))
-    assert (args.num_clusters, args.lr_schedule, args.seed) == (7, "step", 3)
+                   "--crops", "2"], made_up(6000))
+    assert (args.num_clusters, args.lr_schedule, args.crops) == (7, "step", 2)
     assert args.initial == "pixels"
     told = capsys.readouterr().out
-    assert "preset small, but --num-clusters 7 --lr-schedule step --seed 3" in told
+    assert "preset small, but --crops 2 --num-clusters 7 --lr-schedule step" in told
 
 
 @pytest.mark.parametrize("arguments, num_images, preset", [

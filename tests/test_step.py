@@ -20,10 +20,10 @@ from tests.test_memory import SimpleMemory, draw
 N, K, D, B, STEPS = 40, 5, 16, 8, 5
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_every_step_is_the_papers(monkeypatch, plain):
+@pytest.mark.parametrize("crops, plain", [(1, False), (4, True)])
+def test_every_step_is_the_papers(monkeypatch, crops, plain):
     args = argparse.Namespace(**settings.RECIPE | dict(
-        workers=0, image_size=16, batch_size=B, centroids_interval=3))
+        workers=0, image_size=16, batch_size=B, centroids_interval=3, crops=crops))
     torch.manual_seed(0)
     network = ODC("narrow", True, D, K, plain_neck=plain)
     optimizer = torch.optim.SGD([
@@ -36,6 +36,8 @@ def test_every_step_is_the_papers(monkeypatch, plain):
     state = train.State(network, optimizer, torch.amp.GradScaler("cpu", enabled=False), {}, None,
                         memory)
     batches = make_batches(torch.device("cpu"), 16, B, N, STEPS)
+    for batch in batches:
+        batch.indices.copy_(batch.indices[::crops].repeat_interleave(crops))
     monkeypatch.setattr(train, "training_batches", lambda *_, **__: batches)
     train.train_epoch(args, state, network, ImageSet("", "", "", pixels=range(N)), mock.Mock(),
                       torch.autocast("cpu", enabled=False))
@@ -47,7 +49,8 @@ def test_every_step_is_the_papers(monkeypatch, plain):
         weights = reference.sizes().clamp(min=1) ** -0.5
         loss = F.cross_entropy(logits, reference.y[batch.indices], weight=weights / weights.sum())
         gradients = torch.autograd.grad(loss, list(simple.parameters()))
-        reference.update_samples(batch.indices, z.detach())
+        z = F.normalize(z.detach()).view(B // crops, crops, D).mean(1)
+        reference.update_samples(batch.indices[::crops], z)
         for (name, p), v, g in zip(simple.named_parameters(), velocity, gradients):
             v.mul_(0 if name.startswith("head") else 0.9).add_(g + 1e-5 * p.detach())
             p.data -= args.lr * v

@@ -55,16 +55,18 @@ def steps_per_epoch(num_images, batch_size):
 
 
 def training_batches(dataset, augmentation, image_size, batch_size, seed, epoch, first_step=0,
-                     workers=0, pin_memory=False):
+                     workers=0, pin_memory=False, crops=1):
     """This process's batches of one epoch of pre-training, from first_step on.
 
-    The images are drawn with replacement (the recipe's sampling). In step t, process r has
-    positions t*W*B + r*B up to t*W*B + (r+1)*B of the draw. One that cannot be read is a UserError.
+    The images are drawn with replacement (the recipe's sampling), each `crops` times in a row. In
+    step t, process r has positions t*W*B + r*B up to t*W*B + (r+1)*B of the draw. One that cannot
+    be read is a UserError.
     """
     global_batch = world_size() * batch_size
     steps = steps_per_epoch(len(dataset), batch_size)
     generator = torch.Generator().manual_seed(_hash("indices", seed, epoch))
-    order = torch.randint(len(dataset), (steps * global_batch,), generator=generator)
+    order = torch.randint(len(dataset), (steps * global_batch // crops,), generator=generator)
+    order = order.repeat_interleave(crops)
     starts = [step * global_batch + rank() * batch_size for step in range(first_step, steps)]
     positions = [range(start, start + batch_size) for start in starts]
     return BatchLoader(_Batches(dataset, order, positions, (seed, epoch), augmentation, image_size),
@@ -168,7 +170,8 @@ class _Batches(torch.utils.data.Dataset):
         for position in map(int, self.positions[step]):
             index = int(self.order[position])
             try:
-                image = self.image_set.load(index, self.patient)
+                if not indices or index != indices[-1]:  # else another crop of it
+                    image = self.image_set.load(index, self.patient)
             except UnreadableImage as error:
                 unreadable[index] = str(error)
                 continue

@@ -106,6 +106,17 @@ def test_training_draws_with_replacement():
     assert 0.59 < share < 0.67
 
 
+def test_crops_of_an_image_are_neighbours(monkeypatch):
+    """4 crops: a quarter of the images, each read once for all its crops."""
+    dataset, loads, load = Numbered(100), [], Numbered.load
+    monkeypatch.setattr(Numbered, "load", lambda self, i, *_: loads.append(i) or load(self, i))
+    batches = train(dataset, crops=4)
+    indices = torch.cat([batch.indices for batch in batches]).view(-1, 4)
+    assert len(batches) == 13 and (indices == indices[:, :1]).all()
+    assert loads == indices[:, 0].tolist()
+    assert len(torch.cat([batch.draws for batch in batches]).unique(dim=0)) == 104
+
+
 def test_every_item_of_an_epoch_is_augmented_differently():
     for dataset in (Numbered(1), Numbered(100)):  # even the same image, drawn again
         column = Draw._fields.index("angle")
