@@ -173,7 +173,8 @@ def main():
     history = train(args, network, protocol, classifiers, optimizer)
     results = linear.choose_results(protocol, history)
     # The rows of fine-tuning belong to published lists of images, not to a share that was drawn.
-    published = None if args.train_share else linear.published_table(name, changed, network)
+    published = None if changed or args.train_share else linear.TABLES.get(name)
+    published = published and published.if_comparable(network)
     tables.write_json(args.output, dict(script="eval_linear", protocol=name,
         settings=asdict(protocol), not_the_recipes=changed, **network.description(),
         results=results, history=history))

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from odc import distributed, settings
 from odc.clusters import (Clustering, cluster_images, cosine_to_centroid, neck_features,
@@ -35,7 +34,6 @@ from odc.runtime.log import Log, print_end, print_settings, progress_bar
 from odc.state import Progress, State, restore, save
 
 LOG_INTERVAL = 50  # steps between two lines of the log, besides one at the end of each epoch
-KNN_MEASURES = 5  # of a run with labels, besides one at the start
 
 
 def train_epoch(args, state, model, dataset, log, autocast):
@@ -78,8 +76,8 @@ def train_epoch(args, state, model, dataset, log, autocast):
             z = z.detach().float()
             if args.crops > 1:  # the memory takes the mean of an image's crops
                 z = F.normalize(z).unflatten(0, (-1, args.crops)).mean(1)
-            indices = all_gather_rows(batch.indices[:: args.crops])  # [M], in rank order, on the CPU
-            z = all_gather_rows(z)  # [M, d]
+            # In rank order: [M] on the CPU, and [M, d].
+            indices, z = all_gather_rows(batch.indices[:: args.crops]), all_gather_rows(z)
             change_ratio = memory.update_samples(indices, z)
         # 4. Learn. DDP averages the gradients over the processes.
         for group in optimizer.param_groups:
@@ -231,10 +229,9 @@ def measure(args, state, dataset, held_out, log):
     progress, memory, record = state.progress, state.memory, {}
     epoch, when = progress.epoch, f"epoch {progress.epoch}" if progress.epoch else "initial k-means"
     try:
-        if held_out and epoch % max(1, args.epochs // KNN_MEASURES) == 0:
+        if held_out and epoch % max(1, args.epochs // 5) == 0:
             record["knn_accuracy"] = knn.knn_accuracy(
-                state.network.eval().backbone, *held_out, args.image_size, memory.labels.device,
-                args.workers)
+                state.network.eval().backbone, *held_out, args.image_size, args.workers)
         if epoch:
             record["nmi_previous"] = metrics.nmi(memory.labels.cpu(), state.labels_before)
         log.write_measures(progress, memory.labels, dataset, when, record)
@@ -320,7 +317,7 @@ def main(arguments=None):
     # Gradients are averaged over the processes.
     model = network
     if distributed.world_size() > 1:
-        model = DistributedDataParallel(
+        model = torch.nn.parallel.DistributedDataParallel(
             network, device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # see share_statistics; as an argument it gives a warning

@@ -25,11 +25,10 @@ SMALL_SET = 200_000  # fewer images than this: preset small
 HALF_HOUR = 1200  # seconds in the network; to read and augment takes the rest
 
 RECIPE = dict(
-    image_size=224, augmentation="recipe", crops=1, arch="resnet50", neck="recipe",
-    num_clusters=10000, min_cluster_size=20, memory_momentum=0.5, centroids_interval=10,
+    image_size=224, augmentation="recipe", crops=1, arch="resnet50", neck="recipe", amp="off",
+    num_clusters=10000, min_cluster_size=20, memory_momentum=0.5, centroids_interval=10, seed=0,
     reweight_power=0.5, initial="network", recluster_interval=0, offline_epochs=0, epochs=440,
-    batch_size=512, lr=0.06, lr_schedule="step", weight_decay=1e-5, checkpoint_interval=1000,
-    seed=0, amp="off")
+    batch_size=512, lr=0.06, lr_schedule="step", weight_decay=1e-5, checkpoint_interval=1000)
 # Chosen in trials, see tests/benchmarks/learning/README.md. `_follow_images` sets what is missing.
 SMALL = RECIPE | dict(
     augmentation="small", crops=4, neck="plain", memory_momentum=0.1, batch_size=64,
@@ -222,9 +221,8 @@ def validate(args, dataset, saved, device):
                         f"{args.min_cluster_size} need {needed} images, and {args.data} has {N}; "
                         "lower one of them.")
     if args.batch_size % (W * args.crops) or args.batch_size < 2 * W:
-        raise UserError(f"--batch-size {args.batch_size} cannot be split evenly over {W} "
-                        f"processes, at least 2 each, and images of {args.crops} crops: choose "
-                        "another.")
+        raise UserError(f"--batch-size {args.batch_size}: choose a multiple of {W} processes x "
+                        f"{args.crops} crops, of at least 2 a process.")
     check_shared_memory(args.workers, args.batch_size, args.image_size)
     if args.epochs == 0 and not args.pretrained and not saved:
         raise UserError("--epochs 0 clusters by a network that has learned: give --pretrained, "

@@ -126,16 +126,3 @@ def test_a_crop_of_a_photograph_lies_in_one_band():
     assert {data.split_of(column) for x in inside if data.split_of(x) == "val"
             for column in range(x, x + data.CROP)} == {"val"}
     assert inside[:9] == [0, 16, 32, 48, 64, 80, 112, 128, 160]
-
-
-def test_a_font_without_letters_gives_no_glyphs(tmp_path):
-    (tmp_path / "broken.ttf").write_bytes(b"no font")
-    assert data.draw_letters(tmp_path / "broken.ttf") is None
-    assert data.make_glyphs(tmp_path / "glyphs", tmp_path) == {"train": (0, 0), "val": (0, 0)}
-
-
-def test_photographs_that_are_missing_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "PHOTOGRAPHS", {"here": "here.png", "gone": "gone.png"})
-    Image.new("RGB", (640, 400)).save(tmp_path / "here.png")
-    counts = data.make_photographs(tmp_path / "set", tmp_path)
-    assert capsys.readouterr().out.startswith("Not here: gone. ") and counts["train"][1] == 3

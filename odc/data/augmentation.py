@@ -45,9 +45,8 @@ AUGMENTATIONS = {  # --augmentation of train.py
 _CROP_AND_FLIP = Augmentation(rotation=0.0, jitter=(0.0,) * 4, grayscale=0.0)
 LINEAR_AUGMENTATIONS = {  # by protocol
     "imagenet-multihead": replace(_CROP_AND_FLIP, jitter=(0.4, 0.4, 0.4, 0.0), lighting=0.1),
-    "imagenet-avgpool": _CROP_AND_FLIP,
+    "imagenet-avgpool": _CROP_AND_FLIP, "inaturalist2018": _CROP_AND_FLIP,
     "places205": replace(_CROP_AND_FLIP, fixed_scale=True),
-    "inaturalist2018": _CROP_AND_FLIP,
 }
 
 # Random numbers of one image. resize: edge of the central square that is cropped, or 0. angle:

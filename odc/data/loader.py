@@ -59,8 +59,7 @@ def training_batches(dataset, augmentation, image_size, batch_size, seed, epoch,
     """This process's batches of one epoch of pre-training, from first_step on.
 
     The images are drawn with replacement (the recipe's sampling), each `crops` times in a row. In
-    step t, process r has positions t*W*B + r*B up to t*W*B + (r+1)*B of the draw. One that cannot
-    be read is a UserError.
+    step t, process r has positions t*W*B + r*B up to t*W*B + (r+1)*B. Unreadable ones: UserError.
     """
     global_batch = world_size() * batch_size
     steps = steps_per_epoch(len(dataset), batch_size)

@@ -33,12 +33,12 @@ def open_held_out(data, train):
     return train.take([i for i in images if i % 10]), train.take(images[::10])
 
 
-def knn_accuracy(backbone, bank, queries, image_size, device, workers=0):
+def knn_accuracy(backbone, bank, queries, image_size, workers=0):
     """Accuracy in 0..1 of the queries' classes, as their 20 nearest images in the bank vote.
 
     bank, queries: of `open_held_out`; the bank's images have been read before. Else as `classify`.
     """
-    k = min(20, len(bank))
+    k, device = min(20, len(bank)), next(backbone.parameters()).device
     predictions = classify(backbone, bank, queries, image_size, device, [k], workers=workers,
                            unreadable_share=0)[k]
     return float((predictions[:, 0].cpu() == queries.labels).double().mean())

@@ -96,12 +96,6 @@ def choose_protocol(args, dataset):
     return name, protocol, changed
 
 
-def published_table(name, changed, network):
-    """The Table with which a run of this protocol may be compared, or None."""
-    table = TABLES.get(name)
-    return table.if_comparable(network) if table and not changed else None
-
-
 def choose_results(protocol, history):
     """{column: {"top1", "top5", "epoch"}} of the epoch that the protocol reports."""
     results = {}
