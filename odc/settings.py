@@ -34,9 +34,9 @@ SMALL = RECIPE | dict(
     augmentation="small", crops=4, neck="plain", memory_momentum=0.1, batch_size=64,
     lr_schedule="cosine", image_size=None, arch=None, num_clusters=None, min_cluster_size=None,
     lr=None, initial=None, epochs=None, recluster_interval=None, offline_epochs=None)
-# Chosen without labels, by the agreement of the clusters of several seeds.
+# Chosen without labels, by the agreement of the clusters of several seeds; the neck is small's.
 DEMO = RECIPE | dict(arch="narrow", image_size=32, num_clusters=60, augmentation="demo", epochs=20,
-                     batch_size=64, checkpoint_interval=100)
+                     batch_size=64, checkpoint_interval=100, neck="plain")
 PRESETS = {"recipe": RECIPE, "small": SMALL, "demo": DEMO}
 
 MAY_DIFFER = {"data", "output", "workers", "device", "tensorboard", "epochs",
