@@ -22,7 +22,7 @@ from odc.runtime.arguments import Parser, number, path, whole
 from odc.runtime.checkpoint import check_same_settings, reading
 
 SMALL_SET = 200_000  # fewer images than this: preset small
-HALF_HOUR = 1200  # seconds in the network; to read and augment takes the rest
+HALF_HOUR = 1500  # seconds in the network; to read and augment takes the rest
 
 RECIPE = dict(
     image_size=224, augmentation="recipe", crops=1, arch="resnet50", neck="recipe", amp="off",
