@@ -116,7 +116,8 @@ def stabilities(dataset, features, num_clusters, workers=0):
     pixels = extract(unit_pixels, dataset.take(range(0, len(dataset), step)),
                      clustering_transform(32, dataset.whole_images), 3 * 32**2, features.device,
                      workers=workers, unreadable_share=0)
-    return stability(features[::step], num_clusters), stability(pixels, num_clusters)
+    first = -distributed.shard(len(dataset)).start % step  # of this process, on the same images
+    return stability(features[first::step], num_clusters), stability(pixels, num_clusters)
 
 
 def stability(features, num_clusters):

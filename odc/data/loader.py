@@ -85,7 +85,7 @@ def epoch_batches(dataset, augmentation, image_size, batch_size, seed, epoch, wo
                         "--nproc_per_node.")
     generator = torch.Generator().manual_seed(_hash("permutation", seed, epoch))
     order = torch.randperm(N, generator=generator)
-    steps = max(1, N // global_batch + (N % global_batch >= max(global_batch / 2, W)))
+    steps = max(1, N // global_batch + (N % global_batch >= max(global_batch / 2, W, 2)))
     ends = [*range(0, steps * global_batch, global_batch), N]
     positions = [range(start, end)[shard(end - start)] for start, end in zip(ends, ends[1:])]
     return BatchLoader(_Batches(dataset, order, positions, (seed, epoch), augmentation, image_size),
