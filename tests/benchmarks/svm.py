@@ -84,8 +84,8 @@ def main():
         gaps.append(float(primal_objective(best, own, t, cost)
                           / primal_objective(weight, own, t, cost)) - 1)
     theirs = np.mean(sampled, axis=0) * len(every)
-    print(f"\nSVMs of one feature map, 5,011 x 8,192, {len(every):,} fits; {machine(args.device)}\n")
-    print("| | time | processor |\n|---|---|---|")
+    print(f"\nSVMs of one feature map, 5,011 x 8,192, {len(every):,} fits; {machine(args.device)}")
+    print("\n| | time | processor |\n|---|---|---|")
     print(f"| ours | {ours[0]:.1f} s | {ours[1]:.1f} s |")
     print(f"| LinearSVC (scaled from {len(sampled)} fits) | {theirs[0]:.0f} s | "
           f"{theirs[1]:.0f} s |")

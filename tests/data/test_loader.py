@@ -169,7 +169,7 @@ def test_an_epoch_has_every_image_once_and_no_idle_process(monkeypatch, count, b
         parts = [batch.indices for batch in epoch_batches(
             Numbered(count), Augmentation(), 16, batch_size, 0, 0)]
         sizes = [len(part) for part in parts]
-        assert min(sizes) >= (2 if W == 1 else 1) and max(sizes) <= max(batch_size * 1.5, batch_size + 1) + 1
+        assert min(sizes) > (W == 1) and max(sizes) <= 1 + max(1.5 * batch_size, batch_size + 1)
         indices += parts
         steps.add(len(parts))
     assert len(steps) == 1
