@@ -70,7 +70,7 @@ def make_parser():
     add("--crops", metavar="C", type=whole(1), help="crops of each image in a batch; the samples "
         "memory takes their mean")
     add("--workers", metavar="N", type=whole(0, 256), help="processes that read images, per "
-        "training process (default: up to 4; 0 for images in memory)")
+        "training process (default: up to 4; 0 in memory, or on one core)")
     add = group("network")
     add("--arch", choices=list(ARCHS), help="backbone; narrow is for small images")
     add("--neck", choices=["recipe", "plain"], help="plain: without dropout and last ReLU; k-means "

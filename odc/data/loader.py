@@ -32,11 +32,12 @@ class Batch(NamedTuple):
 
 
 def default_workers(in_memory):
-    """--workers if it is not given: 0 for images in memory, else 1 to 4, at most one a core."""
+    """--workers if not given: 0 for images in memory, or with one core a process; else 2 to 4."""
     if in_memory:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(4, cores // environment("LOCAL_WORLD_SIZE", 1)))
+    share = cores // environment("LOCAL_WORLD_SIZE", 1)
+    return min(4, share) if share > 1 else 0  # a worker would take the core from its process
 
 
 def check_shared_memory(workers, batch_size, image_size):

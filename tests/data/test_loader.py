@@ -191,8 +191,8 @@ def test_an_epoch_of_fewer_images_than_processes_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("in_memory, cores, processes, answer", [
-    (True, 64, 1, 0), (False, 64, 1, 4), (False, 64, 8, 4), (False, 2, 1, 2), (False, 2, 2, 1),
-    (False, 1, 4, 1), (False, 2, "", 2)])
+    (True, 64, 1, 0), (False, 64, 1, 4), (False, 64, 8, 4), (False, 2, 1, 2), (False, 2, 2, 0),
+    (False, 1, 4, 0), (False, 2, "", 2)])
 def test_default_workers(monkeypatch, in_memory, cores, processes, answer):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
