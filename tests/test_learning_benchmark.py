@@ -108,9 +108,9 @@ def test_a_view_is_drawn_for_each_image_and_again_for_the_second(folder):
     crops = methods.Crops(1, 0.5, (0.2, 0.2)), methods.Crops(2)
     views = methods.Views(images, methods.AUGMENTATIONS["recipe"], 8, 5, crops, steps=3, seed=0)
     ((small, small_draws), (pixels, draws)), labels = views[1]
-    assert len(views) == 3 and pixels.shape == (10, 3, 8, 8) and draws.shape == (10, 16)
+    assert len(views) == 3 and pixels.shape == (10, 3, 8, 8) and draws.shape == (10, 15)
     assert labels.shape == (5,) and not (draws[:5] == draws[5:]).all(dim=1).any()
-    assert small.shape == (5, 3, 4, 4) and small_draws[:, 3:5].prod(1).max() <= 16
+    assert small.shape == (5, 3, 4, 4) and small_draws[:, 2:4].prod(1).max() <= 16
     assert torch.equal(views[1][0][0][0], small) and torch.equal(views[1][0][1][1], draws)
     colour = pixels.float().mean((2, 3)).argmax(1)  # blue 0, green 1, red 2 are the classes
     assert colour.tolist() == (2 - labels).tolist() * 2

@@ -49,21 +49,24 @@ LINEAR_AUGMENTATIONS = {  # by protocol
     "places205": replace(_CROP_AND_FLIP, fixed_scale=True),
 }
 
-# Random numbers of one image. resize: edge of the central square that is cropped, or 0. angle:
-# degrees, counterclockwise. hue: in turns. order: index into ORDERS. red, green, blue: lighting.
-Draw = namedtuple("Draw", "resize top left height width flip angle brightness contrast saturation "
-                          "hue order grayscale red green blue")
+# Random numbers of one crop. angle: degrees, counterclockwise. hue: in turns. order: index into
+# ORDERS. red, green, blue: lighting.
+Draw = namedtuple("Draw", "top left height width flip angle brightness contrast saturation hue "
+                          "order grayscale red green blue")
 
 
-def draw_parameters(augmentation, generator, width, height, size=224):
-    """The Draw of an image of width x height pixels from a `random.Random`, as in torchvision."""
+def to_cut(augmentation, size, image):
+    """uint8 [3, height, width], from which all crops of an RGB `PIL.Image` are cut."""
+    side = round(size * 256 / 224)
+    fixed = augmentation.fixed_scale
+    return resize_center_crop(image, side, side) if fixed else TF.pil_to_tensor(image)
+
+
+def draw_parameters(augmentation, generator, height, width, size=224):
+    """The Draw for a tensor of `to_cut` from a `random.Random`, distributed as in torchvision."""
     uniform, jitter = generator.uniform, augmentation.jitter
-    if augmentation.fixed_scale:
-        resize = round(size * 256 / 224)
-        top, left = (generator.randint(0, resize - size) for _ in range(2))
-        crop = (resize, top, left, size, size)
-    else:
-        crop = (0, *_draw_crop(augmentation, generator, width, height))
+    crop = ((generator.randint(0, height - size), generator.randint(0, width - size), size, size)
+            if augmentation.fixed_scale else _draw_crop(augmentation, generator, height, width))
     flip, grayscale = (generator.random() < p for p in (augmentation.flip, augmentation.grayscale))
     angle = uniform(-augmentation.rotation, augmentation.rotation)
     factors = [uniform(max(0.0, 1 - x), 1 + x) for x in jitter[:3]]
@@ -73,7 +76,7 @@ def draw_parameters(augmentation, generator, width, height, size=224):
     return Draw(*crop, flip, angle, *factors, hue, order, grayscale, *light)
 
 
-def _draw_crop(augmentation, generator, width, height):
+def _draw_crop(augmentation, generator, height, width):
     """Top, left, height and width: ten tries, then the largest crop in the middle."""
     low, high = 3 / 4, 4 / 3  # of width / height
     for _ in range(10):
@@ -87,13 +90,10 @@ def _draw_crop(augmentation, generator, width, height):
 
 
 def crop_and_flip(image, drawn, size):
-    """Cut, resize (bilinear, antialiased) and flip an RGB `PIL.Image`: uint8 [3, size, size]."""
-    if drawn.resize:
-        image = _central_square(image, drawn.resize, drawn.resize)
-    box = (drawn.left, drawn.top, drawn.left + drawn.width, drawn.top + drawn.height)
+    """Cut, resize (bilinear, antialiased) and flip a tensor of `to_cut`: uint8 [3, size, size]."""
+    image = image[:, drawn.top: drawn.top + drawn.height, drawn.left: drawn.left + drawn.width]
     # 4 times as fast as Pillow's resize, from which it differs by one step at most.
-    pixels = F.interpolate(TF.pil_to_tensor(image.crop(box))[None], (size, size), mode="bilinear",
-                           antialias=True)[0]
+    pixels = F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
     return (pixels.flip(-1) if drawn.flip else pixels).contiguous()
 
 
@@ -148,7 +148,7 @@ def mean_and_std(device):
 def augment_batch(images, draws):
     """All that comes after `crop_and_flip`: normalised float32 [B, 3, S, S] on the images' device.
 
-    images: uint8 [B, 3, S, S]. draws: float [B, 16], on the CPU; the order is the first row's.
+    images: uint8 [B, 3, S, S]. draws: float [B, 15], on the CPU; the order is the first row's.
     """
     if len(images) == 0:  # none of the batch could be read
         return normalise(images)

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Batch(NamedTuple):
     """B rows of this process, fewer where images are unreadable."""
 
     images: torch.Tensor  # uint8 [B, 3, S, S], cropped and flipped
-    draws: torch.Tensor  # float32 [B, 16], rows of augmentation.Draw; [0, 16] in an evaluation
+    draws: torch.Tensor  # float32 [B, 15], rows of augmentation.Draw; [0, 15] in an evaluation
     indices: torch.Tensor  # int64 [B], the image of each row
     unreadable: dict  # {index: reason} of images that have no row
 
@@ -165,23 +166,25 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         pixels, draws, indices, unreadable = [], [], [], {}
+        prepare = self.transform or partial(augment.to_cut, self.augmentation, self.image_size)
         # The same on all processes and after a resume, as it counts the steps from here to the end.
         order = _hash("order", self.seeds, len(self) - step) % len(augment.ORDERS)
         for position in map(int, self.positions[step]):
             index = int(self.order[position])
             try:
                 if not indices or index != indices[-1]:  # else another crop of it
-                    image = self.image_set.load(index, self.patient)
+                    image = prepare(self.image_set.load(index, self.patient))
             except UnreadableImage as error:
                 unreadable[index] = str(error)
                 continue
             indices.append(index)
             if self.transform:
-                pixels.append(self.transform(image))
+                pixels.append(image)
                 continue
             generator = random.Random(_hash("item", self.seeds, position))
-            draws.append(augment.draw_parameters(
-                self.augmentation, generator, *image.size, self.image_size)._replace(order=order))
+            drawn = augment.draw_parameters(self.augmentation, generator, *image.shape[1:],
+                                            self.image_size)
+            draws.append(drawn._replace(order=order))
             pixels.append(augment.crop_and_flip(image, draws[-1], self.image_size))
         pixels = torch.stack(pixels) if pixels else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         draws = torch.tensor(draws) if draws else torch.empty(0, len(augment.Draw._fields))

@@ -14,7 +14,7 @@ from odc.data import augmentation as augment
 from odc.data.augmentation import (LINEAR_AUGMENTATIONS, ORDERS, Augmentation, Draw,
                                    draw_parameters)
 
-NOTHING = Draw(0, 0, 0, 32, 32, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0)
+NOTHING = Draw(0, 0, 32, 32, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,9 @@ def a_batch(photograph, count=24, size=48):
     cube = torch.cartesian_prod(*[torch.tensor([0, 127, 255])] * 3).byte()
     odd[1] = cube[torch.arange(size * size) % 27].T.view(3, size, size)
     odd[2] = torch.randint(256, (3, size, size), generator=torch.Generator().manual_seed(0))
-    draws = drawn(count - 3, *photograph.size, size=size)
-    crops = [augment.crop_and_flip(photograph, p, size) for p in draws]
+    image = TF.pil_to_tensor(photograph)
+    draws = drawn(count - 3, *image.shape[1:], size=size)
+    crops = [augment.crop_and_flip(image, p, size) for p in draws]
     return torch.cat([odd, torch.stack(crops)])
 
 
@@ -46,21 +47,23 @@ def drawn(count, *arguments, augmentation=Augmentation(), **options):
     (640, 427, 64), (1, 1, 32), (1, 300, 32), (300, 1, 16), (3, 2, 64), (32, 32, 32)])
 def test_crop_is_pillows_to_one_step(photograph, width, height, size):
     image = photograph.crop((0, 0, width, height))
-    for p in drawn(20, width, height, size=size):
+    for p in drawn(20, height, width, size=size):
         expected = TF.resized_crop(image, p.top, p.left, p.height, p.width, [size, size])
         expected = TF.pil_to_tensor(TF.hflip(expected) if p.flip else expected)
-        ours = augment.crop_and_flip(image, p, size)
+        ours = augment.crop_and_flip(augment.to_cut(Augmentation(), size, image), p, size)
         assert ours.dtype == torch.uint8 and ours.is_contiguous()
         difference = (ours.int() - expected.int()).abs()
         assert difference.max() <= 1 and (difference > 0).float().mean() < 0.03
 
 
 def test_fixed_scale_crop_is_places205s_recipe(photograph):
-    p, *draws = drawn(3000, 0, 0, augmentation=LINEAR_AUGMENTATIONS["places205"], size=224)
-    assert (p.resize, p.height, p.width) == (256, 224, 224)
+    places205 = LINEAR_AUGMENTATIONS["places205"]
+    ours = augment.to_cut(places205, 224, photograph)
+    p, *draws = drawn(3000, *ours.shape[1:], augmentation=places205, size=224)
+    assert (p.height, p.width) == (224, 224)
     square = TF.center_crop(TF.resize(photograph, 256), [256, 256])
     expected = TF.pil_to_tensor(TF.crop(square, p.top, p.left, 224, 224))
-    assert torch.equal(augment.crop_and_flip(photograph, p._replace(flip=0), 224), expected)
+    assert torch.equal(augment.crop_and_flip(ours, p._replace(flip=0), 224), expected)
     for places in zip(*((p.top, p.left) for p in draws)):
         counts = torch.tensor(places).bincount()
         assert len(counts) == 33 and counts.min() > 40  # every place, evenly: 91 expected
@@ -79,7 +82,7 @@ def test_crops_are_drawn_as_torchvision_draws_them(width, height, scale):
     image = Image.new("RGB", (width, height))
     theirs = [transforms.RandomResizedCrop.get_params(image, [scale, 1.0], [3 / 4, 4 / 3])
               for _ in range(2000)]
-    ours = drawn(6000, width, height, augmentation=Augmentation(min_scale=scale))
+    ours = drawn(6000, height, width, augmentation=Augmentation(min_scale=scale))
     for column, values in zip(("top", "left", "height", "width"), zip(*theirs)):
         assert same_distribution([getattr(p, column) for p in ours], values), column
     assert same_distribution([p.height * p.width for p in ours], [t[2] * t[3] for t in theirs])

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import MLP
 
-from odc.data.augmentation import AUGMENTATIONS, augment_batch, crop_and_flip, draw_parameters
+from odc.data.augmentation import (AUGMENTATIONS, augment_batch, crop_and_flip, draw_parameters,
+                                   to_cut)
 from odc.data.loader import steps_per_epoch
 from odc.model import ODC, use_small_stem
 
@@ -199,7 +200,7 @@ class Views(torch.utils.data.Dataset):
     """Item t is step t's batch: B images, drawn with replacement, each in several crops.
 
     [(pixels, draws) of each Crops], labels [B]. pixels: uint8 [count * B, 3, s, s], the first
-    crops of all images first. draws: the numbers of Draw, [count * B, 16].
+    crops of all images first. draws: the numbers of Draw, [count * B, 15].
     """
 
     def __init__(self, images, augmentation, image_size, batch_size, crops, steps, seed):
@@ -212,13 +213,14 @@ class Views(torch.utils.data.Dataset):
     def __getitem__(self, step):
         generator, groups = random.Random(self.seed * 1_000_003 + step), []
         indices = [generator.randrange(len(self.images)) for _ in range(self.batch_size)]
-        opened = [self.images.load(index) for index in indices]
+        opened = [to_cut(self.augmentation, self.image_size, self.images.load(index))
+                  for index in indices]
         for crops in self.crops:
             size, rows = crops.pixels(self.image_size), []
             scale = dict(zip(("min_scale", "max_scale"), crops.scale))
             augmentation = replace(self.augmentation, **scale)
             for image in opened * crops.count:
-                drawn = draw_parameters(augmentation, generator, *image.size, size)
+                drawn = draw_parameters(augmentation, generator, *image.shape[1:], size)
                 rows.append((crop_and_flip(image, drawn, size), torch.tensor(drawn)))
             groups.append(tuple(map(torch.stack, zip(*rows))))
         return groups, self.images.labels[indices]
