@@ -57,7 +57,7 @@ METHODS = {  # in the order of the table
     "alternating": "alternating", "simsiam": "SimSiam", "byol": "BYOL", "vicreg": "VICReg",
     "emp-ssl": "EMP-SSL, 8 patches", "swav": "SwAV with small crops", "labels": "labels (ceiling)",
 }
-# More arguments of train.py; "alternating" moves labels only when it clusters all images again.
+# More arguments of train.py; "alternating" moves labels only by k-means after each epoch.
 ODC_WAYS = {"odc": [], "alternating": ["--offline-epochs", "1000000"]}
 PEERS = {
     "simsiam": methods.SimSiam, "byol": methods.BYOL, "vicreg": methods.VICReg,
