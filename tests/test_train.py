@@ -141,7 +141,7 @@ def test_two_runs_in_one_folder(folder, tmp_path, capsys):
     (["--memory-momentum", "1.5"], ["1.5"]), (["--batch-size", "many"], ["--batch-size", "many"]),
     (["--num-clusters", "200", "--min-cluster-size", "0"], ["-clusters 200", "need 200 images"]),
     (["--min-cluster-size", "100"], ["--min-cluster-size 100", "800", "150"]),
-    (["--device", "cuda:77"], ["cuda:77"]), (["--pretrained", "no.pth"], ["no.pth"]),
+    (["--device", "cuda:77"], ["cuda:77"]), (["--pretrained", "random"], ["--pretrained random"]),
     (["--batch-size", "1"], ["--batch-size"]), (["--amp", "fp16"], ["--amp fp16", "bf16"]),
     (["--tensorboard"], ["--tensorboard", "pip install tensorboard"]),
     (["--unknown"], ["--unknown"]), (["--output", __file__], ["test_train.py"]),

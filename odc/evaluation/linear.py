@@ -90,9 +90,9 @@ def choose_protocol(args, dataset):
                         "with --subset, or a --train-share.")
     if args.head_lr is not None and protocol.columns != (FINE_TUNED,):
         raise UserError(f"--head-lr {args.head_lr:g} is for fine-tuning: add --protocol finetune.")
-    if protocol.batch_size % W or protocol.batch_size < 2 * W:
+    if protocol.batch_size % W or protocol.batch_size < 4 * W:  # 2 each in a last, short batch
         raise UserError(f"a batch of {protocol.batch_size} images cannot be split evenly over {W} "
-                        "processes, at least 2 each: choose a --batch-size that can.")
+                        "processes, at least 4 each: choose a --batch-size that can.")
     return name, protocol, changed
 
 

@@ -37,7 +37,7 @@ def load_backbone(weights, arch=None, image_size=224, seed=0, option="--weights"
     random network. Returns (ResNet in eval mode on the CPU, what was matched in one line). Raises
     UserError, naming the option, for a file that is not wholly a ResNet of `arch`.
     """
-    if weights == "random":
+    if weights == "random" and option == "--weights":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             backbone = ResNet(arch or "resnet50", use_small_stem(image_size))

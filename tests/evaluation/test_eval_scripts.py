@@ -193,7 +193,7 @@ def test_an_output_that_is_an_input_is_refused(tmp_path, weights, call):
     (tmp_path / "link.pth").symlink_to(weights)
     (tmp_path / "list.txt").write_text("n00000000/train_0.JPEG\nn00000001/train_1.JPEG")
     before = open(weights, "rb").read()
-    arguments = ("--weights", weights, "--data", data, *SMALL, "--epochs", 1, "--batch-size", 2)
+    arguments = ("--weights", weights, "--data", data, *SMALL, "--epochs", 1, "--batch-size", 4)
     for file in (weights, tmp_path / "link.pth", tmp_path / "list.txt",
                  f"{data}/val/n00000000/val_0.JPEG"):
         with pytest.raises(UserError, match="not a result of this program"):
