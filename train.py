@@ -172,14 +172,18 @@ def make_memory(args, dataset, device):
 
 
 def cluster_between_epochs(args, state, dataset):
-    """Both memories from all unaugmented images again; the head stays. Ours, not in the paper."""
+    """Both memories from all unaugmented images again; the head stays. Ours, not in the paper.
+
+    In the first offline epochs the clusters of the pixels stay while they are more stable.
+    """
     progress = state.progress
     clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
                                 args.neck == "plain")
-    if args.initial == "pixels" and progress.reclustered_at == 0:  # the pixels' clusters lead
+    leads = args.initial == "pixels" and progress.reclustered_at == 0
+    if leads and progress.epoch < progress.offline_epochs:
         network, pixels = stabilities(dataset, clustering.features, args.num_clusters, args.workers)
         print_main(f"epoch {progress.epoch}: stability {network:.3f}, of pixels {pixels:.3f}")
-        if network <= pixels and progress.epoch < progress.offline_epochs:
+        if network <= pixels:
             return
         if progress.offline_epochs < args.epochs:
             progress.offline_epochs = progress.epoch  # labels move from now on

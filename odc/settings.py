@@ -88,7 +88,7 @@ def make_parser():
         help="features of the initial k-means; backbone: without the neck")
     add("--offline-epochs", metavar="EPOCHS", type=whole(0),
         help="first epochs, in which only k-means moves the labels, after each of them; those of "
-        "pixels stay until the network's clusters are more stable")
+        "pixels stay until the network's are more stable, which then move in each step")
     add = group("optimisation")
     add("--epochs", metavar="N", type=whole(0, 10**6), help="epochs in all; 0: the backbone of "
         "--pretrained, or the run in --output, only clusters the images")
@@ -185,7 +185,7 @@ def _follow_images(args, dataset, device, pretrained):
         args.epochs = max(10, min(200, int(HALF_HOUR * rate / N)))
         print_main(f"{args.epochs} epochs, for about half an hour (10 to 200): five to ten times "
                    "as many added 2.0 to 6.5 points of kNN accuracy in our tests.")
-    offline = max(1, min(round(60_000 / N), (args.epochs or 40) // 4))  # 60,000 images at most
+    offline = max(1, min(round(60_000 / N), (args.epochs or 4) // 4))  # 60,000 crops, or an epoch
     _fill(args, dict(offline_epochs=offline))
     if N < 1000 and pretrained is None:
         print_main("With fewer than 1,000 images a pre-trained backbone gives better clusters: "

@@ -65,7 +65,7 @@ def test_a_run_without_handling_small_clusters(folder, tmp_path):
 
 WAYS = {
     "alternating": ["--offline-epochs", "5", "--epochs", "5", "--checkpoint-interval", "3"],
-    "as small sets": ["--initial", "pixels", "--offline-epochs", "1", "--memory-momentum", "0.1",
+    "as small sets": ["--initial", "pixels", "--offline-epochs", "2", "--memory-momentum", "0.1",
                       "--epochs", "3", "--checkpoint-interval", "4"]}
 
 
@@ -114,14 +114,17 @@ def test_re_clustering_resumes_as_the_same_run(
     assert_same_run(whole[way], tmp_path)
 
 
-def test_a_run_as_small_sets_have_it(folder, tmp_path, monkeypatch):
-    """Labels stay in the first epoch, and move in each step afterwards."""
+@pytest.mark.parametrize("stability, epochs", [(0, 2), (2, 1)])  # that of the pixels is 1
+def test_labels_of_pixels_stay_until_others_are_more_stable(
+        folder, tmp_path, monkeypatch, stability, epochs):
+    """They move in each step afterwards, and after two epochs in any case."""
     monkeypatch.setattr("train.LOG_INTERVAL", 1)
+    monkeypatch.setattr("train.stabilities", lambda *_: (stability, 1))
     arguments = ["--data", folder, "--output", tmp_path]
     assert run_main(*arguments, *SMALL, *WAYS["as small sets"]) == 0
     steps = [record for record in log_of(tmp_path) if "loss" in record]
     changes = [record["change_ratio"] for record in steps]
-    assert max(changes[:10]) == 0 and max(changes[10:]) > 0
+    assert max(changes[: 10 * epochs]) == 0 and max(changes[10 * epochs: 10 * epochs + 10]) > 0
     assert "nmi" in log_of(tmp_path)[-1]
 
 

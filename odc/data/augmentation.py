@@ -99,7 +99,7 @@ def crop_and_flip(image, drawn, size):
 
 def resize_center_crop(image, resize=256, crop=224):
     """Resize the shorter edge, cut the middle (all recipes but VOC07's): uint8 [3, crop, crop]."""
-    return TF.pil_to_tensor(_central_square(image, resize, crop))
+    return TF.pil_to_tensor(TF.center_crop(TF.resize(_not_too_long(image), resize), crop))
 
 
 def resize_exact(image, size=224, resize=256):
@@ -123,10 +123,6 @@ def whole_image(image, size):
     """All of an RGB image, in the middle of a white square: uint8 [3, size, size]."""
     return TF.pil_to_tensor(ImageOps.pad(_not_too_long(image), (size, size),
                                          Image.Resampling.BILINEAR, color="white"))
-
-
-def _central_square(image, resize, crop):
-    return TF.center_crop(TF.resize(_not_too_long(image), resize), crop)
 
 
 def _not_too_long(image):  # resized by its shorter edge, a very long one would take gigabytes

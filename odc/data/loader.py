@@ -171,6 +171,8 @@ class _Batches(torch.utils.data.Dataset):
         order = _hash("order", self.seeds, len(self) - step) % len(augment.ORDERS)
         for position in map(int, self.positions[step]):
             index = int(self.order[position])
+            if index in unreadable:  # an earlier crop of it has waited
+                continue
             try:
                 if not indices or index != indices[-1]:  # else another crop of it
                     image = prepare(self.image_set.load(index, self.patient))

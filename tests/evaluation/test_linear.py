@@ -75,7 +75,7 @@ def test_settings_that_can_be_given():
     (["--head-lr", "10"], "--head-lr 10 is for fine-tuning"),
     (["--protocol", "imagenet-1percent"], "--subset, or a --train-share"),
     (["--subset", "a", "--train-share", "0.1"], "not allowed with argument --subset"),
-    (["--batch-size", "1"], "at least 4 each: choose a --batch-size")])
+    (["--batch-size", "3"], "at least 4 each: choose a --batch-size")])
 def test_settings_that_do_not_go_together(arguments, message):
     with pytest.raises(UserError, match=message):
         choose("shapes", 3, *arguments)

@@ -57,7 +57,7 @@ METHODS = {  # in the order of the table
     "alternating": "alternating", "simsiam": "SimSiam", "byol": "BYOL", "vicreg": "VICReg",
     "emp-ssl": "EMP-SSL, 8 patches", "swav": "SwAV with small crops", "labels": "labels (ceiling)",
 }
-# More arguments of train.py; "alternating" moves labels only by k-means after each epoch.
+# For train.py. "alternating": only k-means moves labels; the pixels' stay by the same rule.
 ODC_WAYS = {"odc": [], "alternating": ["--offline-epochs", "1000000"]}
 PEERS = {
     "simsiam": methods.SimSiam, "byol": methods.BYOL, "vicreg": methods.VICReg,
