@@ -330,8 +330,9 @@ def main(arguments=None):
             measure(args, state, dataset, held_out, log)
         if progress.epoch >= args.epochs:
             break
-        due = 0 < progress.epoch <= progress.offline_epochs and progress.step == 0
-        if due and progress.reclustered_at != progress.epoch:
+        every = args.recluster_interval
+        due = 0 < progress.epoch <= progress.offline_epochs or every and progress.epoch % every == 0
+        if due and progress.step == 0 and progress.reclustered_at != progress.epoch:
             cluster_between_epochs(args, state, dataset)
             save(state, dataset, log)
         train_epoch(args, state, model, dataset, log, autocast)

@@ -27,13 +27,13 @@ HALF_HOUR = 1500  # seconds in the network; to read and augment takes the rest
 RECIPE = dict(
     image_size=224, augmentation="recipe", crops=1, arch="resnet50", neck="recipe", amp="off",
     num_clusters=10000, min_cluster_size=20, memory_momentum=0.5, centroids_interval=10, seed=0,
-    reweight_power=0.5, initial="network", offline_epochs=0, epochs=440, batch_size=512, lr=0.06,
-    weight_decay=1e-5, checkpoint_interval=1000)
+    reweight_power=0.5, initial="network", recluster_interval=0, offline_epochs=0, epochs=440,
+    batch_size=512, lr=0.06, weight_decay=1e-5, checkpoint_interval=1000)
 # Chosen in trials, see tests/benchmarks/learning/README.md. `_follow_images` sets what is missing.
 SMALL = RECIPE | dict(
     augmentation="small", crops=4, neck="plain", memory_momentum=0.1, batch_size=64,
     image_size=None, arch=None, num_clusters=None, min_cluster_size=None, lr=None, initial=None,
-    epochs=None, offline_epochs=None)
+    epochs=None, recluster_interval=None, offline_epochs=None)
 # Chosen without labels, by the agreement of the clusters of several seeds; the neck is small's.
 DEMO = RECIPE | dict(arch="narrow", image_size=32, num_clusters=60, augmentation="demo", epochs=20,
                      batch_size=64, checkpoint_interval=100, neck="plain")
@@ -86,6 +86,8 @@ def make_parser():
         help="a cluster's loss weight is its size to the power of -P")
     add("--initial", choices=["network", "pixels", "backbone"],
         help="features of the initial k-means; backbone: without the neck")
+    add("--recluster-interval", metavar="EPOCHS", type=whole(0),
+        help="epochs between two times that k-means of all images sets the labels; 0: never")
     add("--offline-epochs", metavar="EPOCHS", type=whole(0),
         help="first epochs, in which only k-means moves the labels, after each of them; those of "
         "pixels stay until the network's are more stable, which then move in each step")
@@ -167,7 +169,7 @@ def _settings_of(saved, output):
 
 
 def _follow_images(args, dataset, device, pretrained):
-    """The formulas of preset small: image size, clusters, learning rate and epochs."""
+    """The formulas of preset small: image size, clusters, learning rate, epochs and interval."""
     N, on_cpu = len(dataset), device.type == "cpu"
     # Process 0's: another machine may fail to read one of the files that are measured.
     side = int(distributed.broadcast(torch.tensor(dataset.typical_side())))
@@ -185,8 +187,8 @@ def _follow_images(args, dataset, device, pretrained):
         args.epochs = max(10, min(200, int(HALF_HOUR * rate / N)))
         print_main(f"{args.epochs} epochs, for about half an hour (10 to 200): five to ten times "
                    "as many added 2.0 to 6.5 points of kNN accuracy in our tests.")
-    offline = max(1, min(round(60_000 / N), (args.epochs or 4) // 4))  # 60,000 crops, or an epoch
-    _fill(args, dict(offline_epochs=offline))
+    every = max(1, min(round(60_000 / N), (args.epochs or 4) // 4))  # 60,000 crops, or an epoch
+    _fill(args, dict(recluster_interval=every, offline_epochs=every))
     if N < 1000 and pretrained is None:
         print_main("With fewer than 1,000 images a pre-trained backbone gives better clusters: "
                    "--pretrained resnet18 --epochs 0.")

@@ -65,7 +65,7 @@ def test_a_run_without_handling_small_clusters(folder, tmp_path):
 
 WAYS = {
     "alternating": ["--offline-epochs", "5", "--epochs", "5", "--checkpoint-interval", "3"],
-    "as small sets": ["--initial", "pixels", "--offline-epochs", "2", "--memory-momentum", "0.1",
+    "as small sets": ["--initial", "pixels", "--offline-epochs", "2", "--recluster-interval", "2",
                       "--epochs", "3", "--checkpoint-interval", "4"]}
 
 

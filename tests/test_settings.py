@@ -30,7 +30,7 @@ def test_a_small_set_has_its_own_settings():
     args = chosen(["--data", "somewhere"], made_up(6000, 28))
     assert (args.num_clusters, args.min_cluster_size) == (150, 5)  # 40 images a cluster
     assert (args.arch, args.image_size, args.batch_size) == ("narrow", 28, 64)
-    assert (args.crops, args.initial, args.offline_epochs) == (4, "pixels", 10)
+    assert (args.crops, args.initial, args.recluster_interval) == (4, "pixels", 10)
 
 
 @pytest.mark.parametrize("num_images, num_clusters, epochs", [
