@@ -119,8 +119,10 @@ def train_epoch(args, state, model, dataset, log, autocast):
 
 
 def learning_rate(args, epoch):
-    """The learning rate at a place in the run, in epochs: the recipe's, with one drop."""
-    return args.lr * (0.4 if epoch >= args.epochs * 400 / 440 else 1)
+    """The learning rate at a place in the run, in epochs."""
+    if args.lr_schedule == "cosine":  # from lr to 0
+        return args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+    return args.lr * (0.4 if epoch >= args.epochs * 400 / 440 else 1)  # the recipe's drop
 
 
 def check_step(args, progress, loss):
@@ -171,23 +173,23 @@ def make_memory(args, dataset, device):
                      args.min_cluster_size, device)
 
 
-def cluster_between_epochs(args, state, dataset):
-    """Both memories from all unaugmented images again; the head stays. Ours, not in the paper.
+def pixels_lead(args, progress):
+    """Whether the clusters of the pixels stay until those of the network are more stable."""
+    return args.initial == "pixels" and progress.epoch < progress.offline_epochs < args.epochs
 
-    In the first offline epochs the clusters of the pixels stay while they are more stable.
-    """
+
+def cluster_between_epochs(args, state, dataset):
+    """Both memories from all unaugmented images again; the head stays. Ours, not in the paper."""
     progress = state.progress
+    progress.reclustered_at = progress.epoch
     clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
                                 args.neck == "plain")
-    leads = args.initial == "pixels" and progress.reclustered_at == 0
-    if leads and progress.epoch < progress.offline_epochs:
+    if pixels_lead(args, progress):
         network, pixels = stabilities(dataset, clustering.features, args.num_clusters, args.workers)
         print_main(f"epoch {progress.epoch}: stability {network:.3f}, of pixels {pixels:.3f}")
         if network <= pixels:
             return
-        if progress.offline_epochs < args.epochs:
-            progress.offline_epochs = progress.epoch  # labels move from now on
-    progress.reclustered_at = progress.epoch
+        progress.offline_epochs = progress.epoch  # labels move from now on
     features = neck_features(state.network.neck.eval(), clustering.pooled, len(dataset))
     state.memory.initialize(features, clustering.labels)
 
@@ -330,9 +332,10 @@ def main(arguments=None):
             measure(args, state, dataset, held_out, log)
         if progress.epoch >= args.epochs:
             break
-        every = args.recluster_interval
-        due = 0 < progress.epoch <= progress.offline_epochs or every and progress.epoch % every == 0
-        if due and progress.step == 0 and progress.reclustered_at != progress.epoch:
+        due = progress.epoch > 0 and (
+            progress.epoch == progress.offline_epochs or pixels_lead(args, progress)
+            or args.recluster_interval and progress.epoch % args.recluster_interval == 0)
+        if due and progress.reclustered_at != progress.epoch:
             cluster_between_epochs(args, state, dataset)
             save(state, dataset, log)
         train_epoch(args, state, model, dataset, log, autocast)

@@ -28,12 +28,12 @@ RECIPE = dict(
     image_size=224, augmentation="recipe", crops=1, arch="resnet50", neck="recipe", amp="off",
     num_clusters=10000, min_cluster_size=20, memory_momentum=0.5, centroids_interval=10, seed=0,
     reweight_power=0.5, initial="network", recluster_interval=0, offline_epochs=0, epochs=440,
-    batch_size=512, lr=0.06, weight_decay=1e-5, checkpoint_interval=1000)
+    batch_size=512, lr=0.06, lr_schedule="step", weight_decay=1e-5, checkpoint_interval=1000)
 # Chosen in trials, see tests/benchmarks/learning/README.md. `_follow_images` sets what is missing.
 SMALL = RECIPE | dict(
     augmentation="small", crops=4, neck="plain", memory_momentum=0.1, batch_size=64,
-    image_size=None, arch=None, num_clusters=None, min_cluster_size=None, lr=None, initial=None,
-    epochs=None, recluster_interval=None, offline_epochs=None)
+    lr_schedule="cosine", image_size=None, arch=None, num_clusters=None, min_cluster_size=None,
+    lr=None, initial=None, epochs=None, recluster_interval=None, offline_epochs=None)
 # Chosen without labels, by the agreement of the clusters of several seeds; the neck is small's.
 DEMO = RECIPE | dict(arch="narrow", image_size=32, num_clusters=60, augmentation="demo", epochs=20,
                      batch_size=64, checkpoint_interval=100, neck="plain")
@@ -86,17 +86,18 @@ def make_parser():
         help="a cluster's loss weight is its size to the power of -P")
     add("--initial", choices=["network", "pixels", "backbone"],
         help="features of the initial k-means; backbone: without the neck")
-    add("--recluster-interval", metavar="EPOCHS", type=whole(0),
-        help="epochs between two times that k-means of all images sets the labels; 0: never")
+    add("--recluster-interval", metavar="EPOCHS", type=whole(0), help="epochs between two times "
+        "that both memories start anew from all images; 0: only after --offline-epochs")
     add("--offline-epochs", metavar="EPOCHS", type=whole(0),
-        help="first epochs, in which only k-means moves the labels, after each of them; those of "
-        "pixels stay until the network's are more stable, which then move in each step")
+        help="first epochs, in which only k-means moves the labels; those of pixels stay only "
+        "until the network's clusters are more stable")
     add = group("optimisation")
     add("--epochs", metavar="N", type=whole(0, 10**6), help="epochs in all; 0: the backbone of "
         "--pretrained, or the run in --output, only clusters the images")
     add("--batch-size", metavar="N", type=whole(2, 10**6), help="of all processes together")
-    add("--lr", metavar="LR", type=number(0, 1e6),
-        help="learning rate; x 0.4 after 10/11 of the epochs")
+    add("--lr", metavar="LR", type=number(0, 1e6), help="learning rate")
+    add("--lr-schedule", choices=["step", "cosine"],
+        help="step: x 0.4 after 10/11 of the epochs; cosine: down to 0")
     add("--weight-decay", metavar="WD", type=number(0, 1e3), help="of all parameters")
     add = group("run")
     add("--seed", metavar="N", type=whole(0), help="decides everything random")
@@ -187,7 +188,7 @@ def _follow_images(args, dataset, device, pretrained):
         args.epochs = max(10, min(200, int(HALF_HOUR * rate / N)))
         print_main(f"{args.epochs} epochs, for about half an hour (10 to 200): five to ten times "
                    "as many added 2.0 to 6.5 points of kNN accuracy in our tests.")
-    every = max(1, min(round(60_000 / N), (args.epochs or 4) // 4))  # 60,000 crops, or an epoch
+    every = max(1, min(round(60_000 / N), (args.epochs or 4) // 4))  # 60,000 images in between
     _fill(args, dict(recluster_interval=every, offline_epochs=every))
     if N < 1000 and pretrained is None:
         print_main("With fewer than 1,000 images a pre-trained backbone gives better clusters: "

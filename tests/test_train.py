@@ -62,9 +62,10 @@ def test_workers_change_nothing(folder, finished, tmp_path):
         assert_equal_state(states[0][name], states[1][name])
 
 
-@pytest.mark.parametrize("epoch, rate", [(0, 0.06), (399.9, 0.06), (400, 0.024), (439.9, 0.024)])
-def test_learning_rate(epoch, rate):
-    args = SimpleNamespace(lr=0.06, epochs=440)
+@pytest.mark.parametrize("schedule, epoch, rate", [
+    ("step", 399, 0.06), ("step", 400, 0.024), ("cosine", 220, 0.03), ("cosine", 440, 0)])
+def test_learning_rate(schedule, epoch, rate):
+    args = SimpleNamespace(lr=0.06, lr_schedule=schedule, epochs=440)
     assert train.learning_rate(args, epoch) == pytest.approx(rate)
 
 
@@ -160,7 +161,7 @@ def test_mistakes_are_one_sentence(folder, tmp_path, capsys, monkeypatch, argume
     (["--batch-size", "8"], ["--batch-size 16", "8"]),
     (["--seed", "1"], ["--seed 0", "1"]),
     (["--pretrained", "other.pth"], ["--pretrained None", "other.pth"]),
-    (["--offline-epochs", "1"], ["--offline-epochs 0", "1"]),
+    (["--recluster-interval", "1"], ["--recluster-interval 0", "1"]),
     (["--preset", "demo"], ["--preset recipe", "demo"]),
 ])
 def test_other_settings_do_not_continue(folder, finished, capsys, change, words):

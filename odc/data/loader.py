@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -166,7 +165,7 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         pixels, draws, indices, unreadable = [], [], [], {}
-        prepare = self.transform or partial(augment.to_cut, self.augmentation, self.image_size)
+        cut = self.transform or (lambda x: augment.to_cut(self.augmentation, self.image_size, x))
         # The same on all processes and after a resume, as it counts the steps from here to the end.
         order = _hash("order", self.seeds, len(self) - step) % len(augment.ORDERS)
         for position in map(int, self.positions[step]):
@@ -175,7 +174,7 @@ class _Batches(torch.utils.data.Dataset):
                 continue
             try:
                 if not indices or index != indices[-1]:  # else another crop of it
-                    image = prepare(self.image_set.load(index, self.patient))
+                    image = cut(self.image_set.load(index, self.patient))
             except UnreadableImage as error:
                 unreadable[index] = str(error)
                 continue

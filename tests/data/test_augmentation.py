@@ -32,9 +32,8 @@ def a_batch(photograph, count=24, size=48):
     cube = torch.cartesian_prod(*[torch.tensor([0, 127, 255])] * 3).byte()
     odd[1] = cube[torch.arange(size * size) % 27].T.view(3, size, size)
     odd[2] = torch.randint(256, (3, size, size), generator=torch.Generator().manual_seed(0))
-    image = TF.pil_to_tensor(photograph)
-    draws = drawn(count - 3, *image.shape[1:], size=size)
-    crops = [augment.crop_and_flip(image, p, size) for p in draws]
+    draws = drawn(count - 3, photograph.height, photograph.width, size=size)
+    crops = [augment.crop_and_flip(TF.pil_to_tensor(photograph), p, size) for p in draws]
     return torch.cat([odd, torch.stack(crops)])
 
 

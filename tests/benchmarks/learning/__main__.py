@@ -17,13 +17,9 @@ NMI, purity, Hungarian accuracy: K clusters of the training images against their
     classes; so the Hungarian accuracy is low there for every method.
 K = classes: as many clusters as classes, of training and held-out images together; the best of ten
     k-means (k-means++) of unit features less their mean.
-minutes: of the training alone, by the clock, and the sum over all processors, which other programs
-    on the machine change less.
-Numbers are the mean and the standard deviation over the seeds.
-
-Every finished row is a line of OUTPUT/rows.jsonl and is not made again, so a benchmark that was
-stopped goes on with the row at which it was. Several may run at once with the same --output, of
-other --data or --only.
+minutes: of the training alone, by the clock, and the sum over all processors.
+Numbers are the mean and the standard deviation over the seeds. Finished rows are lines of
+OUTPUT/rows.jsonl, and are not made again. Several benchmarks may run at once with one --output.
 """
 
 import argparse
@@ -57,7 +53,7 @@ METHODS = {  # in the order of the table
     "alternating": "alternating", "simsiam": "SimSiam", "byol": "BYOL", "vicreg": "VICReg",
     "emp-ssl": "EMP-SSL, 8 patches", "swav": "SwAV with small crops", "labels": "labels (ceiling)",
 }
-# For train.py. "alternating": only k-means moves labels; the pixels' stay by the same rule.
+# More arguments of train.py; "alternating" moves labels only when it clusters all images again.
 ODC_WAYS = {"odc": [], "alternating": ["--offline-epochs", "1000000"]}
 PEERS = {
     "simsiam": methods.SimSiam, "byol": methods.BYOL, "vicreg": methods.VICReg,

@@ -213,8 +213,7 @@ class Views(torch.utils.data.Dataset):
     def __getitem__(self, step):
         generator, groups = random.Random(self.seed * 1_000_003 + step), []
         indices = [generator.randrange(len(self.images)) for _ in range(self.batch_size)]
-        opened = [to_cut(self.augmentation, self.image_size, self.images.load(index))
-                  for index in indices]
+        opened = [to_cut(self.augmentation, self.image_size, self.images.load(i)) for i in indices]
         for crops in self.crops:
             size, rows = crops.pixels(self.image_size), []
             scale = dict(zip(("min_scale", "max_scale"), crops.scale))
