@@ -56,7 +56,7 @@ def test_what_is_given_wins(capsys):
     args = chosen(["--data", "somewhere", "--num-clusters", "7", "--lr-schedule", "step",
                    "--crops", "2"], made_up(6000))
     assert (args.num_clusters, args.lr_schedule, args.crops) == (7, "step", 2)
-    assert args.initial == "pixels"
+    assert chosen(["--data", "somewhere", "--epochs", "0"], made_up(6000)).offline_epochs == 1
     told = capsys.readouterr().out
     assert "preset small, but --crops 2 --num-clusters 7 --lr-schedule step" in told
 
