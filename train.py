@@ -120,8 +120,6 @@ def train_epoch(args, state, model, dataset, log, autocast):
 
 def learning_rate(args, epoch):
     """The learning rate at a place in the run, in epochs."""
-    if args.lr_schedule == "cosine":  # from lr to 0
-        return args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
     return args.lr * (0.4 if epoch >= args.epochs * 400 / 440 else 1)  # the recipe's drop
 
 

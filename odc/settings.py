@@ -28,12 +28,12 @@ RECIPE = dict(
     image_size=224, augmentation="recipe", crops=1, arch="resnet50", neck="recipe", amp="off",
     num_clusters=10000, min_cluster_size=20, memory_momentum=0.5, centroids_interval=10, seed=0,
     reweight_power=0.5, initial="network", recluster_interval=0, offline_epochs=0, epochs=440,
-    batch_size=512, lr=0.06, lr_schedule="step", weight_decay=1e-5, checkpoint_interval=1000)
+    batch_size=512, lr=0.06, weight_decay=1e-5, checkpoint_interval=1000)
 # Chosen in trials, see tests/benchmarks/learning/README.md. `_follow_images` sets what is missing.
 SMALL = RECIPE | dict(
     augmentation="small", crops=4, neck="plain", memory_momentum=0.1, batch_size=64,
-    lr_schedule="cosine", image_size=None, arch=None, num_clusters=None, min_cluster_size=None,
-    lr=None, initial=None, epochs=None, recluster_interval=None, offline_epochs=None)
+    image_size=None, arch=None, num_clusters=None, min_cluster_size=None, lr=None, initial=None,
+    epochs=None, recluster_interval=None, offline_epochs=None)
 # Chosen without labels, by the agreement of the clusters of several seeds; the neck is small's.
 DEMO = RECIPE | dict(arch="narrow", image_size=32, num_clusters=60, augmentation="demo", epochs=20,
                      batch_size=64, checkpoint_interval=100, neck="plain")
@@ -95,9 +95,8 @@ def make_parser():
     add("--epochs", metavar="N", type=whole(0, 10**6), help="epochs in all; 0: the backbone of "
         "--pretrained, or the run in --output, only clusters the images")
     add("--batch-size", metavar="N", type=whole(2, 10**6), help="of all processes together")
-    add("--lr", metavar="LR", type=number(0, 1e6), help="learning rate")
-    add("--lr-schedule", choices=["step", "cosine"],
-        help="step: x 0.4 after 10/11 of the epochs; cosine: down to 0")
+    add("--lr", metavar="LR", type=number(0, 1e6),
+        help="learning rate; x 0.4 after 10/11 of the epochs")
     add("--weight-decay", metavar="WD", type=number(0, 1e3), help="of all parameters")
     add = group("run")
     add("--seed", metavar="N", type=whole(0), help="decides everything random")

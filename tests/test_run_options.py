@@ -67,8 +67,7 @@ WAYS = {
     "alternating": ["--recluster-interval", "2", "--offline-epochs", "5", "--epochs", "5",
                     "--checkpoint-interval", "3"],
     "as small sets": ["--initial", "pixels", "--recluster-interval", "2", "--offline-epochs", "2",
-                      "--lr-schedule", "cosine", "--memory-momentum", "0.1", "--epochs", "3",
-                      "--checkpoint-interval", "4"]}
+                      "--memory-momentum", "0.1", "--epochs", "3", "--checkpoint-interval", "4"]}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def test_re_clustering_resumes_as_the_same_run(
 
 @pytest.mark.parametrize("stability, epochs", [(0, 2), (2, 1)])  # that of the pixels is 1
 def test_labels_of_pixels_stay(folder, tmp_path, monkeypatch, stability, epochs):
-    """Then they move, after two epochs in any case. The learning rate falls from lr to about 0."""
+    """Then they move, after two epochs in any case. The learning rate drops near the end."""
     monkeypatch.setattr("train.LOG_INTERVAL", 1)
     monkeypatch.setattr("train.stabilities", lambda *_: (stability, 1))
     arguments = ["--data", folder, "--output", tmp_path]
@@ -127,10 +126,10 @@ def test_labels_of_pixels_stay(folder, tmp_path, monkeypatch, stability, epochs)
     changes = [record["change_ratio"] for record in steps]
     assert max(changes[: 10 * epochs]) == 0 and max(changes[10 * epochs: 10 * epochs + 10]) > 0
     rates = [record["lr"] for record in steps]
-    assert rates[0] == 0.05 and rates == sorted(rates, reverse=True) and rates[-1] < 0.0005
+    assert rates == [0.05] * 28 + [0.4 * 0.05] * 2
     assert "nmi" in log_of(tmp_path)[-1]
-    assert run_main(*arguments, "--epochs", 4) == 0  # one more epoch, on another cosine
-    assert [record["lr"] for record in log_of(tmp_path) if "loss" in record][30] > 0.005
+    assert run_main(*arguments, "--epochs", 4) == 0  # one more epoch
+    assert [record["lr"] for record in log_of(tmp_path) if "loss" in record][30] == 0.05
 
 
 # --- what else a run writes ----------------------------------------------------------------------

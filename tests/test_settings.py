@@ -30,7 +30,7 @@ def test_a_small_set_has_its_own_settings():
     args = chosen(["--data", "somewhere"], made_up(6000, 28))
     assert (args.num_clusters, args.min_cluster_size) == (150, 5)  # 40 images a cluster
     assert (args.arch, args.image_size, args.batch_size) == ("narrow", 28, 64)
-    assert (args.lr_schedule, args.initial, args.recluster_interval) == ("cosine", "pixels", 10)
+    assert (args.lr, args.initial, args.recluster_interval) == (0.06, "pixels", 10)
 
 
 @pytest.mark.parametrize("num_images, num_clusters, epochs", [
@@ -53,12 +53,12 @@ def test_a_gpu_takes_larger_images():
 
 
 def test_what_is_given_wins(capsys):
-    args = chosen(["--data", "somewhere", "--num-clusters", "7", "--lr-schedule", "step",
+    args = chosen(["--data", "somewhere", "--num-clusters", "7", "--neck", "recipe",
                    "--crops", "2"], made_up(6000))
-    assert (args.num_clusters, args.lr_schedule, args.crops) == (7, "step", 2)
+    assert (args.num_clusters, args.neck, args.crops) == (7, "recipe", 2)
     assert chosen(["--data", "somewhere", "--epochs", "0"], made_up(6000)).offline_epochs == 1
     told = capsys.readouterr().out
-    assert "preset small, but --crops 2 --num-clusters 7 --lr-schedule step" in told
+    assert "preset small, but --crops 2 --neck recipe --num-clusters 7" in told
 
 
 @pytest.mark.parametrize("arguments, num_images, preset", [
@@ -74,7 +74,7 @@ def test_help_shows_the_three_values_of_each_setting(capsys):
     with pytest.raises(SystemExit):
         settings.parse(["--help"])
     text = capsys.readouterr().out
-    assert "(224 | - | 32)" in text and "(step | cosine | step)" in text
+    assert "(224 | - | 32)" in text and "(recipe | plain | plain)" in text
     assert max(map(len, text.splitlines())) <= 80 and len(text.splitlines()) <= 100
 
 
