@@ -34,7 +34,7 @@ def test_a_small_set_has_its_own_settings():
 
 
 @pytest.mark.parametrize("num_images, num_clusters, epochs", [
-    (60, 2, 200), (3000, 75, 200), (60_000, 1000, 20), (199_999, 1000, 10)])
+    (60, 2, 200), (3000, 75, 200), (60_000, 1000, 14), (199_999, 1000, 10)])
 def test_clusters_and_epochs_follow_the_number_of_images(num_images, num_clusters, epochs):
     args = chosen(["--data", "somewhere"], made_up(num_images))
     assert (args.num_clusters, args.epochs) == (num_clusters, epochs)
