@@ -184,7 +184,7 @@ def _follow_images(args, dataset, device, pretrained):
                      min_cluster_size=max(1, N // args.num_clusters // 8)))  # 1/8 of the mean
     if args.epochs is None:
         rate = images_per_second(args, device, has_small_stem(args, pretrained))
-        work = N * (1 + 0.4 * min(N, 60_000) / 60_000)  # to cluster costs 0.4 of learning
+        work = N * (1 + 0.4 * min(1, N / 60_000))  # with clusterings, each 0.4 of an epoch
         args.epochs = max(10, min(200, int(HALF_HOUR * rate / work)))
         print_main(f"{args.epochs} epochs, for about half an hour (10 to 200).")
     every = max(1, min(round(60_000 / N), (args.epochs or 4) // 4))  # 60,000 images in between
