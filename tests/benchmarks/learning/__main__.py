@@ -15,8 +15,8 @@ NMI, purity, Hungarian accuracy: K clusters of the training images against their
     clusters of ODC and of alternating clusters are those of labels.npy, the others come from
     k-means of unit features. Most of K clusters have no class of their own where there are fewer
     classes; so the Hungarian accuracy is low there for every method.
-K = classes: as many clusters as classes, of training and held-out images together; the best of ten
-    k-means (k-means++) of unit features less their mean.
+K = classes: as many clusters as classes, of the training and held-out images: the best of ten
+    k-means of unit features less their mean. Spectral: SpectralClustering of 1,000 such centroids.
 minutes: of the training alone, by the clock, and the sum over all processors.
 Numbers are the mean and the standard deviation over the seeds. Finished rows are lines of
 OUTPUT/rows.jsonl, and are not made again. Several benchmarks may run at once with one --output.
@@ -47,7 +47,6 @@ from tests.benchmarks.timing import machine
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = ("fashion", "glyphs", "photographs")
-NUM_CLUSTERS = 100
 METHODS = {  # in the order of the table
     "pixels": "pixels", "pca": "PCA of pixels", "random": "random network", "odc": "ODC",
     "alternating": "alternating", "simsiam": "SimSiam", "byol": "BYOL", "vicreg": "VICReg",
@@ -62,7 +61,8 @@ COLUMNS = {  # name: (heading, factor, digits)
     "knn": ("kNN, %", 100, 1), "probe": ("probe, %", 100, 1), "nmi": ("NMI", 1, 3),
     "purity": ("purity, %", 100, 1), "hungarian": ("Hungarian, %", 100, 1),
     "few_accuracy": ("K = classes: accuracy, %", 100, 1), "few_nmi": ("NMI", 1, 3),
-    "few_ari": ("ARI", 1, 3),
+    "few_ari": ("ARI", 1, 3), "spectral_accuracy": ("spectral: accuracy, %", 100, 1),
+    "spectral_nmi": ("NMI", 1, 3), "spectral_ari": ("ARI", 1, 3),
     "minutes": ("minutes", 1, 1), "processor_minutes": ("of processors", 1, 1),
 }
 
@@ -120,23 +120,20 @@ def make_row(method, key, output, arguments, device):
     else:
         backbone = methods.first_network(args)
     if method in PEERS or clusters is not None:
-        minutes, processor_minutes = ((clock(device) - began) / 60).tolist()
-        row |= dict(minutes=minutes, processor_minutes=processor_minutes)
+        row = dict(zip(("minutes", "processor_minutes"), ((clock(device) - began) / 60).tolist()))
 
     if method in ("pixels", "pca"):
-        features = [scores.pixels(images, args.image_size).to(device) for images in (train, val)]
-        to_cluster, mean = features[0], features[0].mean(0)  # better clusters with the mean
-        features = [rows - mean for rows in features]
+        to_cluster = [scores.pixels(images, args.image_size).to(device) for images in (train, val)]
+        features = [rows - to_cluster[0].mean(0) for rows in to_cluster]  # clusters need the mean
         if method == "pca":
-            features = scores.principal_components(*features, backbone.out_channels[-1], args.seed)
-            to_cluster = features[0]
+            to_cluster = features = scores.principal_components(
+                *features, backbone.out_channels[-1], args.seed)
     else:
-        features = [scores.network_features(backbone, images, args.image_size, device)
-                    for images in (train, val)]
-        to_cluster = features[0]
+        to_cluster = features = [scores.network_features(backbone, images, args.image_size, device)
+                                 for images in (train, val)]
     if clusters is None:
-        clusters, _ = kmeans(F.normalize(to_cluster), args.num_clusters, seed=args.seed)
-    return row | scores.all_scores(*features, train, val, clusters.cpu()) | dict(
+        clusters, _ = kmeans(F.normalize(to_cluster[0]), args.num_clusters, seed=args.seed)
+    return row | scores.all_scores(*features, train, val, clusters.cpu(), to_cluster) | dict(
         num_train=len(train), num_val=len(val), num_classes=len(train.classes),
         num_clusters=args.num_clusters, arch=args.arch, image_size=args.image_size,
         batch_size=args.batch_size, crops=args.epochs * len(train), machine=machine(device))
@@ -152,10 +149,8 @@ def print_table(data, rows):
     print("| | " + " | ".join(heading for heading, _, _ in COLUMNS.values()) + " | seeds |")
     print("|---|" + "---|" * (len(COLUMNS) + 1))
     for method, title in METHODS.items():
-        own = [row for row in rows if row["method"] == method]
-        if not own:
-            continue
-        print(line(title, own), flush=True)
+        if own := [row for row in rows if row["method"] == method]:
+            print(line(title, own), flush=True)
 
 
 def line(title, rows):
@@ -191,9 +186,8 @@ def main(arguments=None):
     args = make_parser().parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
     rows = Rows(args.output / "rows.jsonl")
-    names = list(DATA) if args.data == "all" else [args.data]
     given = dict(images=args.images, arguments=args.train_arguments)
-    for name in names:
+    for name in DATA if args.data == "all" else [args.data]:
         if any(row["given"] != given for row in rows.read(data=name)):
             sys.exit(f"--output {args.output} has rows of {name} with other --images or "
                      "--train-arguments; choose another folder.")
@@ -203,7 +197,7 @@ def main(arguments=None):
                 key = dict(data=name, seed=seed)
                 if rows.read(**key, method=method):
                     continue
-                more = ["--data", str(folder), "--num-clusters", str(NUM_CLUSTERS),
+                more = ["--data", str(folder), "--num-clusters", "100",
                         "--workers", "0"]
                 if args.images:
                     N = len(open_dataset(str(folder), "train"))

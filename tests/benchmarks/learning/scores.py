@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import SpectralClustering
 
 from odc.data.augmentation import evaluation_transform
 from odc.data.loader import evaluation_batches
@@ -67,22 +68,29 @@ def probe_accuracy(train, train_labels, val, labels, num_classes, decay=1e-3, it
 
 
 def clusters_as_classes(features, num_classes):
-    """As many clusters as classes, int64 [N]: the best of ten k-means of centred unit features."""
+    """As many clusters as classes: {"few": by k-means, "spectral": by a graph}, int64 [N] each."""
     rows = F.normalize(features)
     rows = F.normalize(rows - rows.mean(0))
     runs = [kmeans(rows, num_classes, 50, seed) for seed in range(10)]
-    return min(runs, key=lambda run: float((rows - run[1][run[0]]).square().sum()))[0].cpu()
+    few = min(runs, key=lambda run: float((rows - run[1][run[0]]).square().sum()))[0]
+    own, centroids = kmeans(rows, min(1000, len(rows) // 4), 50)
+    graph = SpectralClustering(num_classes, affinity="nearest_neighbors", random_state=0)
+    parts = torch.from_numpy(graph.fit_predict(centroids.cpu().numpy())).long()
+    return {"few": few.cpu(), "spectral": parts[own.cpu()]}
 
 
-def all_scores(train_features, val_features, train, val, clusters):
-    """Every column of the table but the time. clusters: int64 [N] of the training images."""
-    few = clusters_as_classes(torch.cat([train_features, val_features]), len(train.classes))
-    classes = torch.cat([train.labels, val.labels])
+def all_scores(train_features, val_features, train, val, clusters, to_cluster):
+    """Every column of the table but the time.
+
+    clusters: int64 [N] of the training images. to_cluster: features of both sets for K = classes.
+    """
     known = train_features, train.labels, val_features, val.labels, len(train.classes)
+    few = clusters_as_classes(torch.cat(to_cluster), len(train.classes))
+    classes = torch.cat([train.labels, val.labels])
     return dict(knn=knn_accuracy(*known), probe=probe_accuracy(*known),
                 nmi=metrics.nmi(clusters, train.labels),
                 purity=metrics.purity(clusters, train.labels),
-                hungarian=metrics.hungarian_accuracy(clusters, train.labels),
-                few_accuracy=metrics.hungarian_accuracy(few, classes),
-                few_nmi=metrics.nmi(few, classes),
-                few_ari=metrics.adjusted_rand_index(few, classes))
+                hungarian=metrics.hungarian_accuracy(clusters, train.labels)) | {
+        f"{way}_{name}": measure(few[way], classes) for way in few for name, measure in (
+            ("accuracy", metrics.hungarian_accuracy), ("nmi", metrics.nmi),
+            ("ari", metrics.adjusted_rand_index))}
