@@ -31,7 +31,7 @@ RECIPE = dict(
     batch_size=512, lr=0.06, weight_decay=1e-5, checkpoint_interval=1000)
 # Chosen in trials, see tests/benchmarks/learning/README.md. `_follow_images` sets what is missing.
 SMALL = RECIPE | dict(
-    augmentation="small", crops=4, neck="plain", memory_momentum=0.1, batch_size=64,
+    augmentation="small", crops=None, neck="plain", memory_momentum=0.1, batch_size=64,
     image_size=None, arch=None, num_clusters=None, min_cluster_size=None, lr=None, initial=None,
     epochs=None, recluster_interval=None, offline_epochs=None)
 # Chosen without labels, by the agreement of the clusters of several seeds; the neck is small's.
@@ -181,7 +181,9 @@ def _follow_images(args, dataset, device, pretrained):
                      lr=0.06 if pretrained is None else 0.006,  # with 0.06 it would forget
                      initial="pixels" if pretrained is None else "backbone"))
     _fill(args, dict(arch="narrow" if args.image_size <= 64 and on_cpu else "resnet18",
-                     min_cluster_size=max(1, N // args.num_clusters // 8)))  # 1/8 of the mean
+                     min_cluster_size=max(1, N // args.num_clusters // 8),  # 1/8 of the mean
+                     # So each image is drawn about once or more between two clusterings.
+                     crops=4 if N <= 15_000 else 2 if N <= 30_000 else 1))
     if args.epochs is None:
         rate = images_per_second(args, device, has_small_stem(args, pretrained))
         work = N * (1 + 0.4 * min(1, N / 60_000))  # with clusterings, each 0.4 of an epoch

@@ -33,11 +33,11 @@ def test_a_small_set_has_its_own_settings():
     assert (args.lr, args.initial, args.recluster_interval) == (0.06, "pixels", 10)
 
 
-@pytest.mark.parametrize("num_images, num_clusters, epochs", [
-    (60, 2, 200), (3000, 75, 200), (60_000, 1000, 14), (199_999, 1000, 10)])
-def test_clusters_and_epochs_follow_the_number_of_images(num_images, num_clusters, epochs):
+@pytest.mark.parametrize("num_images, expected", [
+    (60, (2, 200, 4)), (20_000, (500, 52, 2)), (60_000, (1000, 14, 1)), (199_999, (1000, 10, 1))])
+def test_clusters_epochs_and_crops_follow_the_number_of_images(num_images, expected):
     args = chosen(["--data", "somewhere"], made_up(num_images))
-    assert (args.num_clusters, args.epochs) == (num_clusters, epochs)
+    assert (args.num_clusters, args.epochs, args.crops) == expected
     assert args.min_cluster_size * args.num_clusters <= num_images
 
 
