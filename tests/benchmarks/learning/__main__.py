@@ -197,8 +197,7 @@ def main(arguments=None):
                 key = dict(data=name, seed=seed)
                 if rows.read(**key, method=method):
                     continue
-                more = ["--data", str(folder), "--num-clusters", "100",
-                        "--workers", "0"]
+                more = ["--data", str(folder), "--num-clusters", "100", "--workers", "0"]
                 if args.images:
                     N = len(open_dataset(str(folder), "train"))
                     more += ["--epochs", str(max(1, round(args.images / N)))]
