@@ -9,7 +9,8 @@ All rows of a table are of the same images, network, first weights, augmentation
 size and number of crops. ODC's rows are runs of train.py with the settings that follow from the
 data and K = 100. The other rows follow them: one that sees an image in several crops draws fewer.
 
-kNN: by the 20 nearest training images; the features are the average of the last map.
+kNN: by the 20 nearest training images; the features are the average of the last map. Of the random
+    network it is with the batch norm statistics of the training images.
 probe: a linear classifier of the same features.
 NMI, purity, Hungarian accuracy: K clusters of the training images against their classes. The
     clusters of ODC and of alternating clusters are those of labels.npy, the others come from
@@ -17,6 +18,7 @@ NMI, purity, Hungarian accuracy: K clusters of the training images against their
     classes; so the Hungarian accuracy is low there for every method.
 K = classes: as many clusters as classes, of the training and held-out images: the best of ten
     k-means of unit features less their mean. Spectral: SpectralClustering of 1,000 such centroids.
+    The features of ODC are those that its run writes.
 minutes: of the training alone, by the clock, and the sum over all processors.
 Numbers are the mean and the standard deviation over the seeds. Finished rows are lines of
 OUTPUT/rows.jsonl, and are not made again. Several benchmarks may run at once with one --output.
@@ -37,11 +39,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import update_bn
 
 from odc import settings
+from odc.clusters import unit_features
+from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.datasets import open_dataset
+from odc.data.loader import evaluation_batches
 from odc.evaluation.weights import load_backbone
 from odc.kmeans import kmeans
+from odc.model import Neck
+from odc.runtime.checkpoint import read_run
 from tests.benchmarks.learning import methods, scores
 from tests.benchmarks.timing import machine
 
@@ -129,8 +137,16 @@ def make_row(method, key, output, arguments, device):
             to_cluster = features = scores.principal_components(
                 *features, backbone.out_channels[-1], args.seed)
     else:
+        if method == "random":
+            transform = evaluation_transform(args.image_size)
+            update_bn((normalise(batch.images) for batch in evaluation_batches(
+                train, slice(None), transform, 256)), backbone)
         to_cluster = features = [scores.network_features(backbone, images, args.image_size, device)
                                  for images in (train, val)]
+    if clusters is not None:  # those of the run are of the features that its neck gives
+        neck = Neck(backbone.out_channels[-1], plain=args.neck == "plain").to(device).eval()
+        neck.load_state_dict(read_run(folder / "checkpoint.pth")["final_clusters"]["neck"])
+        to_cluster = [unit_features(neck, rows) for rows in features]
     if clusters is None:
         clusters, _ = kmeans(F.normalize(to_cluster[0]), args.num_clusters, seed=args.seed)
     return row | scores.all_scores(*features, train, val, clusters.cpu(), to_cluster) | dict(
