@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from odc import distributed, settings
-from odc.clusters import (Clustering, cluster_images, cosine_to_centroid, estimate_statistics,
-                          stabilities, unit_features)
+from odc.clusters import (Clustering, cluster_images, cosine_to_centroid, neck_features,
+                          stabilities)
 from odc.data.augmentation import AUGMENTATIONS, augment_batch, clustering_transform
 from odc.data.datasets import check_same_images, open_dataset
 from odc.data.loader import steps_per_epoch, training_batches
@@ -27,7 +27,7 @@ from odc.evaluation.weights import load_backbone
 from odc.features import extract, unit_pixels, write_rows
 from odc.kmeans import kmeans
 from odc.memory import ODCMemory
-from odc.model import ODC
+from odc.model import FEATURE_DIM, ODC, CentredPool
 from odc.outputs import page, results
 from odc.runtime import checkpoint, launch
 from odc.runtime.log import Log, print_end, print_settings, progress_bar
@@ -138,32 +138,36 @@ def check_step(args, progress, loss):
 
 def cluster_before_training(args, state, dataset, device, autocast):
     """K-means, both memories, a new head (paper). Unreadable images leave the dataset."""
-    network, pixels = state.network.eval(), args.initial == "pixels"
-    C, P = network.backbone.out_channels[-1], pixels * 3 * min(args.image_size, 32) ** 2
+    network = state.network.eval()
+    width = {"network": 0, "pixels": 3 * min(args.image_size, 32) ** 2,
+             "backbone": network.backbone.out_channels[-1]}[args.initial]
 
     def forward(images):
         with autocast:
-            pooled = network.backbone(images)[-1].mean((2, 3)).float()
-        return torch.cat([pooled, unit_pixels(images)[:, :P]], dim=1)
+            last_map = network.backbone(images)[-1]
+            features = F.normalize(network.neck(last_map).float())
+        pixels = args.initial == "pixels"
+        others = unit_pixels(images) if pixels else last_map.mean((2, 3)).float()
+        return torch.cat([features, others[:, :width]], dim=1)
     rows = extract(forward, dataset, clustering_transform(args.image_size, dataset.whole_images),
-                   C + P, device, workers=args.workers)
-    if args.neck == "plain":
-        estimate_statistics(network.neck, rows[:, :C], len(dataset))
-    features = unit_features(network.neck, rows[:, :C])
-    rows = rows[:, C:] if pixels else features
+                   FEATURE_DIM + width, device, workers=args.workers)
+    features, others = rows[:, :FEATURE_DIM], rows[:, FEATURE_DIM:]
+    if args.initial == "backbone":
+        others = neck_features(CentredPool(width).to(device), others, len(dataset))
+    rows = others if width else features
     own_labels, centroids = kmeans(rows, args.num_clusters, seed=args.seed)
     labels, similarity = map(distributed.all_gather_uneven_rows, (
         own_labels, cosine_to_centroid(rows, centroids, own_labels)))
-    state.memory = make_memory(args, network, dataset, device)
+    state.memory = make_memory(args, dataset, device)
     state.memory.initialize(features, labels)
     torch.manual_seed(args.seed + 1)
     network.reset_head()
     return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu())
 
 
-def make_memory(args, network, dataset, device):
+def make_memory(args, dataset, device):
     """Both memories, empty, for the images that can be read."""
-    return ODCMemory(len(dataset), network.neck.dim, args.num_clusters, args.memory_momentum,
+    return ODCMemory(len(dataset), FEATURE_DIM, args.num_clusters, args.memory_momentum,
                      args.min_cluster_size, device)
 
 
@@ -176,23 +180,23 @@ def cluster_between_epochs(args, state, dataset):
     """Both memories from all unaugmented images again; the head stays. Ours, not in the paper."""
     progress = state.progress
     progress.reclustered_at = progress.epoch
-    clustering = cluster_images(state.network, dataset, state.memory, args.image_size,
-                                args.workers)
+    clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
+                                args.neck == "plain")
     if pixels_lead(args, progress):
         network, pixels = stabilities(dataset, clustering.features, args.num_clusters, args.workers)
         print_main(f"epoch {progress.epoch}: stability {network:.3f}, of pixels {pixels:.3f}")
         if network <= pixels:
             return
         progress.offline_epochs = progress.epoch  # labels move from now on
-    state.network.neck.load_state_dict(clustering.neck.state_dict())
-    state.memory.initialize(clustering.features, clustering.labels)
+    features = neck_features(state.network.neck.eval(), clustering.pooled, len(dataset))
+    state.memory.initialize(features, clustering.labels)
 
 
 def cluster_after_training(args, state, dataset, log):
     """Cluster all images by the current network, save, and write what people and programs read."""
     output = Path(args.output)
     clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
-                                of_backbone=state.progress.global_step == 0)
+                                args.neck == "plain" or state.progress.global_step == 0)
     note, record = "", {}
     if state.final_clusters is None:  # trained since the last call: not logged yet
         if args.preset == "small" and len(dataset) > 40:
@@ -283,7 +287,7 @@ def main(arguments=None):
     state = State(network, optimizer, scaler, run_settings, output / "checkpoint.pth")
     if saved:
         dataset.leave_out(saved["unreadable"])
-        state.memory = make_memory(args, network, dataset, device)
+        state.memory = make_memory(args, dataset, device)
         restore(state, saved)
     progress = state.progress
     if run_settings["epochs"] and args.preset == "small" and dataset.pixels is None:

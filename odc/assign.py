@@ -19,7 +19,7 @@ from odc.evaluation import metrics
 from odc.evaluation.knn import nearest_neighbours
 from odc.features import extract
 from odc.kmeans import nearest_centroids
-from odc.model import Neck, ResNet
+from odc.model import CentredPool, Neck, ResNet
 from odc.outputs import results
 from odc.runtime import checkpoint, launch
 from odc.runtime.arguments import Parser, check_output, path, whole
@@ -52,13 +52,14 @@ def load_run(path, device):
     with checkpoint.reading(path):  # another program may have written what is in it
         centroids = state["final_clusters"]["centroids"].to(device)
         backbone = ResNet(state["arch"], state["small_stem"]).to(device).eval()
-        plain = "mean" in state["final_clusters"]["neck"]
-        neck = Neck(backbone.out_channels[-1], plain=plain).to(device).eval()
+        kind = CentredPool if "mean" in state["final_clusters"]["neck"] else Neck
+        neck = kind(backbone.out_channels[-1]).to(device).eval()
         backbone.load_state_dict(state["backbone"])
         neck.load_state_dict(state["final_clusters"]["neck"])
         values = [*backbone.state_dict().values(), *neck.state_dict().values(), centroids]
+        dim = unit_features(neck, torch.zeros(1, backbone.out_channels[-1], device=device)).shape[1]
         K, size = (state["settings"][name] for name in ("num_clusters", "image_size"))
-        if not (centroids.shape == (K, neck.dim) and size in range(8, 4097)
+        if not (centroids.shape == (K, dim) and size in range(8, 4097)
                 and isinstance(state["progress"]["epoch"], int)
                 and isinstance(state["settings"]["data"], str)
                 and isinstance(state["final_clusters"]["whole_images"], bool)

@@ -16,7 +16,7 @@ from odc.data.augmentation import clustering_transform
 from odc.evaluation import metrics
 from odc.features import extract, unit_pixels
 from odc.kmeans import ClusterSums, kmeans, nearest_centroids
-from odc.model import Neck
+from odc.model import CentredPool
 
 COMPARED = 10_000  # images, for the comparison with pixels
 
@@ -30,6 +30,7 @@ class Clustering:
     centroids: torch.Tensor  # float32 [K, d], on the CPU; rows of -1 for empty clusters
     features: torch.Tensor | None = None  # float32 [n, d], unit rows: this process's, or all
     neck: torch.nn.Module | None = None  # gave the features, with statistics of all images
+    pooled: torch.Tensor | None = None  # float32 [n, C], the average of the last map
     hashes: torch.Tensor | None = None  # int64 [N], difference hashes, on the CPU
     duplicates: tuple = ([], 1.0)  # what odc.outputs.duplicates.find_groups has found
 
@@ -44,7 +45,7 @@ class Clustering:
 def cluster_images(network, dataset, memory, image_size, workers=0, of_backbone=False):
     """The Clustering of the unaugmented images, from that of `memory` on. A collective.
 
-    of_backbone: whatever the neck, cluster the features that a plain one has.
+    of_backbone: cluster the backbone's features, less their mean, instead of the neck's.
     Clusters below memory.min_cluster_size give way to halves of wide ones, while there are any.
     Raises UserError if an image cannot be read any more.
     """
@@ -58,9 +59,8 @@ def cluster_images(network, dataset, memory, image_size, workers=0, of_backbone=
                    device, workers=workers, unreadable_share=0)
     pooled, lighter = rows[:, :C], rows[:, C:] > 2**-6  # [n, C], [n, 64]: by more than noise
     hashes = (lighter.long() << torch.arange(64, device=device)).sum(1)
-    neck = (Neck(C, plain=True) if of_backbone else copy.deepcopy(network.neck)).to(device).eval()
-    estimate_statistics(neck, pooled, len(dataset))
-    features = unit_features(neck, pooled)
+    neck = CentredPool(C) if of_backbone else copy.deepcopy(network.neck).eval()
+    features = neck_features(neck.to(device), pooled, len(dataset))
     sums = ClusterSums(K, features.shape[1], len(dataset), device)
     sums.add(features, memory.labels[memory.rows])
     start = sums.means(memory.labels.bincount(minlength=K))  # [K, d]
@@ -78,40 +78,36 @@ def cluster_images(network, dataset, memory, image_size, workers=0, of_backbone=
                                "too small to split, or hold copies of one image.")
     similarity = distributed.all_gather_uneven_rows(
         cosine_to_centroid(features, centroids, own_labels))
-    return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck,
+    return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck, pooled,
                       distributed.all_gather_uneven_rows(hashes).cpu())
 
 
 @torch.no_grad()
-def unit_features(neck, pooled):
-    """The neck's z of pooled features [B, C] of the last map, L2-normalised: [B, d]."""
-    return torch.cat([F.normalize(neck(rows[:, :, None, None])[0].float())
-                      for rows in pooled.split(4096)])
+def neck_features(neck, pooled, num_images):
+    """`unit_features` [n, d] after the neck has got the statistics of all images. A collective."""
+    estimate_statistics(neck, pooled, num_images)
+    return torch.cat([unit_features(neck, rows) for rows in pooled.split(4096)])
 
 
 @torch.no_grad()
-def estimate_statistics(neck, pooled, num_images):
-    """Give the neck the statistics of all images. A collective.
+def unit_features(neck, pooled):
+    """The neck of pooled features [B, C] of the last map, L2-normalised: [B, d]."""
+    return F.normalize(neck(pooled[:, :, None, None]).float())
 
-    recipe: mean and variance of its batch norm. plain: the mean of unit features, and the power
-    -1/4 of their covariance, which leaves the square root of each eigenvalue: a few directions
-    rule less. With fewer than 40 images for each, the weak ones are noise: no such matrix.
-    """
-    def sums(rows):
-        rows = (F.normalize(rows) if neck.plain else neck.fc1(rows)).double()
-        return torch.cat([rows.sum(0, keepdim=True),
-                          rows.T @ rows if neck.plain else rows.square().sum(0, keepdim=True)])
-    mean, *second = distributed.all_reduce(sum(map(sums, pooled.split(4096)))) / num_images
-    second = torch.stack(second)
-    if not neck.plain:
-        neck.bn1.running_mean.copy_(mean)
-        neck.bn1.running_var.copy_((second[0] - mean.square()).clamp(min=0))
+
+def estimate_statistics(neck, pooled, num_images):
+    """Give the neck the mean, and its batch norm the variance, of all images. A collective."""
+    if isinstance(neck, CentredPool):
+        total = distributed.all_reduce(F.normalize(pooled).sum(0, dtype=torch.float64))
+        neck.mean.copy_(total / num_images)
         return
-    neck.mean.copy_(mean)
-    if num_images >= 40 * neck.dim:
-        values, vectors = torch.linalg.eigh(second - mean.outer(mean))
-        values = values.clamp(min=max(1e-12, 1e-4 * float(values[-1])))
-        neck.matrix.copy_(vectors * values ** -0.25 @ vectors.T)
+    sums = torch.zeros(2, neck.bn1.num_features, dtype=torch.float64, device=pooled.device)
+    for rows in pooled.split(4096):
+        hidden = neck.fc1(rows).double()
+        sums += torch.stack([hidden.sum(0), hidden.square().sum(0)])
+    mean, square = distributed.all_reduce(sums) / num_images
+    neck.bn1.running_mean.copy_(mean)
+    neck.bn1.running_var.copy_((square - mean.square()).clamp(min=0))
 
 
 def stabilities(dataset, features, num_clusters, workers=0):

@@ -67,15 +67,13 @@ def _stage(block, in_channels, planes, count, stride):
 
 
 class Neck(nn.Module):
-    """Average pool and two linear layers, the ODC neck.
+    """Average pool and two linear layers, the ODC neck: [B, in_channels, h, w] -> [B, dim].
 
-    plain (ours): no dropout and no last ReLU; the two layers are the head's alone. z, for memory
-    and k-means, is the average: of unit length, less the `mean` of all images, times `matrix`.
+    plain (ours): without the dropout and the last ReLU.
     """
 
     def __init__(self, in_channels, hidden=512, dim=FEATURE_DIM, plain=False):
         super().__init__()
-        self.plain, self.dim = plain, in_channels if plain else dim
         self.fc1 = nn.Linear(in_channels, hidden)
         self.bn1 = nn.BatchNorm1d(hidden, momentum=0.001, affine=False)
         self.dropout = nn.Dropout(0.0 if plain else 0.5)
@@ -84,16 +82,22 @@ class Neck(nn.Module):
         for fc in (self.fc1, self.fc2):
             nn.init.kaiming_normal_(fc.weight, mode="fan_in", nonlinearity="relu")
             nn.init.zeros_(fc.bias)
-        if plain:
-            self.register_buffer("mean", torch.zeros(in_channels))
-            self.register_buffer("matrix", torch.eye(in_channels))
 
     def forward(self, feature5):
-        """[B, in_channels, h, w] -> features z [B, d], and what the head classifies [B, dim]."""
-        pooled = feature5.mean(dim=(2, 3))
-        x = self.dropout(torch.relu(self.bn1(self.fc1(pooled))))
-        x = self.last(self.fc2(x))
-        return ((F.normalize(pooled) - self.mean) @ self.matrix if self.plain else x), x
+        x = feature5.mean(dim=(2, 3))
+        x = self.dropout(torch.relu(self.bn1(self.fc1(x))))
+        return self.last(self.fc2(x))
+
+
+class CentredPool(nn.Module):
+    """What is clustered instead of the neck: unit length less the mean of all images (ours)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+
+    def forward(self, feature5):
+        return F.normalize(feature5.mean(dim=(2, 3))) - self.mean
 
 
 class ODC(nn.Module):
@@ -114,5 +118,5 @@ class ODC(nn.Module):
 
     def forward(self, images):
         """[B, 3, S, S] -> features z [B, d] before normalisation, logits [B, K]."""
-        z, x = self.neck(self.backbone(images)[-1])
-        return z, self.head(x)
+        z = self.neck(self.backbone(images)[-1])
+        return z, self.head(z)

@@ -73,8 +73,8 @@ def make_parser():
         "training process (default: up to 4; 0 in memory, or on one core)")
     add = group("network")
     add("--arch", choices=list(ARCHS), help="backbone; narrow is for small images")
-    add("--neck", choices=["recipe", "plain"], help="plain: without dropout and last ReLU, and "
-        "memories and k-means see the backbone's features instead of the neck's")
+    add("--neck", choices=["recipe", "plain"], help="plain: without dropout and last ReLU; k-means "
+        "is of the backbone's features instead of the neck's")
     add("--pretrained", metavar="FILE", type=lambda text: text if text in ARCHS else path(text),
         help="start from this backbone, or from torchvision's by its name, such as resnet18")
     add = group("clusters and memories")
@@ -84,8 +84,8 @@ def make_parser():
     add("--centroids-interval", metavar="STEPS", type=whole(1), help="between their updates")
     add("--reweight-power", metavar="P", type=number(0, 4),
         help="a cluster's loss weight is its size to the power of -P")
-    add("--initial", choices=["network", "pixels"],
-        help="features of the initial k-means")
+    add("--initial", choices=["network", "pixels", "backbone"],
+        help="features of the initial k-means; backbone: without the neck")
     add("--recluster-interval", metavar="EPOCHS", type=whole(0), help="epochs between two times "
         "that both memories start anew from all images; 0: only after --offline-epochs")
     add("--offline-epochs", metavar="EPOCHS", type=whole(0),
@@ -179,7 +179,7 @@ def _follow_images(args, dataset, device, pretrained):
         side = 224  # small images, too: they were clustered better so
     _fill(args, dict(image_size=side, num_clusters=max(2, min(1000, N // 40)),
                      lr=0.06 if pretrained is None else 0.006,  # with 0.06 it would forget
-                     initial="pixels" if pretrained is None else "network"))
+                     initial="pixels" if pretrained is None else "backbone"))
     _fill(args, dict(arch="narrow" if args.image_size <= 64 and on_cpu else "resnet18",
                      min_cluster_size=max(1, N // args.num_clusters // 8),  # 1/8 of the mean
                      # So each image is drawn about once or more between two clusterings.

@@ -27,7 +27,7 @@ def test_a_pretrained_backbone_clusters_and_learns_on(folder, tmp_path, monkeypa
                  "--image-size", "40", "--num-clusters", "6", "--workers", "0", "--device", "cpu"]
     assert run_main(*arguments, "--epochs", "0") == 0
     state, dataset = state_of(output), open_dataset(str(folder))
-    assert (state["arch"], state["settings"]["initial"]) == ("resnet18", "network")
+    assert (state["arch"], state["settings"]["initial"]) == ("resnet18", "backbone")
     images = torch.stack([whole_image(dataset.load(i), 40) for i in range(150)])
     with torch.no_grad():
         pooled = F.normalize(backbone(normalise(images))[-1].mean((2, 3)))

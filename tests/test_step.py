@@ -26,13 +26,12 @@ def test_every_step_is_the_papers(monkeypatch, crops, plain):
         workers=0, image_size=16, batch_size=B, centroids_interval=3, crops=crops))
     torch.manual_seed(0)
     network = ODC("narrow", True, D, K, plain_neck=plain)
-    dim = network.neck.dim  # 128 of the plain one
     optimizer = torch.optim.SGD([
         {"params": [*network.backbone.parameters(), *network.neck.parameters()]},
         {"params": network.head.parameters(), "momentum": 0.0}], 1.0, 0.9, weight_decay=1e-5)
-    simple, features_and_labels = copy.deepcopy(network).train(), draw(N, dim, K)[:2]
+    simple, features_and_labels = copy.deepcopy(network).train(), draw(N, D, K)[:2]
     reference = SimpleMemory(*features_and_labels, K, args.memory_momentum, 6)
-    memory = ODCMemory(N, dim, K, args.memory_momentum, 6)
+    memory = ODCMemory(N, D, K, args.memory_momentum, 6)
     memory.initialize(*features_and_labels)
     state = train.State(network, optimizer, torch.amp.GradScaler("cpu", enabled=False), {}, None,
                         memory)
@@ -50,7 +49,7 @@ def test_every_step_is_the_papers(monkeypatch, crops, plain):
         weights = reference.sizes().clamp(min=1) ** -0.5
         loss = F.cross_entropy(logits, reference.y[batch.indices], weight=weights / weights.sum())
         gradients = torch.autograd.grad(loss, list(simple.parameters()))
-        z = F.normalize(z.detach()).view(B // crops, crops, dim).mean(1)
+        z = F.normalize(z.detach()).view(B // crops, crops, D).mean(1)
         reference.update_samples(batch.indices[::crops], z)
         for (name, p), v, g in zip(simple.named_parameters(), velocity, gradients):
             v.mul_(0 if name.startswith("head") else 0.9).add_(g + 1e-5 * p.detach())

@@ -18,7 +18,6 @@ NMI, purity, Hungarian accuracy: K clusters of the training images against their
     classes; so the Hungarian accuracy is low there for every method.
 K = classes: as many clusters as classes, of the training and held-out images: the best of ten
     k-means of unit features less their mean. Spectral: SpectralClustering of 1,000 such centroids.
-    The features of ODC are those that its run writes.
 minutes: of the training alone, by the clock, and the sum over all processors.
 Numbers are the mean and the standard deviation over the seeds. Finished rows are lines of
 OUTPUT/rows.jsonl, and are not made again. Several benchmarks may run at once with one --output.
@@ -42,14 +41,11 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
 from odc import settings
-from odc.clusters import unit_features
 from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.datasets import open_dataset
 from odc.data.loader import evaluation_batches
 from odc.evaluation.weights import load_backbone
 from odc.kmeans import kmeans
-from odc.model import Neck
-from odc.runtime.checkpoint import read_run
 from tests.benchmarks.learning import methods, scores
 from tests.benchmarks.timing import machine
 
@@ -143,10 +139,6 @@ def make_row(method, key, output, arguments, device):
                 train, slice(None), transform, 256)), backbone)
         to_cluster = features = [scores.network_features(backbone, images, args.image_size, device)
                                  for images in (train, val)]
-    if clusters is not None:  # those of the run are of the features that its neck gives
-        neck = Neck(backbone.out_channels[-1], plain=args.neck == "plain").to(device).eval()
-        neck.load_state_dict(read_run(folder / "checkpoint.pth")["final_clusters"]["neck"])
-        to_cluster = [unit_features(neck, rows) for rows in features]
     if clusters is None:
         clusters, _ = kmeans(F.normalize(to_cluster[0]), args.num_clusters, seed=args.seed)
     return row | scores.all_scores(*features, train, val, clusters.cpu(), to_cluster) | dict(
