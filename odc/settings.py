@@ -19,7 +19,7 @@ from odc.distributed import print_main
 from odc.errors import UserError
 from odc.model import ARCHS, ODC, use_small_stem
 from odc.runtime.arguments import Parser, number, path, whole
-from odc.runtime.checkpoint import check_same_settings, reading
+from odc.runtime.checkpoint import check_same_settings
 
 SMALL_SET = 200_000  # fewer images than this: preset small
 HALF_HOUR = 1500  # seconds in the network; to read and augment takes the rest
@@ -132,7 +132,7 @@ def resolve_defaults(args, dataset, saved, device, pretrained=None):
     if args.workers is None:
         args.workers = default_workers(dataset.pixels is not None)
     if saved:
-        return _fill(args, _settings_of(saved, args.output))
+        return _fill(args, saved["settings"])
     small = "small" if len(dataset) < SMALL_SET else "recipe"
     args.preset = args.preset or ("demo" if args.data == "shapes" else small)
     given = [f"--{name.replace('_', '-')} {_text(value)}" for name in RECIPE
@@ -156,16 +156,6 @@ def has_small_stem(args, pretrained):
 def _fill(args, values):
     """Set what was not given."""
     vars(args).update((k, v) for k, v in values.items() if getattr(args, k) is None)
-
-
-def _settings_of(saved, output):
-    """The settings in a checkpoint, each as the parser takes it. Raises UserError."""
-    with reading(os.path.join(output, "checkpoint.pth")):
-        words = [f"--{name.replace('_', '-')}={saved['settings'][name]}" for name in RECIPE]
-        parsed = vars(make_parser().parse_args(words))
-        if any(parsed[name] != saved["settings"][name] for name in RECIPE):
-            raise ValueError("its settings are not those of a run")
-    return {name: value for name, value in saved["settings"].items() if name in parsed}
 
 
 def _follow_images(args, dataset, device, pretrained):
@@ -236,8 +226,7 @@ def validate(args, dataset, saved, device):
         return
     before, now = ({"--" + name.replace("_", "-"): value for name, value in settings.items()
                     if name not in MAY_DIFFER} for settings in (saved["settings"], vars(args)))
-    with reading(os.path.join(args.output, "checkpoint.pth")):
-        check_same_settings(args.output, before, now)
+    check_same_settings(args.output, before, now)
     if saved["fingerprint"] != dataset.fingerprint:
         raise UserError(f"{args.output} holds a run on other images than the {N} of {args.data} "
                         "(number, names, order or labels differ): restore the images, or choose "

@@ -41,26 +41,21 @@ class State:
     final_clusters: dict | None = None  # neck and centroids for odc.assign, at the run's end
 
 
-def _content(state):
-    """The part of a checkpoint whose form follows from the settings."""
-    network = state.network
-    return dict(backbone=network.backbone.state_dict(), neck=network.neck.state_dict(),
-                head=network.head.state_dict(), memory=state.memory.state_dict(),
-                labels_before=state.labels_before, progress=asdict(state.progress))
-
-
 def save(state, dataset, log):
     """Write the checkpoint: all of it, or the old one stays. A collective. Raises UserError."""
-    path, backbone, progress = state.path, state.network.backbone, state.progress
+    network, backbone, progress = state.network, state.network.backbone, state.progress
     progress.interval["change_ratio"] = float(progress.interval["change_ratio"])  # off the device
     if state.labels_before is None:
         state.labels_before = state.memory.labels.cpu().clone()
     with distributed.raise_everywhere():
-        if not all(torch.isfinite(value).all() for value in state.network.parameters()):
+        if not all(torch.isfinite(value).all() for value in network.parameters()):
             raise UserError(f"The weights are not finite after step {progress.global_step}: start "
                             "again with a lower --lr or --amp off, in another --output.")
-    state.memory_parts = checkpoint.write_run(path, dict(
-        _content(state), program=checkpoint.PROGRAM, settings=state.settings,
+    state.memory_parts = checkpoint.write_run(state.path, dict(
+        backbone=backbone.state_dict(), neck=network.neck.state_dict(),
+        head=network.head.state_dict(), memory=state.memory.state_dict(),
+        labels_before=state.labels_before, progress=asdict(progress),
+        program=checkpoint.PROGRAM, settings=state.settings,
         unreadable=dataset.left_out, fingerprint=dataset.fingerprint, arch=backbone.arch,
         small_stem=backbone.small_stem, optimizer=state.optimizer.state_dict(),
         scaler=state.scaler.state_dict(), final_clusters=state.final_clusters,
@@ -70,19 +65,11 @@ def save(state, dataset, log):
 def restore(state, saved):
     """Continue from the checkpoint `saved`. A collective. Raises UserError if it does not fit."""
     network, memory, optimizer = state.network, state.memory, state.optimizer
-    state.labels_before = memory.labels
     with distributed.raise_everywhere(), checkpoint.reading(state.path):
         features = checkpoint.read_rows(state.path, saved, memory.rows)
         optimizer.load_state_dict({  # the copy is off the mapped file
             "state": copy.deepcopy(saved["optimizer"]["state"]),
             "param_groups": optimizer.state_dict()["param_groups"]})
-        pairs = [(saved[name], own) for name, own in _content(state).items()]
-        pairs += [(kept["momentum_buffer"], own.data) for own, kept in optimizer.state.items()]
-        pairs += [(features, memory.features)] if len(features) else []
-        labels = saved["memory"]["labels"]
-        if not all(checkpoint.has_form(value, own) for value, own in pairs) or not (
-                0 <= labels.min() <= labels.max() < len(memory.centroids)):
-            raise ValueError("its content is not that of a run with these settings")
         for name in ("backbone", "neck", "head"):
             getattr(network, name).load_state_dict(saved[name])
         memory.load_state_dict(saved["memory"], features)

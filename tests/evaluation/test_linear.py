@@ -292,9 +292,8 @@ def test_resumed_run_is_the_same_run(path, monkeypatch, protocol, stop):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(program="odc train"), "no checkpoint of eval_linear.py"), (dict(settings=3), "damaged"),
-    *[({name: {}}, "damaged") for name in ("classifiers", "optimizer", "history")],
-    (dict(history=[{"Feature2": [1.0], "Feature5": [1.0]}]), "not that of a run")])
+    (dict(program="odc train"), "no checkpoint of eval_linear.py"),
+    (dict(classifiers={}), "damaged"), (dict(optimizer={}), "damaged")])
 def test_a_file_that_does_not_fit_is_refused(path, change, words):
     args, network, protocol, *parts = Run(path).parts
     settings = settings_of(args, network, protocol)
