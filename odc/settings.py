@@ -31,7 +31,7 @@ RECIPE = dict(
     batch_size=512, lr=0.06, weight_decay=1e-5, checkpoint_interval=1000)
 # Chosen in trials, see tests/benchmarks/learning/README.md. `_follow_images` sets what is missing.
 SMALL = RECIPE | dict(
-    augmentation="small", crops=None, neck="plain", memory_momentum=0.1, batch_size=64,
+    augmentation=None, crops=None, neck="plain", memory_momentum=0.1, batch_size=64,
     image_size=None, arch=None, num_clusters=None, min_cluster_size=None, lr=None, initial=None,
     epochs=None, recluster_interval=None, offline_epochs=None)
 # Chosen without labels, by the agreement of the clusters of several seeds; the neck is small's.
@@ -167,6 +167,13 @@ def _follow_images(args, dataset, device, pretrained):
         side = max(24, min(side, 64 if on_cpu or pretrained else 224)) // 4 * 4
     else:
         side = 224  # small images, too: they were clustered better so
+    ratio = 1.0  # of photographs; 1.7 of letters
+    if args.augmentation is None and args.epochs != 0:
+        ratio = float(distributed.broadcast(torch.tensor(dataset.mirror_ratio())))
+    if ratio > 1.1:
+        print_main(f"Crops are not mirrored, as mirror images lie {ratio:.1f} times as far from "
+                   "the nearest other image as the images do.")
+    _fill(args, dict(augmentation="small" if ratio <= 1.1 else "unmirrored"))
     _fill(args, dict(image_size=side, num_clusters=max(2, min(1000, N // 40)),
                      lr=0.06 if pretrained is None else 0.006,  # with 0.06 it would forget
                      initial="pixels" if pretrained is None else "backbone"))

@@ -52,6 +52,16 @@ def test_a_gpu_takes_larger_images():
         assert chosen(data, small, device=torch.device("cuda")).image_size == 32
 
 
+def test_images_that_all_face_one_way_are_not_mirrored(capsys):
+    images = made_up(50)
+    images.mirror_ratio = lambda: 1.3
+    assert chosen(["--data", "somewhere"], images).augmentation == "unmirrored"
+    assert "Crops are not mirrored, as mirror images lie 1.3 times" in capsys.readouterr().out
+    for arguments in (["--augmentation", "small"], ["--epochs", "0"]):
+        assert chosen(["--data", "somewhere", *arguments], images).augmentation == "small"
+    assert chosen(["--data", "somewhere"], made_up(50)).augmentation == "small"
+
+
 def test_what_is_given_wins(capsys):
     args = chosen(["--data", "somewhere", "--num-clusters", "7", "--neck", "recipe",
                    "--crops", "2"], made_up(6000))
@@ -97,4 +107,5 @@ def test_processes_agree_on_the_size_of_images():
 
 
 def test_images_of_files_are_measured(folder):
-    assert open_dataset(str(folder)).typical_side() == 36
+    images = open_dataset(str(folder))
+    assert images.typical_side() == 36 and images.mirror_ratio() > 0

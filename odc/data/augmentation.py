@@ -41,6 +41,7 @@ AUGMENTATIONS = {  # --augmentation of train.py
     "recipe": Augmentation(), "demo": Augmentation(min_scale=0.5),
     # The jitter is SimCLR's, against decisions by brightness.
     "small": Augmentation(min_scale=0.3, jitter=(0.8, 0.8, 0.8, 0.2)),
+    "unmirrored": Augmentation(min_scale=0.3, jitter=(0.8, 0.8, 0.8, 0.2), flip=0.0),  # letters
 }
 _CROP_AND_FLIP = Augmentation(rotation=0.0, jitter=(0.0,) * 4, grayscale=0.0)
 LINEAR_AUGMENTATIONS = {  # by protocol

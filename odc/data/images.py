@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from odc.data.augmentation import whole_image
 from odc.distributed import print_main
 from odc.errors import Interrupted
 from odc.runtime import launch
@@ -93,6 +95,26 @@ class ImageSet:
                 with Image.open(os.path.join(self.root, self.name_of(i)), formats=FORMATS) as image:
                     sides.append(min(image.size))
         return int(np.median(sides)) if sides else 224
+
+    def mirror_ratio(self, side=32):
+        """How far mirrored images lie from their nearest other images, over the images themselves.
+
+        The median of about 1,000, by the cosine of small pictures: about 1 for photographs, 1.3
+        for clothes that all face one way, 1.7 for letters.
+        """
+        def small(i):
+            with contextlib.suppress(UnreadableImage):  # the first pass will say so
+                return whole_image(self.load(i, draft_side=side), side)
+
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            some = range(0, len(self), -(-len(self) // 1000))
+            pictures = [picture for picture in threads.map(small, some) if picture is not None]
+        if len(pictures) < 2:
+            return 1.0
+        pictures = torch.stack(pictures).float()
+        unit, mirrored = (F.normalize(x.flatten(1)) for x in (pictures, pictures.flip(-1)))
+        own, other = (1 - (rows @ unit.T).fill_diagonal_(0).amax(1) for rows in (unit, mirrored))
+        return float((other / own.clamp(min=1e-4)).median())
 
     def keep_small_copies(self, side):
         """Decode all files once; keep copies with shorter sides of at most `side`, if they fit."""

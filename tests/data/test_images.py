@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from odc.data.datasets import open_dataset
-from odc.data.images import UnreadableImage, read_image
+from odc.data.images import ImageSet, UnreadableImage, read_image
 
 WIDTH, HEIGHT = 40, 30
 RAMP = np.linspace(0, 255, WIDTH * HEIGHT).reshape(HEIGHT, WIDTH)  # dark to light, 0 to 255
@@ -199,3 +199,17 @@ def test_sixteen_bits_are_scaled_evenly(tmp_path):
     Image.fromarray(levels).save(tmp_path / "levels.png")
     read = np.asarray(read_image(str(tmp_path / "levels.png")))[..., 0]
     assert np.array_equal(read, np.round(levels / 257).astype(np.uint8))
+
+
+def test_how_far_mirror_images_lie():
+    """Blobs that have one place in all images are far from mirrored ones, others are not."""
+    random = np.random.default_rng(0)
+    at = np.arange(32)
+    for places, low, high in (((7, 10), 2.0, 1e9), ((5, 27), 0.9, 1.1)):
+        across, down = random.uniform(*places, (2, 2000, 1, 1))
+        blobs = np.exp(-((at - across) ** 2 + (at[:, None] - down) ** 2) / 20)
+        images = ImageSet("folder", "train", ".", pixels=(255 * blobs).astype(np.uint8))
+        assert low < images.mirror_ratio() < high
+        assert images.take([0]).mirror_ratio() == 1
+    broken = ImageSet("folder", "train", ".", names=np.array([b"none.png"] * 3))
+    assert broken.mirror_ratio() == 1
