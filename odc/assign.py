@@ -49,22 +49,12 @@ def load_run(path, device):
     if not state or not state.get("final_clusters"):
         raise UserError(f"--checkpoint {path}: is not of a run that has come to its end; run its "
                         "command again, with --epochs 0.")
-    with checkpoint.reading(path):  # another program may have written what is in it
-        centroids = state["final_clusters"]["centroids"].to(device)
-        backbone = ResNet(state["arch"], state["small_stem"]).to(device).eval()
-        kind = CentredPool if "mean" in state["final_clusters"]["neck"] else Neck
-        neck = kind(backbone.out_channels[-1]).to(device).eval()
-        backbone.load_state_dict(state["backbone"])
-        neck.load_state_dict(state["final_clusters"]["neck"])
-        values = [*backbone.state_dict().values(), *neck.state_dict().values(), centroids]
-        dim = unit_features(neck, torch.zeros(1, backbone.out_channels[-1], device=device)).shape[1]
-        K, size = (state["settings"][name] for name in ("num_clusters", "image_size"))
-        if not (centroids.shape == (K, dim) and size in range(8, 4097)
-                and isinstance(state["progress"]["epoch"], int)
-                and isinstance(state["settings"]["data"], str)
-                and isinstance(state["final_clusters"]["whole_images"], bool)
-                and all(value.isfinite().all() for value in values)):
-            raise ValueError("sizes that do not fit, or values that are not finite")
+    backbone = ResNet(state["arch"], state["small_stem"]).to(device).eval()
+    kind = CentredPool if "mean" in state["final_clusters"]["neck"] else Neck
+    neck = kind(backbone.out_channels[-1]).to(device).eval()
+    backbone.load_state_dict(state["backbone"])
+    neck.load_state_dict(state["final_clusters"]["neck"])
+    centroids = state["final_clusters"]["centroids"].to(device)
     backbone.to(memory_format=torch.channels_last)
     return state, lambda images: unit_features(neck, backbone(images)[-1].mean((2, 3))), centroids
 

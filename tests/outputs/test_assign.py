@@ -158,13 +158,7 @@ def test_vectors_that_do_not_belong_to_the_checkpoint(finished, folder, tmp_path
 
 @pytest.mark.parametrize("change, words", [
     (lambda state: state.update(final_clusters=None), "come to its end.*--epochs 0"),
-    (lambda state: state.update(program="odc train 1"), "this version"),
-    (lambda state: state["backbone"]["conv1.weight"].mul_(torch.inf), "not finite"),
-    (lambda state: state["final_clusters"].update(centroids=torch.zeros(8, 31)), "do not fit"),
-    (lambda state: state.update(arch=["x"]), "damaged"),
-    *[(lambda state, name=name: state.pop(name), f"'{name}'.*damaged")
-      for name in ("backbone", "settings", "progress", "unreadable", "fingerprint")],
-    (lambda state: state["settings"].update(image_size="9"), "do not fit")])
+    (lambda state: state.update(program="odc train 1"), "this version")])
 def test_checkpoints_that_are_not_of_a_finished_run(finished, folder, tmp_path, change, words):
     path = copy_run(finished, tmp_path, change)
     with pytest.raises(UserError, match=f"checkpoint.pth:? .*{words}"):
