@@ -99,7 +99,7 @@ class ImageSet:
     def mirror_ratio(self, side=32):
         """How far mirrored images lie from their nearest other images, over the images themselves.
 
-        The median of about 1,000, by the cosine of small pictures: about 1 for photographs, 1.3
+        The median of about 1,000, by the cosine of small pictures: about 1 for photographs, 1.2
         for clothes that all face one way, 1.7 for letters.
         """
         def small(i):
