@@ -42,7 +42,8 @@ def train_epoch(args, state, model, dataset, log, autocast):
     epoch, device, began, timed = progress.epoch, memory.labels.device, time.monotonic(), 0
     B = args.batch_size // distributed.world_size()
     steps = steps_per_epoch(len(dataset), B)
-    online = epoch >= progress.offline_epochs  # else labels stay as the last k-means made them
+    # Else labels stay as the last k-means made them.
+    online = args.memory_momentum > 0 and epoch >= progress.offline_epochs
     batches = iter(training_batches(
         dataset, AUGMENTATIONS[args.augmentation], args.image_size, B, args.seed, epoch,
         progress.step, args.workers, device.type == "cuda", args.crops))
@@ -296,7 +297,8 @@ def main(arguments=None):
     with distributed.raise_everywhere():
         log = Log(output / "log.jsonl", saved["log_position"] if saved else 0, args.tensorboard)
     if not saved:
-        progress.offline_epochs = args.offline_epochs
+        if args.initial != "network":  # labels of features that the memory does not have
+            progress.offline_epochs = args.recluster_interval
         clustering = cluster_before_training(args, state, dataset, device, autocast)
         with distributed.raise_everywhere():
             if dataset.left_out and distributed.is_main():
@@ -330,9 +332,8 @@ def main(arguments=None):
             measure(args, state, dataset, held_out, log)
         if progress.epoch >= args.epochs:
             break
-        due = progress.epoch > 0 and (
-            progress.epoch == progress.offline_epochs or pixels_lead(args, progress)
-            or args.recluster_interval and progress.epoch % args.recluster_interval == 0)
+        due = progress.epoch > 0 and args.recluster_interval > 0 and (
+            progress.epoch % args.recluster_interval == 0 or pixels_lead(args, progress))
         if due and progress.reclustered_at != progress.epoch:
             cluster_between_epochs(args, state, dataset)
             save(state, dataset, log)

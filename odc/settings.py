@@ -27,13 +27,13 @@ HALF_HOUR = 1500  # seconds in the network; to read and augment takes the rest
 RECIPE = dict(
     image_size=224, augmentation="recipe", crops=1, arch="resnet50", neck="recipe", amp="off",
     num_clusters=10000, min_cluster_size=20, memory_momentum=0.5, centroids_interval=10, seed=0,
-    reweight_power=0.5, initial="network", recluster_interval=0, offline_epochs=0, epochs=440,
+    reweight_power=0.5, initial="network", recluster_interval=0, epochs=440,
     batch_size=512, lr=0.06, weight_decay=1e-5, checkpoint_interval=1000)
 # Chosen in trials, see tests/benchmarks/learning/README.md. `_follow_images` sets what is missing.
 SMALL = RECIPE | dict(
     augmentation=None, crops=None, neck="plain", memory_momentum=0.1, batch_size=64,
     image_size=None, arch=None, num_clusters=None, min_cluster_size=None, lr=None, initial=None,
-    epochs=None, recluster_interval=None, offline_epochs=None)
+    epochs=None, recluster_interval=None)
 # Chosen without labels, by the agreement of the clusters of several seeds; the neck is small's.
 DEMO = RECIPE | dict(arch="narrow", image_size=32, num_clusters=60, augmentation="demo", epochs=20,
                      batch_size=64, checkpoint_interval=100, neck="plain")
@@ -80,17 +80,16 @@ def make_parser():
     add = group("clusters and memories")
     add("--num-clusters", metavar="K", type=whole(1), help="number of clusters")
     add("--min-cluster-size", metavar="N", type=whole(0), help="smaller ones are dissolved")
-    add("--memory-momentum", metavar="M", type=number(0, 1), help="share of the new feature")
+    add("--memory-momentum", metavar="M", type=number(0, 1), help="share of the new feature; 0: "
+        "only k-means moves the labels")
     add("--centroids-interval", metavar="STEPS", type=whole(1), help="between their updates")
     add("--reweight-power", metavar="P", type=number(0, 4),
         help="a cluster's loss weight is its size to the power of -P")
     add("--initial", choices=["network", "pixels", "backbone"],
-        help="features of the initial k-means; backbone: without the neck")
+        help="features of the initial k-means; backbone: without the neck. Labels that are not "
+        "the neck's stay for one --recluster-interval, those of pixels at most so long")
     add("--recluster-interval", metavar="EPOCHS", type=whole(0), help="epochs between two times "
-        "that both memories start anew from all images; 0: only after --offline-epochs")
-    add("--offline-epochs", metavar="EPOCHS", type=whole(0),
-        help="first epochs, in which only k-means moves the labels; those of pixels stay only "
-        "until the network's clusters are more stable")
+        "that both memories start anew from all images; 0: never")
     add = group("optimisation")
     add("--epochs", metavar="N", type=whole(0, 10**6), help="epochs in all; 0: the backbone of "
         "--pretrained, or the run in --output, only clusters the images")
@@ -187,7 +186,7 @@ def _follow_images(args, dataset, device, pretrained):
         args.epochs = max(10, min(200, int(HALF_HOUR * rate / work)))
         print_main(f"{args.epochs} epochs, for about half an hour (10 to 200).")
     every = max(1, min(round(60_000 / N), (args.epochs or 4) // 4))  # 60,000 images in between
-    _fill(args, dict(recluster_interval=every, offline_epochs=every))
+    _fill(args, dict(recluster_interval=every))
     if N < 1000 and pretrained is None:
         print_main("With fewer than 1,000 images a pre-trained backbone gives better clusters: "
                    "--pretrained resnet18 --epochs 0.")

@@ -22,7 +22,7 @@ class Progress:
     global_step: int = 0  # steps of all epochs
     measured: int = -1  # the last `epoch` whose measures are in the log
     reclustered_at: int = 0  # `epoch` when all images were last clustered; 0: at the start
-    offline_epochs: int = 0  # those first epochs in which k-means alone moves labels
+    offline_epochs: int = 0  # first epochs, in which the initial labels stay
     interval: dict = field(default_factory=lambda: dict(  # sums since the last line of the log
         steps=0, loss=0.0, change_ratio=0.0, splits=0))
 

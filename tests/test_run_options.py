@@ -64,10 +64,10 @@ def test_a_run_without_handling_small_clusters(folder, tmp_path):
 
 
 WAYS = {
-    "alternating": ["--recluster-interval", "2", "--offline-epochs", "5", "--epochs", "5",
+    "alternating": ["--recluster-interval", "2", "--memory-momentum", "0", "--epochs", "5",
                     "--checkpoint-interval", "3"],
-    "as small sets": ["--initial", "pixels", "--recluster-interval", "2", "--offline-epochs", "2",
-                      "--memory-momentum", "0.1", "--epochs", "3", "--checkpoint-interval", "4"]}
+    "as small sets": ["--initial", "pixels", "--recluster-interval", "2", "--memory-momentum",
+                      "0.1", "--epochs", "3", "--checkpoint-interval", "4"]}
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_what_is_given_wins(capsys):
     args = chosen(["--data", "somewhere", "--num-clusters", "7", "--neck", "recipe",
                    "--crops", "2"], made_up(6000))
     assert (args.num_clusters, args.neck, args.crops) == (7, "recipe", 2)
-    assert chosen(["--data", "somewhere", "--epochs", "0"], made_up(6000)).offline_epochs == 1
+    assert chosen(["--data", "somewhere", "--epochs", "0"], made_up(6000)).recluster_interval == 1
     told = capsys.readouterr().out
     assert "preset small, but --crops 2 --neck recipe --num-clusters 7" in told
 

@@ -57,7 +57,7 @@ METHODS = {  # in the order of the table
     "emp-ssl": "EMP-SSL, 8 patches", "swav": "SwAV with small crops", "labels": "labels (ceiling)",
 }
 # More arguments of train.py; "alternating" moves labels only when it clusters all images again.
-ODC_WAYS = {"odc": [], "alternating": ["--offline-epochs", "1000000"]}
+ODC_WAYS = {"odc": [], "alternating": ["--memory-momentum", "0"]}
 PEERS = {
     "simsiam": methods.SimSiam, "byol": methods.BYOL, "vicreg": methods.VICReg,
     "emp-ssl": methods.EMPSSL, "swav": methods.SwAV, "labels": methods.Labels}
