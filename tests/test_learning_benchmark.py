@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.linalg import sqrtm
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -41,6 +42,19 @@ def test_the_linear_probe_is_the_logistic_regression_of_scikit_learn():
     expected = model.score(scaler.transform(rows[400:]), labels[400:])
     accuracy = scores.probe_accuracy(rows[:400], labels[:400], rows[400:], labels[400:], 4)
     assert accuracy == pytest.approx(expected, abs=0.004)  # one of 300
+
+
+def test_half_whitened_rows_have_the_cosines_of_the_inverse_root_of_the_covariance():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 5, generator=generator) * torch.tensor([9.0, 3, 1, 0.3, 0])
+    rows = (rows - rows.mean(0)) @ torch.randn(5, 5, generator=generator)
+    x, covariance = rows.double().numpy(), np.cov(rows.double().numpy().T)
+    root = sqrtm(np.linalg.pinv(covariance, rcond=1e-6)).real  # of four directions
+    products = x @ root @ x.T
+    expected = products / np.sqrt(np.outer(products.diagonal(), products.diagonal()))
+    half = scores.half_whitened(rows)
+    assert half.shape == (300, 4)
+    np.testing.assert_allclose(half @ half.T, expected, atol=1e-3)
 
 
 def test_a_table_from_end_to_end_and_its_rows_are_not_made_again(folder, tmp_path, capsys):

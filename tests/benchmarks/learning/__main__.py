@@ -65,7 +65,9 @@ COLUMNS = {  # name: (heading, factor, digits)
     "knn": ("kNN, %", 100, 1), "probe": ("probe, %", 100, 1), "nmi": ("NMI", 1, 3),
     "purity": ("purity, %", 100, 1), "hungarian": ("Hungarian, %", 100, 1),
     "few_accuracy": ("K = classes: accuracy, %", 100, 1), "few_nmi": ("NMI", 1, 3),
-    "few_ari": ("ARI", 1, 3), "spectral_accuracy": ("spectral: accuracy, %", 100, 1),
+    "few_ari": ("ARI", 1, 3), "half_accuracy": ("half whitened: accuracy, %", 100, 1),
+    "half_nmi": ("NMI", 1, 3), "half_ari": ("ARI", 1, 3),
+    "spectral_accuracy": ("spectral: accuracy, %", 100, 1),
     "spectral_nmi": ("NMI", 1, 3), "spectral_ari": ("ARI", 1, 3),
     "minutes": ("minutes", 1, 1), "processor_minutes": ("of processors", 1, 1),
 }

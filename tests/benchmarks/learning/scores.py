@@ -67,16 +67,31 @@ def probe_accuracy(train, train_labels, val, labels, num_classes, decay=1e-3, it
     return float((predictions == labels).double().mean())
 
 
+def half_whitened(rows):
+    """Rows of mean 0 times the power -1/4 of their covariance, so that each direction keeps the
+    square root of its variance: [N, d'] of unit length, without directions that have none."""
+    variances, axes = torch.linalg.eigh(torch.cov(rows.T).double())
+    has_some = variances > 1e-6 * variances[-1]
+    return F.normalize(rows @ (axes[:, has_some] * variances[has_some] ** -0.25).float())
+
+
+def best_kmeans(rows, num_clusters):
+    """Labels int64 [N] of the best of ten k-means, by its own objective."""
+    runs = [kmeans(rows, num_clusters, 50, seed) for seed in range(10)]
+    return min(runs, key=lambda run: float((rows - run[1][run[0]]).square().sum()))[0].cpu()
+
+
 def clusters_as_classes(features, num_classes):
-    """As many clusters as classes: {"few": by k-means, "spectral": by a graph}, int64 [N] each."""
+    """As many clusters as classes, int64 [N]: {"few": by k-means, "half": by k-means of
+    half-whitened features, "spectral": by a graph}."""
     rows = F.normalize(features)
-    rows = F.normalize(rows - rows.mean(0))
-    runs = [kmeans(rows, num_classes, 50, seed) for seed in range(10)]
-    few = min(runs, key=lambda run: float((rows - run[1][run[0]]).square().sum()))[0]
+    rows = rows - rows.mean(0)
+    half, rows = half_whitened(rows), F.normalize(rows)
     own, centroids = kmeans(rows, min(1000, len(rows) // 4), 50)
     graph = SpectralClustering(num_classes, affinity="nearest_neighbors", random_state=0)
     parts = torch.from_numpy(graph.fit_predict(centroids.cpu().numpy())).long()
-    return {"few": few.cpu(), "spectral": parts[own.cpu()]}
+    return {"few": best_kmeans(rows, num_classes), "half": best_kmeans(half, num_classes),
+            "spectral": parts[own.cpu()]}
 
 
 def all_scores(train_features, val_features, train, val, clusters, to_cluster):
