@@ -42,7 +42,7 @@ def train_epoch(args, state, model, dataset, log, autocast):
     epoch, device, began, timed = progress.epoch, memory.labels.device, time.monotonic(), 0
     B = args.batch_size // distributed.world_size()
     steps = steps_per_epoch(len(dataset), B)
-    # Else labels stay as the last k-means made them.
+    # Labels move in the steps; if not, they stay as the last k-means made them.
     online = args.memory_momentum > 0 and epoch >= progress.offline_epochs
     batches = iter(training_batches(
         dataset, AUGMENTATIONS[args.augmentation], args.image_size, B, args.seed, epoch,

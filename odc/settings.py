@@ -86,8 +86,9 @@ def make_parser():
     add("--reweight-power", metavar="P", type=number(0, 4),
         help="a cluster's loss weight is its size to the power of -P")
     add("--initial", choices=["network", "pixels", "backbone"],
-        help="features of the initial k-means; backbone: without the neck. Labels that are not "
-        "the neck's stay for one --recluster-interval, those of pixels at most so long")
+        help="features of the initial k-means; backbone: without the neck. Labels of backbone "
+        "stay for one --recluster-interval; those of pixels, too, or until the network's clusters "
+        "are more stable")
     add("--recluster-interval", metavar="EPOCHS", type=whole(0), help="epochs between two times "
         "that both memories start anew from all images; 0: never")
     add = group("optimisation")
