@@ -67,9 +67,7 @@ def restore(state, saved):
     network, memory, optimizer = state.network, state.memory, state.optimizer
     with distributed.raise_everywhere(), checkpoint.reading(state.path):
         features = checkpoint.read_rows(state.path, saved, memory.rows)
-        optimizer.load_state_dict({  # the copy is off the mapped file
-            "state": copy.deepcopy(saved["optimizer"]["state"]),
-            "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # off the mapped file
         for name in ("backbone", "neck", "head"):
             getattr(network, name).load_state_dict(saved[name])
         memory.load_state_dict(saved["memory"], features)
