@@ -72,14 +72,14 @@ def train_epoch(args, state, model, dataset, log, autocast):
         loss = F.cross_entropy(logits.float(), labels, weight=loss_weights)
         mean_loss, stop = check_step(args, progress, loss)
         # 3. Samples memory: features move towards z, labels follow (Eq. 1 and 2).
-        change_ratio, splits = 0.0, 0
+        moved, splits = 0.0, 0
         if online:
             z = z.detach().float()
             if args.crops > 1:  # the memory takes the mean of an image's crops
                 z = F.normalize(z).unflatten(0, (-1, args.crops)).mean(1)
             # In rank order: [M] on the CPU, and [M, d].
             indices, z = all_gather_rows(batch.indices[:: args.crops]), all_gather_rows(z)
-            change_ratio = memory.update_samples(indices, z)
+            moved = memory.update_samples(indices, z)
         # 4. Learn. DDP averages the gradients over the processes.
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch + step / steps)
@@ -97,9 +97,8 @@ def train_epoch(args, state, model, dataset, log, autocast):
             # 7. Loss re-weighting: every cluster counts, however large.
             loss_weights = memory.loss_weights(args.reweight_power)
         progress.step, timed = step + 1, timed + 1
-        for name, value in dict(steps=1, loss=mean_loss, change_ratio=change_ratio,
-                                splits=splits).items():
-            progress.interval[name] += value
+        for key, value in dict(steps=1, loss=mean_loss, change_ratio=moved, splits=splits).items():
+            progress.interval[key] += value
         bar.update()
         if progress.global_step % LOG_INTERVAL == 0 or step + 1 == steps:
             now = time.monotonic()
@@ -184,7 +183,7 @@ def cluster_between_epochs(args, state, dataset):
     clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
                                 args.neck == "plain")
     if pixels_lead(args, progress):
-        network, pixels = stabilities(dataset, clustering.features, args.num_clusters, args.workers)
+        network, pixels = stabilities(dataset, [clustering], args.num_clusters, args.workers)
         print_main(f"epoch {progress.epoch}: stability {network:.3f}, of pixels {pixels:.3f}")
         if network <= pixels:
             return
@@ -195,24 +194,26 @@ def cluster_between_epochs(args, state, dataset):
 
 def cluster_after_training(args, state, dataset, log):
     """Cluster all images by the current network, save, and write what people and programs read."""
-    output = Path(args.output)
-    clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
-                                args.neck == "plain" or state.progress.global_step == 0)
-    note, record = "", {}
+    output, judged = Path(args.output), args.preset == "small" and len(dataset) > 40
+    # Crops show things enlarged: photographs are recognised better when they are, letters are not.
+    larger = [2 * args.image_size] if judged and not args.pretrained else []
+    found = [cluster_images(state.network, dataset, state.memory, size, args.workers,
+                            args.neck == "plain" or state.progress.global_step == 0)
+             for size in (args.image_size, *larger)]
+    clustering, note, record = found[0], "", {}
+    if judged:
+        *networks, pixels = stabilities(dataset, found, args.num_clusters, args.workers)
+        network, clustering = max(zip(networks, found), key=lambda pair: pair[0])
+        record = dict(stability=network, stability_of_pixels=pixels)
+        advice = "" if network > pixels else ": learn longer, or start with --pretrained"
+        note = (f". Clusters of two halves of the images agree by {network:.2f} (NMI), seen at "
+                f"{clustering.image_size} pixels, those of raw pixels by {pixels:.2f}{advice}.")
+        print_main(note[2:])
     if state.final_clusters is None:  # trained since the last call: not logged yet
-        if args.preset == "small" and len(dataset) > 40:
-            network, pixels = stabilities(dataset, clustering.features, args.num_clusters,
-                                          args.workers)
-            record = dict(stability=network, stability_of_pixels=pixels)
-            better = "the network's are better" if network > pixels else (
-                "the pixels' are better: learn longer, or start with --pretrained")
-            note = (f". The network's clusters of two halves of the images agree by {network:.2f} "
-                    f"(NMI), the raw pixels' by {pixels:.2f}: {better}.")
-            print_main(note[2:])
         log.write_measures(state.progress, clustering.labels, dataset,
                            f"epoch {state.progress.epoch}, final clusters", record)
     state.final_clusters = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids,
-                                whole_images=dataset.whole_images)
+                                image_size=clustering.image_size, whole_images=dataset.whole_images)
     save(state, dataset, log)
     write_rows(output / "features.npy", clustering.features, len(dataset))
     with distributed.raise_everywhere():

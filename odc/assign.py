@@ -111,7 +111,7 @@ def main(arguments=None):
                 check_output(option, file, start, taken)
                 taken.append(file)
         state, network, centroids = load_run(args.checkpoint, device)
-        transform = clustering_transform(state["settings"]["image_size"],
+        transform = clustering_transform(state["final_clusters"]["image_size"],
                                          state["final_clusters"]["whole_images"])
         dataset = open_dataset(args.data)
         if args.neighbours:

@@ -31,6 +31,7 @@ class Clustering:
     features: torch.Tensor | None = None  # float32 [n, d], unit rows: this process's, or all
     neck: torch.nn.Module | None = None  # gave the features, with statistics of all images
     pooled: torch.Tensor | None = None  # float32 [n, C], the average of the last map
+    image_size: int | None = None  # at which the images were seen
     hashes: torch.Tensor | None = None  # int64 [N], difference hashes, on the CPU
     duplicates: tuple = ([], 1.0)  # what odc.outputs.duplicates.find_groups has found
 
@@ -79,7 +80,7 @@ def cluster_images(network, dataset, memory, image_size, workers=0, of_backbone=
     similarity = distributed.all_gather_uneven_rows(
         cosine_to_centroid(features, centroids, own_labels))
     return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck, pooled,
-                      distributed.all_gather_uneven_rows(hashes).cpu())
+                      image_size, distributed.all_gather_uneven_rows(hashes).cpu())
 
 
 @torch.no_grad()
@@ -110,14 +111,16 @@ def estimate_statistics(neck, pooled, num_images):
     neck.bn1.running_var.copy_((square - mean.square()).clamp(min=0))
 
 
-def stabilities(dataset, features, num_clusters, workers=0):
-    """`stability` of features [n, d] and of raw pixels, both of a sample. A collective."""
+def stabilities(dataset, clusterings, num_clusters, workers=0):
+    """`stability` of the features of each and of raw pixels, all of a sample. A collective."""
     step = -(-len(dataset) // COMPARED)
+    device = clusterings[0].features.device
     pixels = extract(unit_pixels, dataset.take(range(0, len(dataset), step)),
-                     clustering_transform(32, dataset.whole_images), 3 * 32**2, features.device,
+                     clustering_transform(32, dataset.whole_images), 3 * 32**2, device,
                      workers=workers, unreadable_share=0)
     first = -distributed.shard(len(dataset)).start % step  # of this process, on the same images
-    return stability(features[first::step], num_clusters), stability(pixels, num_clusters)
+    return [stability(rows, num_clusters)
+            for rows in (*(each.features[first::step] for each in clusterings), pixels)]
 
 
 def stability(features, num_clusters):

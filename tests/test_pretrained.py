@@ -1,5 +1,7 @@
 """A folder of one's own: clusters of a pre-trained backbone, whole upright images, kept copies."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -84,5 +86,6 @@ def test_clear_clusters_are_stable():
     random = torch.randint(256, (120, 32, 32, 3), generator=generator).byte().numpy()
     for features, pixels in ((points, random), (noise, colours)):
         images = ImageSet("folder", "train", "somewhere", pixels=pixels)
-        assert [value > 0.9 for value in stabilities(images, features, 3)] == [
-            features is points, pixels is colours]
+        found = [SimpleNamespace(features=rows) for rows in (features, noise)]
+        assert [value > 0.9 for value in stabilities(images, found, 3)] == [
+            features is points, False, pixels is colours]
