@@ -195,7 +195,7 @@ def cluster_between_epochs(args, state, dataset):
 def cluster_after_training(args, state, dataset, log):
     """Cluster all images by the current network, save, and write what people and programs read."""
     output, judged = Path(args.output), args.preset == "small" and len(dataset) > 40
-    # Crops show things enlarged: photographs are recognised better when they are, letters are not.
+    # Crops enlarge what they show. So photographs are told apart better enlarged; letters are not.
     larger = [2 * args.image_size] if judged and not args.pretrained else []
     found = [cluster_images(state.network, dataset, state.memory, size, args.workers,
                             args.neck == "plain" or state.progress.global_step == 0)

@@ -10,7 +10,8 @@ size and number of crops. ODC's rows are runs of train.py with the settings that
 data and K = 100. The other rows follow them: one that sees an image in several crops draws fewer.
 
 Networks see the images at their size or twice that, where the clusters of two halves of the images
-    agree better, as train.py does in the end. No labels are needed for it.
+agree better, as train.py chooses in the end. No labels are needed for it.
+
 kNN: by the 20 nearest training images; the features are the average of the last map. Of the random
     network it is with the batch norm statistics of the training images.
 probe: a linear classifier of the same features.
