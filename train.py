@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from odc import distributed, settings
-from odc.clusters import (Clustering, cluster_images, cosine_to_centroid, neck_features,
-                          stabilities)
+from odc.clusters import Clustering, cluster_images, cosine_to_centroid, neck_features, stabilities
 from odc.data.augmentation import AUGMENTATIONS, augment_batch, clustering_transform
 from odc.data.datasets import check_same_images, open_dataset
 from odc.data.loader import steps_per_epoch, training_batches
@@ -180,14 +179,15 @@ def cluster_between_epochs(args, state, dataset):
     """Both memories from all unaugmented images again; the head stays. Ours, not in the paper."""
     progress = state.progress
     progress.reclustered_at = progress.epoch
-    clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
-                                args.neck == "plain")
     if pixels_lead(args, progress):
-        network, pixels = stabilities(dataset, [clustering], args.num_clusters, args.workers)
+        network, pixels = stabilities(state.network, dataset, [args.image_size], args.num_clusters,
+                                      args.workers)
         print_main(f"epoch {progress.epoch}: stability {network:.3f}, of pixels {pixels:.3f}")
         if network <= pixels:
             return
         progress.offline_epochs = progress.epoch  # labels move from now on
+    clustering = cluster_images(state.network, dataset, state.memory, args.image_size, args.workers,
+                                args.neck == "plain")
     features = neck_features(state.network.neck.eval(), clustering.pooled, len(dataset))
     state.memory.initialize(features, clustering.labels)
 
@@ -195,25 +195,25 @@ def cluster_between_epochs(args, state, dataset):
 def cluster_after_training(args, state, dataset, log):
     """Cluster all images by the current network, save, and write what people and programs read."""
     output, judged = Path(args.output), args.preset == "small" and len(dataset) > 40
-    # Crops enlarge what they show. So photographs are told apart better enlarged; letters are not.
-    larger = [2 * args.image_size] if judged and not args.pretrained else []
-    found = [cluster_images(state.network, dataset, state.memory, size, args.workers,
-                            args.neck == "plain" or state.progress.global_step == 0)
-             for size in (args.image_size, *larger)]
-    clustering, note, record = found[0], "", {}
+    size, parts, note, record = args.image_size, False, "", {}
     if judged:
-        *networks, pixels = stabilities(dataset, found, args.num_clusters, args.workers)
-        network, clustering = max(zip(networks, found), key=lambda pair: pair[0])
+        # Crops show enlarged parts. Photographs gain when they are enlarged, letters by such parts.
+        sizes = [size] if args.pretrained else [size, 2 * size]
+        *ours, pixels = stabilities(state.network, dataset, sizes, args.num_clusters, args.workers)
+        network, size = max(zip(ours, sizes), key=lambda pair: pair[0])
+        parts = size == args.image_size and not args.pretrained
         record = dict(stability=network, stability_of_pixels=pixels)
         advice = "" if network > pixels else ": learn longer, or start with --pretrained"
         note = (f". Clusters of two halves of the images agree by {network:.2f} (NMI), seen at "
-                f"{clustering.image_size} pixels, those of raw pixels by {pixels:.2f}{advice}.")
+                f"{size} pixels, those of raw pixels by {pixels:.2f}{advice}.")
         print_main(note[2:])
+    clustering = cluster_images(state.network, dataset, state.memory, size, args.workers,
+                                args.neck == "plain" or state.progress.global_step == 0, parts)
     if state.final_clusters is None:  # trained since the last call: not logged yet
         log.write_measures(state.progress, clustering.labels, dataset,
                            f"epoch {state.progress.epoch}, final clusters", record)
     state.final_clusters = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids,
-                                image_size=clustering.image_size, whole_images=dataset.whole_images)
+                                look=(size, parts), whole_images=dataset.whole_images)
     save(state, dataset, log)
     write_rows(output / "features.npy", clustering.features, len(dataset))
     with distributed.raise_everywhere():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from odc import distributed
-from odc.clusters import cosine_to_centroid, unit_features
+from odc.clusters import average_maps, cosine_to_centroid, unit_features
 from odc.data.augmentation import clustering_transform, normalise
 from odc.data.datasets import check_same_images, open_dataset
 from odc.data.loader import default_workers
@@ -56,7 +56,8 @@ def load_run(path, device):
     neck.load_state_dict(state["final_clusters"]["neck"])
     centroids = state["final_clusters"]["centroids"].to(device)
     backbone.to(memory_format=torch.channels_last)
-    return state, lambda images: unit_features(neck, backbone(images)[-1].mean((2, 3))), centroids
+    parts = state["final_clusters"]["look"][1]
+    return state, lambda x: unit_features(neck, average_maps(backbone, x, parts)), centroids
 
 
 def open_training_images(path, vectors_path, state, network, transform, device):
@@ -111,7 +112,7 @@ def main(arguments=None):
                 check_output(option, file, start, taken)
                 taken.append(file)
         state, network, centroids = load_run(args.checkpoint, device)
-        transform = clustering_transform(state["final_clusters"]["image_size"],
+        transform = clustering_transform(state["final_clusters"]["look"][0],
                                          state["final_clusters"]["whole_images"])
         dataset = open_dataset(args.data)
         if args.neighbours:

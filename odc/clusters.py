@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.functional import five_crop
 
 from odc import distributed
 from odc.data.augmentation import clustering_transform
@@ -31,7 +32,6 @@ class Clustering:
     features: torch.Tensor | None = None  # float32 [n, d], unit rows: this process's, or all
     neck: torch.nn.Module | None = None  # gave the features, with statistics of all images
     pooled: torch.Tensor | None = None  # float32 [n, C], the average of the last map
-    image_size: int | None = None  # at which the images were seen
     hashes: torch.Tensor | None = None  # int64 [N], difference hashes, on the CPU
     duplicates: tuple = ([], 1.0)  # what odc.outputs.duplicates.find_groups has found
 
@@ -43,10 +43,11 @@ class Clustering:
         return np.split(order, self.labels.bincount(minlength=len(self.centroids)).cumsum(0)[:-1])
 
 
-def cluster_images(network, dataset, memory, image_size, workers=0, of_backbone=False):
+def cluster_images(network, dataset, memory, image_size, workers=0, of_backbone=False, parts=False):
     """The Clustering of the unaugmented images, from that of `memory` on. A collective.
 
     of_backbone: cluster the backbone's features, less their mean, instead of the neck's.
+    parts: see `average_maps`.
     Clusters below memory.min_cluster_size give way to halves of wide ones, while there are any.
     Raises UserError if an image cannot be read any more.
     """
@@ -55,7 +56,7 @@ def cluster_images(network, dataset, memory, image_size, workers=0, of_backbone=
 
     def forward(images):  # pooled maps; differences to the left of the gray image at 8 x 9 pixels
         gray = F.adaptive_avg_pool2d(images.mean(1), (8, 9))
-        return torch.cat([backbone(images)[-1].mean((2, 3)), gray.diff().flatten(1)], dim=1)
+        return torch.cat([average_maps(backbone, images, parts), gray.diff().flatten(1)], dim=1)
     rows = extract(forward, dataset, clustering_transform(image_size, dataset.whole_images), C + 64,
                    device, workers=workers, unreadable_share=0)
     pooled, lighter = rows[:, :C], rows[:, C:] > 2**-6  # [n, C], [n, 64]: by more than noise
@@ -80,7 +81,19 @@ def cluster_images(network, dataset, memory, image_size, workers=0, of_backbone=
     similarity = distributed.all_gather_uneven_rows(
         cosine_to_centroid(features, centroids, own_labels))
     return Clustering(labels.cpu(), similarity.cpu(), centroids.cpu(), features, neck, pooled,
-                      image_size, distributed.all_gather_uneven_rows(hashes).cpu())
+                      distributed.all_gather_uneven_rows(hashes).cpu())
+
+
+def average_maps(backbone, images, parts=False):
+    """The average [B, C] of the last map of images [B, 3, S, S].
+
+    parts: its mean with that of the four corners and the middle, 3/4 of the side, enlarged to S.
+    """
+    side, views = images.shape[-1], [images]
+    if parts:
+        views += [F.interpolate(part, (side, side), mode="bilinear")
+                  for part in five_crop(images, round(0.75 * side))]
+    return torch.stack([backbone(view)[-1].mean((2, 3)) for view in views]).mean(0)
 
 
 @torch.no_grad()
@@ -111,16 +124,18 @@ def estimate_statistics(neck, pooled, num_images):
     neck.bn1.running_var.copy_((square - mean.square()).clamp(min=0))
 
 
-def stabilities(dataset, clusterings, num_clusters, workers=0):
-    """`stability` of the features of each and of raw pixels, all of a sample. A collective."""
-    step = -(-len(dataset) // COMPARED)
-    device = clusterings[0].features.device
-    pixels = extract(unit_pixels, dataset.take(range(0, len(dataset), step)),
-                     clustering_transform(32, dataset.whole_images), 3 * 32**2, device,
-                     workers=workers, unreadable_share=0)
-    first = -distributed.shard(len(dataset)).start % step  # of this process, on the same images
-    return [stability(rows, num_clusters)
-            for rows in (*(each.features[first::step] for each in clusterings), pixels)]
+def stabilities(network, dataset, image_sizes, num_clusters, workers=0):
+    """`stability` of the backbone's features at each size and of raw pixels. A collective."""
+    sample = dataset.take(range(0, len(dataset), -(-len(dataset) // COMPARED)))
+    backbone, device = network.backbone.eval(), next(network.parameters()).device
+    C = backbone.out_channels[-1]
+
+    def rows_of(forward, image_size, dim):
+        return extract(forward, sample, clustering_transform(image_size, dataset.whole_images), dim,
+                       device, workers=workers, unreadable_share=0)
+    rows = [rows_of(lambda images: average_maps(backbone, images), size, C) for size in image_sizes]
+    rows = [neck_features(CentredPool(C).to(device), pooled, len(sample)) for pooled in rows]
+    return [stability(each, num_clusters) for each in (*rows, rows_of(unit_pixels, 32, 3 * 32**2))]
 
 
 def stability(features, num_clusters):

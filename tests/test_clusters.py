@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.functional import resized_crop
 
 from odc import assign, clusters, distributed
 from odc.data.augmentation import normalise, whole_image
@@ -54,6 +55,14 @@ def test_statistics_features_and_labels(folder):
     gray = F.adaptive_avg_pool2d(images.mean(1), (8, 9))  # row by row, the lowest bit first
     bits = (hashes[:, None] >> torch.arange(64)) & 1
     assert torch.equal(bits.bool(), (gray[:, :, 1:] - gray[:, :, :-1] > 1 / 64).flatten(1))
+
+
+def test_parts_are_corners_and_middle():
+    backbone, images = small_network().eval().backbone, torch.rand(2, 3, 32, 32)
+    views = [images] + [resized_crop(images, top, left, 24, 24, [32, 32], antialias=False)
+                        for top, left in ((0, 0), (0, 8), (8, 0), (8, 8), (4, 4))]
+    expected = sum(backbone(view)[-1].mean((2, 3)) for view in views) / 6
+    torch.testing.assert_close(clusters.average_maps(backbone, images, True), expected)
 
 
 def test_any_number_of_processes_gives_the_same_clusters(folder):

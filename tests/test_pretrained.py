@@ -77,15 +77,16 @@ def test_time_is_said(capsys):
     assert 0 < settings.images_per_second(args, torch.device("cpu"), True) < 1e6
 
 
-def test_clear_clusters_are_stable():
-    """Features of three points are stable, noise is not; pixels are three colours or noise."""
-    generator = torch.Generator().manual_seed(0)
-    points = torch.eye(3).repeat(40, 1)
-    noise = F.normalize(torch.randn(120, 3, generator=generator))
-    colours = points.view(-1, 1, 1, 3).expand(-1, 32, 32, -1).mul(255).byte().numpy()
-    random = torch.randint(256, (120, 32, 32, 3), generator=generator).byte().numpy()
-    for features, pixels in ((points, random), (noise, colours)):
-        images = ImageSet("folder", "train", "somewhere", pixels=pixels)
-        found = [SimpleNamespace(features=rows) for rows in (features, noise)]
-        assert [value > 0.9 for value in stabilities(images, found, 3)] == [
-            features is points, False, pixels is colours]
+def test_clear_clusters_are_stable(monkeypatch):
+    """Three colours, not noise. The network sees one pixel, at either size, pixels are all seen."""
+    network = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]))
+    network.backbone = SimpleNamespace(eval=lambda: network.backbone, out_channels=[3])
+    monkeypatch.setattr("odc.clusters.average_maps", lambda _, images: images[..., 0, 0])
+    noise = np.random.default_rng(0).integers(256, size=(120, 32, 32, 3), dtype=np.uint8)
+    colours = 0 * noise + np.tile(255 * np.eye(3, dtype=np.uint8), (40, 1))[:, None, None]
+    for seen, others in ((colours, noise), (noise, colours)):
+        others = others.copy()
+        others[:, 0, 0] = seen[:, 0, 0]
+        images = ImageSet("folder", "train", "somewhere", pixels=others)
+        assert [value > 0.9 for value in stabilities(network, images, [32, 64], 3)] == [
+            seen is colours, seen is colours, seen is noise]

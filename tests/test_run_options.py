@@ -119,7 +119,7 @@ def test_re_clustering_resumes_as_the_same_run(
 def test_labels_of_pixels_stay(folder, tmp_path, monkeypatch, stability, epochs):
     """Then they move, after two epochs in any case. The learning rate drops near the end."""
     monkeypatch.setattr("train.LOG_INTERVAL", 1)
-    monkeypatch.setattr("train.stabilities", lambda _, found, *rest: [stability] * len(found) + [1])
+    monkeypatch.setattr("train.stabilities", lambda *given: [stability] * len(given[2]) + [1])
     arguments = ["--data", folder, "--output", tmp_path]
     assert run_main(*arguments, *SMALL, *WAYS["as small sets"]) == 0
     steps = [record for record in log_of(tmp_path) if "loss" in record]

@@ -18,7 +18,7 @@ from odc import distributed
 from odc.errors import UserError
 from odc.runtime import launch
 
-PROGRAM = "odc train 5"  # who wrote a checkpoint of a run, and the version of what is in it
+PROGRAM = "odc train 6"  # who wrote a checkpoint of a run, and the version of what is in it
 TOKEN = secrets.token_hex(8)  # in the names of this process's temporary files, which end with it
 
 

@@ -62,18 +62,18 @@ def expected_features(state, dataset):
     return torch.nn.functional.normalize(network(normalise(images))[0])
 
 
-@pytest.mark.parametrize("stability, side", [((2, 1), 32), ((1, 2), 64)])
+@pytest.mark.parametrize("stability, look", [((2, 1), (32, True)), ((1, 2), (64, False))])
 def test_images_are_seen_where_clusters_were_more_stable(
-        folder, tmp_path, monkeypatch, stability, side):
-    """At the size of the training or twice that. --neighbours checks the run's vectors."""
-    monkeypatch.setattr("train.stabilities", lambda _, found, *rest: [*stability[:len(found)], 0])
+        folder, tmp_path, monkeypatch, stability, look):
+    """With parts, or enlarged twice. --neighbours checks the run's vectors."""
+    monkeypatch.setattr("train.stabilities", lambda *_: [*stability, 0])
     assert run_main("--data", folder, "--output", tmp_path, *SMALL, "--preset", "small",
                     "--epochs", "1") == 0
     rows = run_assign(tmp_path / "checkpoint.pth", folder, tmp_path / "new.csv", "--neighbours", 1)
     assert [int(row["cluster"]) for row in rows] == np.load(tmp_path / "labels.npy").tolist()
     state, network, _ = assign.load_run(tmp_path / "checkpoint.pth", torch.device("cpu"))
-    assert state["final_clusters"]["image_size"] == side
-    image = normalise(whole_image(open_dataset(str(folder)).load(7), side)[None])
+    assert state["final_clusters"]["look"] == look
+    image = normalise(whole_image(open_dataset(str(folder)).load(7), look[0])[None])
     assert network(image)[0].tolist() == pytest.approx(
         np.load(tmp_path / "features.npy")[7].tolist(), abs=1e-5)
 

@@ -9,8 +9,8 @@ All rows of a table are of the same images, network, first weights, augmentation
 size and number of crops. ODC's rows are runs of train.py with the settings that follow from the
 data and K = 100. The other rows follow them: one that sees an image in several crops draws fewer.
 
-Networks see the images at their size or twice that, where the clusters of two halves of the images
-agree better, as train.py chooses in the end. No labels are needed for it.
+Networks see images enlarged twice, where clusters of two halves of the images agree better then,
+else each image and five parts of it, as train.py chooses in the end. It needs no labels.
 
 kNN: by the 20 nearest training images; the features are the average of the last map. Of the random
     network it is with the batch norm statistics of the training images.
@@ -142,10 +142,10 @@ def make_row(method, key, output, arguments, device):
             transform = evaluation_transform(args.image_size)
             update_bn((normalise(batch.images) for batch in evaluation_batches(
                 train, slice(None), transform, 256)), backbone)
-        sizes = ([scores.network_features(backbone, images, size, device)
-                  for images in (train, val)] for size in (args.image_size, 2 * args.image_size))
-        to_cluster = features = max(
-            sizes, key=lambda rows: scores.stability_of(rows[0], args.num_clusters))
+        size = max((args.image_size, 2 * args.image_size), key=lambda size: scores.stability_of(
+            scores.network_features(backbone, train, size, False, device), args.num_clusters))
+        to_cluster = features = [scores.network_features(
+            backbone, images, size, size == args.image_size, device) for images in (train, val)]
     if clusters is None:
         clusters, _ = kmeans(F.normalize(to_cluster[0]), args.num_clusters, seed=args.seed)
     return row | scores.all_scores(*features, train, val, clusters.cpu(), to_cluster) | dict(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import SpectralClustering
 
-from odc.clusters import COMPARED, stability
+from odc.clusters import COMPARED, average_maps, stability
 from odc.data.augmentation import evaluation_transform
 from odc.data.loader import evaluation_batches
 from odc.evaluation import knn, metrics
@@ -28,10 +28,10 @@ def principal_components(train, val, width, seed):
     return train @ axes, val @ axes
 
 
-def network_features(backbone, images, image_size, device):
-    """The average of a frozen backbone's last map: [N, d], on the device."""
+def network_features(backbone, images, image_size, parts, device):
+    """`average_maps` of a frozen backbone's last map: [N, d], on the device."""
     backbone = backbone.to(device).eval()
-    return extract(lambda batch: backbone(batch)[-1].mean((2, 3)), images,
+    return extract(lambda batch: average_maps(backbone, batch, parts), images,
                    evaluation_transform(image_size), backbone.out_channels[-1], device, 256)
 
 
