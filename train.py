@@ -180,8 +180,8 @@ def cluster_between_epochs(args, state, dataset):
     progress = state.progress
     progress.reclustered_at = progress.epoch
     if pixels_lead(args, progress):
-        network, pixels = stabilities(state.network, dataset, [args.image_size], args.num_clusters,
-                                      args.workers)
+        network, pixels = stabilities(state.network.backbone, dataset, [args.image_size],
+                                      args.num_clusters, args.workers)
         print_main(f"epoch {progress.epoch}: stability {network:.3f}, of pixels {pixels:.3f}")
         if network <= pixels:
             return
@@ -194,14 +194,13 @@ def cluster_between_epochs(args, state, dataset):
 
 def cluster_after_training(args, state, dataset, log):
     """Cluster all images by the current network, save, and write what people and programs read."""
-    output, judged = Path(args.output), args.preset == "small" and len(dataset) > 40
-    size, parts, note, record = args.image_size, False, "", {}
-    if judged:
-        # Crops show enlarged parts. Photographs gain when they are enlarged, letters by such parts.
-        sizes = [size] if args.pretrained else [size, 2 * size]
-        *ours, pixels = stabilities(state.network, dataset, sizes, args.num_clusters, args.workers)
-        network, size = max(zip(ours, sizes), key=lambda pair: pair[0])
-        parts = size == args.image_size and not args.pretrained
+    output, size, parts, note, record = Path(args.output), args.image_size, False, "", {}
+    if args.preset == "small" and not args.pretrained and len(dataset) > 40:
+        # The network knows enlarged parts. Photographs gain if enlarged, letters by such parts.
+        *ours, pixels = stabilities(state.network.backbone, dataset, [size, 2 * size],
+                                    args.num_clusters, args.workers)
+        network, size = max(zip(ours, (size, 2 * size)), key=lambda pair: pair[0])
+        parts = size == args.image_size
         record = dict(stability=network, stability_of_pixels=pixels)
         advice = "" if network > pixels else ": learn longer, or start with --pretrained"
         note = (f". Clusters of two halves of the images agree by {network:.2f} (NMI), seen at "
@@ -213,7 +212,7 @@ def cluster_after_training(args, state, dataset, log):
         log.write_measures(state.progress, clustering.labels, dataset,
                            f"epoch {state.progress.epoch}, final clusters", record)
     state.final_clusters = dict(neck=clustering.neck.state_dict(), centroids=clustering.centroids,
-                                look=(size, parts), whole_images=dataset.whole_images)
+                                image_size=size, parts=parts, whole_images=dataset.whole_images)
     save(state, dataset, log)
     write_rows(output / "features.npy", clustering.features, len(dataset))
     with distributed.raise_everywhere():
@@ -294,7 +293,8 @@ def main(arguments=None):
     progress = state.progress
     if run_settings["epochs"] and args.preset == "small" and dataset.pixels is None:
         with distributed.raise_everywhere():
-            dataset.keep_small_copies(max(128, args.image_size * 3 // 2))
+            largest = args.image_size * 3 // 2 if args.pretrained else 2 * args.image_size
+            dataset.keep_small_copies(max(128, largest))
     with distributed.raise_everywhere():
         log = Log(output / "log.jsonl", saved["log_position"] if saved else 0, args.tensorboard)
     if not saved:

@@ -56,7 +56,7 @@ def load_run(path, device):
     neck.load_state_dict(state["final_clusters"]["neck"])
     centroids = state["final_clusters"]["centroids"].to(device)
     backbone.to(memory_format=torch.channels_last)
-    parts = state["final_clusters"]["look"][1]
+    parts = state["final_clusters"]["parts"]
     return state, lambda x: unit_features(neck, average_maps(backbone, x, parts)), centroids
 
 
@@ -112,7 +112,7 @@ def main(arguments=None):
                 check_output(option, file, start, taken)
                 taken.append(file)
         state, network, centroids = load_run(args.checkpoint, device)
-        transform = clustering_transform(state["final_clusters"]["look"][0],
+        transform = clustering_transform(state["final_clusters"]["image_size"],
                                          state["final_clusters"]["whole_images"])
         dataset = open_dataset(args.data)
         if args.neighbours:

@@ -19,7 +19,7 @@ from odc.features import extract, unit_pixels
 from odc.kmeans import ClusterSums, kmeans, nearest_centroids
 from odc.model import CentredPool
 
-COMPARED = 10_000  # images, for the comparison with pixels
+COMPARED = 10_000  # images at most, on which `stabilities` compares
 
 
 @dataclass
@@ -87,7 +87,7 @@ def cluster_images(network, dataset, memory, image_size, workers=0, of_backbone=
 def average_maps(backbone, images, parts=False):
     """The average [B, C] of the last map of images [B, 3, S, S].
 
-    parts: its mean with that of the four corners and the middle, 3/4 of the side, enlarged to S.
+    parts: the mean over the image, its four corners and its middle, of 3/4 of the side, enlarged.
     """
     side, views = images.shape[-1], [images]
     if parts:
@@ -124,11 +124,10 @@ def estimate_statistics(neck, pooled, num_images):
     neck.bn1.running_var.copy_((square - mean.square()).clamp(min=0))
 
 
-def stabilities(network, dataset, image_sizes, num_clusters, workers=0):
-    """`stability` of the backbone's features at each size and of raw pixels. A collective."""
+def stabilities(backbone, dataset, image_sizes, num_clusters, workers=0):
+    """`stability` of a backbone's features at each size and of raw pixels. A collective."""
     sample = dataset.take(range(0, len(dataset), -(-len(dataset) // COMPARED)))
-    backbone, device = network.backbone.eval(), next(network.parameters()).device
-    C = backbone.out_channels[-1]
+    device, C = next(backbone.eval().parameters()).device, backbone.out_channels[-1]
 
     def rows_of(forward, image_size, dim):
         return extract(forward, sample, clustering_transform(image_size, dataset.whole_images), dim,

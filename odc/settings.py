@@ -221,7 +221,8 @@ def validate(args, dataset, saved, device):
     if args.batch_size % (W * args.crops) or args.batch_size < 2 * W:
         raise UserError(f"--batch-size {args.batch_size}: choose a multiple of {W} processes x "
                         f"{args.crops} crops, of at least 2 a process.")
-    check_shared_memory(args.workers, args.batch_size, args.image_size)
+    largest = args.image_size * (2 if args.preset == "small" and not args.pretrained else 1)
+    check_shared_memory(args.workers, args.batch_size, largest)
     if args.epochs == 0 and not args.pretrained and not saved:
         raise UserError("--epochs 0 clusters by a network that has learned: give --pretrained, "
                         "such as resnet18, or the --output of a run.")

@@ -38,7 +38,7 @@ class State:
     progress: Progress = field(default_factory=Progress)
     labels_before: torch.Tensor | None = None  # [N], at the end of the epoch before, on the CPU
     memory_parts: list = field(default_factory=list)  # files of the last checkpoint, see write_run
-    final_clusters: dict | None = None  # neck and centroids for odc.assign, at the run's end
+    final_clusters: dict | None = None  # what odc.assign needs, at the run's end
 
 
 def save(state, dataset, log):

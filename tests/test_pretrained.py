@@ -79,8 +79,8 @@ def test_time_is_said(capsys):
 
 def test_clear_clusters_are_stable(monkeypatch):
     """Three colours, not noise. The network sees one pixel, at either size, pixels are all seen."""
-    network = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]))
-    network.backbone = SimpleNamespace(eval=lambda: network.backbone, out_channels=[3])
+    network = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]), out_channels=[3])
+    network.eval = lambda: network
     monkeypatch.setattr("odc.clusters.average_maps", lambda _, images: images[..., 0, 0])
     noise = np.random.default_rng(0).integers(256, size=(120, 32, 32, 3), dtype=np.uint8)
     colours = 0 * noise + np.tile(255 * np.eye(3, dtype=np.uint8), (40, 1))[:, None, None]

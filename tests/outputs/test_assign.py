@@ -72,7 +72,7 @@ def test_images_are_seen_where_clusters_were_more_stable(
     rows = run_assign(tmp_path / "checkpoint.pth", folder, tmp_path / "new.csv", "--neighbours", 1)
     assert [int(row["cluster"]) for row in rows] == np.load(tmp_path / "labels.npy").tolist()
     state, network, _ = assign.load_run(tmp_path / "checkpoint.pth", torch.device("cpu"))
-    assert state["final_clusters"]["look"] == look
+    assert (state["final_clusters"]["image_size"], state["final_clusters"]["parts"]) == look
     image = normalise(whole_image(open_dataset(str(folder)).load(7), look[0])[None])
     assert network(image)[0].tolist() == pytest.approx(
         np.load(tmp_path / "features.npy")[7].tolist(), abs=1e-5)

@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
 from odc import settings
+from odc.clusters import stabilities
 from odc.data.augmentation import evaluation_transform, normalise
 from odc.data.datasets import open_dataset
 from odc.data.loader import evaluation_batches
@@ -142,8 +143,9 @@ def make_row(method, key, output, arguments, device):
             transform = evaluation_transform(args.image_size)
             update_bn((normalise(batch.images) for batch in evaluation_batches(
                 train, slice(None), transform, 256)), backbone)
-        size = max((args.image_size, 2 * args.image_size), key=lambda size: scores.stability_of(
-            scores.network_features(backbone, train, size, False, device), args.num_clusters))
+        sizes = [args.image_size, 2 * args.image_size]
+        found = stabilities(backbone.to(device), train, sizes, args.num_clusters)
+        size = max(zip(found, sizes), key=lambda pair: pair[0])[1]
         to_cluster = features = [scores.network_features(
             backbone, images, size, size == args.image_size, device) for images in (train, val)]
     if clusters is None:

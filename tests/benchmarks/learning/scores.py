@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import SpectralClustering
 
-from odc.clusters import COMPARED, average_maps, stability
+from odc.clusters import average_maps
 from odc.data.augmentation import evaluation_transform
 from odc.data.loader import evaluation_batches
 from odc.evaluation import knn, metrics
@@ -33,13 +33,6 @@ def network_features(backbone, images, image_size, parts, device):
     backbone = backbone.to(device).eval()
     return extract(lambda batch: average_maps(backbone, batch, parts), images,
                    evaluation_transform(image_size), backbone.out_channels[-1], device, 256)
-
-
-def stability_of(features, num_clusters):
-    """By which train.py chooses an image size: NMI of the clusters of two halves of the images."""
-    rows = F.normalize(features)
-    rows = F.normalize(rows - rows.mean(0))
-    return stability(rows[:: -(-len(rows) // COMPARED)].contiguous(), num_clusters)
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, num_classes):
